@@ -1,0 +1,51 @@
+"""Gradient Smoothing for JAX: couple per-layer optimizer updates along depth.
+
+An optax transformation after arXiv 2606.30813. Say where depth is, then chain
+`smooth_over_depth` after the preconditioner of any optimizer:
+
+>>> import gradsmooth_optax as gs
+>>> import optax
+>>> depth = gs.scanned("blocks/")
+>>> tx = optax.chain(
+...     optax.scale_by_adam(),
+...     gs.smooth_over_depth(depth, alpha=0.1),
+...     optax.add_decayed_weights(1e-4),
+...     optax.scale_by_learning_rate(1e-3),
+... )
+"""
+
+from importlib import metadata as _metadata
+
+# Where depth is.
+from gradsmooth_optax._depth import Depth as Depth
+from gradsmooth_optax._depth import DepthSpec as DepthSpec
+from gradsmooth_optax._depth import depth_fn as depth_fn
+from gradsmooth_optax._depth import first_match as first_match
+from gradsmooth_optax._depth import from_tree as from_tree
+from gradsmooth_optax._depth import ranked as ranked
+from gradsmooth_optax._depth import scanned as scanned
+from gradsmooth_optax._depth import unrolled as unrolled
+from gradsmooth_optax._describe import DepthSummary as DepthSummary
+from gradsmooth_optax._describe import describe as describe
+
+# What is done along it.
+from gradsmooth_optax._operators import Operator as Operator
+from gradsmooth_optax._operators import dense as dense
+from gradsmooth_optax._operators import operator_fn as operator_fn
+from gradsmooth_optax._operators import window as window
+
+# Ready optimizers.
+from gradsmooth_optax._recipes import adamw as adamw
+from gradsmooth_optax._recipes import muon as muon
+from gradsmooth_optax._recipes import sgd as sgd
+
+# The transformations.
+from gradsmooth_optax._transform import DepthSmoothingState as DepthSmoothingState
+from gradsmooth_optax._transform import (
+    WithDepthSmoothingState as WithDepthSmoothingState,
+)
+from gradsmooth_optax._transform import apply_over_depth as apply_over_depth
+from gradsmooth_optax._transform import smooth_over_depth as smooth_over_depth
+from gradsmooth_optax._transform import with_depth_smoothing as with_depth_smoothing
+
+__version__ = _metadata.version("gradsmooth_optax")

@@ -1,0 +1,218 @@
+"""`describe`: what a depth spec does to a tree, for a person to check at a glance."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gradsmooth_optax._depth import DepthFunction, DepthSpec, as_spec, show_path
+from gradsmooth_optax._groups import Group, Grouping, group_by_depth, inexact_dtype
+
+_LONGEST_LIST = 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DepthSummary:
+    """What a depth spec does to a tree; `str()` is a table.
+
+    Attributes:
+      groups: one per stack, role, per-layer shape and dtype, with `stack`, `role`,
+        `shape`, `dtype`, `layers`, `num_layers`, `runs`, `gaps`, `duplicates`.
+      untouched: (path, shape) of every leaf that passes through.
+      unmatched: the members of a `first_match` that matched nothing.
+      smoothed: number of parameters that are coupled with another layer.
+      total: number of parameters of floating or complex dtype.
+    """
+
+    groups: tuple[Group, ...]
+    untouched: tuple[tuple[str, tuple[int, ...]], ...]
+    unmatched: tuple[DepthSpec, ...]
+    smoothed: int
+    total: int
+
+    def __str__(self) -> str:
+        lines = [self._headline()]
+        rows = self._rows()
+        if rows:
+            lines += ["", *_aligned([_HEADER, *rows])]
+        for title, items in self._lists():
+            lines += ["", f"{title}:", *(f"  {item}" for item in _shortened(items))]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            style = "text-align: left"
+            inner = "".join(
+                f'<{tag} style="{style}">{html.escape(c)}</{tag}>' for c in cells
+            )
+            return f"<tr>{inner}</tr>"
+
+        parts = [f"<p>{html.escape(self._headline())}</p>"]
+        if rows := self._rows():
+            body = "".join(row(cells, "td") for cells in rows)
+            parts.append(f"<table>{row(_HEADER, 'th')}{body}</table>")
+        for title, items in self._lists():
+            shown = "<br>".join(map(html.escape, _shortened(items)))
+            parts.append(f"<p><b>{html.escape(title)}</b><br>{shown}</p>")
+        return "".join(parts)
+
+    def _headline(self) -> str:
+        share = self.smoothed / self.total if self.total else 0.0
+        stacks = len({group.stack for group in self.groups})
+        return (
+            f"{stacks} {'stack' if stacks == 1 else 'stacks'}, {len(self.groups)} "
+            f"{'group' if len(self.groups) == 1 else 'groups'}; smoothed: "
+            f"{self.smoothed:,} of {self.total:,} parameters ({share:.1%})"
+        )
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [_row(group) for group in self.groups]
+        hidden = len(rows) - _LONGEST_LIST
+        if hidden > 0:
+            rows = [*rows[:_LONGEST_LIST], (f"… and {hidden} more groups",)]
+        return rows
+
+    def _lists(self) -> list[tuple[str, list[str]]]:
+        lists = [
+            (
+                "untouched",
+                [f"{path} {_shape(shape)}" for path, shape in self.untouched],
+            ),
+            ("members that matched nothing", list(map(repr, self.unmatched))),
+        ]
+        return [(title, items) for title, items in lists if items]
+
+
+_HEADER = ("stack", "role", "layers", "per layer", "dtype", "leaves", "note")
+
+
+def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
+    """Shows which layers are coupled with which, and every leaf left untouched.
+
+    It reports gaps and duplicates, where the transformations raise; look at it before
+    a run.
+
+    Args:
+      depth: where depth is, as in `smooth_over_depth`.
+      params: a pytree of arrays or of `jax.ShapeDtypeStruct`s, such as
+        `jax.eval_shape(model.init, ...)`.
+
+    Returns:
+      A summary with a table as its `str()`, and HTML in notebooks.
+
+    Raises:
+      TypeError: for a `depth` of the wrong kind.
+      ValueError: for a depth axis that a leaf does not have.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"embed": jnp.ones((8, 2)), "blocks": {"w": jnp.ones((12, 2, 2))}}
+      >>> gs.describe(gs.scanned("blocks/"), params)
+      1 stack, 1 group; smoothed: 48 of 64 parameters (75.0%)
+      <BLANKLINE>
+      stack   role  layers     per layer  dtype    leaves         note
+      blocks  w     0-11 (12)  2×2        float32  1 over axis 0
+      <BLANKLINE>
+      untouched:
+        embed 8×2
+    """
+    spec = as_spec(depth)
+    grouping = group_by_depth(spec, params)
+    sizes = [
+        math.prod(np.shape(leaf)) if inexact_dtype(leaf) is not None else 0
+        for leaf in grouping.leaves
+    ]
+    coupled = sum(
+        int((group.run_lengths > 1).sum()) * math.prod(group.shape)
+        for group in grouping.groups
+    )
+    return DepthSummary(
+        grouping.groups,
+        tuple(
+            (show_path(grouping.paths[i]), np.shape(grouping.leaves[i]))
+            for i in grouping.untouched
+        ),
+        _unmatched_members(spec, grouping),
+        coupled,
+        sum(sizes),
+    )
+
+
+def _unmatched_members(spec: DepthSpec, grouping: Grouping) -> tuple[DepthSpec, ...]:
+    members = getattr(spec, "members", ())
+    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
+    return tuple(m for m in members if not any(m.assign(leaves)))
+
+
+def _row(group: Group) -> tuple[str, ...]:
+    # The layers of a duplicated number are counted, not shown twice.
+    layers = f"{_ranges(group.layers)} ({group.num_layers})"
+    axes = sorted({member.axes for member in group.members})
+    where = " and ".join(
+        f"{sum(m.axes == a for m in group.members)} {_over(a)}" for a in axes
+    )
+    notes = []
+    if group.num_layers == 1:
+        notes.append("single, unchanged")
+    if group.ranked:
+        notes.append("ranked")
+    if group.gaps:
+        notes.append(f"gap at {_ranges(group.gaps)}")
+    if group.duplicates:
+        notes.append(f"twice: {_ranges(group.duplicates)}")
+    return (
+        str(group.stack),
+        str(group.role),
+        layers,
+        _shape(group.shape),
+        str(group.dtype),
+        where,
+        ", ".join(notes),
+    )
+
+
+def _over(axes: tuple[int, ...]) -> str:
+    if not axes:
+        return "one per layer"
+    named = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
+    return f"over {named}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3, 7, 9-10 for ascending numbers."""
+    ranges: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    shown = ["-".join(map(str, r)) for r in ranges]
+    return ", ".join(_shortened(shown, 6))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) if shape else "scalar"
+
+
+def _shortened(items: list[str], limit: int = _LONGEST_LIST) -> list[str]:
+    hidden = len(items) - limit
+    return [*items[:limit], f"… and {hidden} more"] if hidden > 0 else items
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    table = [row for row in rows if len(row) == len(_HEADER)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=False)
+        ).rstrip()
+        for row in rows
+    ]

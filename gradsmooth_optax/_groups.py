@@ -1,0 +1,338 @@
+"""A tree and a depth spec → groups of layers in depth order, and structure errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradsmooth_optax._depth import (
+    Depth,
+    DepthSpec,
+    Path,
+    as_tuple,
+    plain_path,
+    show_path,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """One leaf's share of a group.
+
+    Attributes:
+      leaf: the leaf's position among the leaves of the tree.
+      path: its plain path.
+      axes: its array axes over depth, ascending; () for a leaf that is one layer.
+      layers: the layer number of every slot, an int array of the sizes of `axes`.
+    """
+
+    leaf: int
+    path: Path
+    axes: tuple[int, ...]
+    layers: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """One role of one stack: the layers that are coupled with each other.
+
+    Attributes:
+      stack, role: names, as in `Depth`.
+      shape: shape of one layer.
+      dtype: dtype of its leaves.
+      members: the leaves that hold its layers.
+      ranked: whether neighbors are by order instead of by number.
+    """
+
+    stack: Hashable
+    role: Hashable
+    shape: tuple[int, ...]
+    dtype: Any
+    members: tuple[Member, ...]
+    ranked: bool = False
+
+    @functools.cached_property
+    def slots(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(member, index along its axes) of every layer, in depth order."""
+        unordered = [
+            (int(layer), m, index)
+            for m, member in enumerate(self.members)
+            for index, layer in np.ndenumerate(member.layers)
+        ]
+        return [(m, index) for _, m, index in sorted(unordered)]
+
+    @functools.cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layer numbers, in depth order."""
+        return tuple(int(self.members[m].layers[index]) for m, index in self.slots)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the group has, over all its leaves."""
+        return len(self.slots)
+
+    @functools.cached_property
+    def runs(self) -> tuple[tuple[int, ...], ...]:
+        """The layers cut where neighbors are missing: what an operator is applied to.
+
+        Consecutive numbers, or all layers of a ranked group.
+        """
+        runs: list[list[int]] = []
+        for layer in self.layers:
+            if runs and (self.ranked or layer == runs[-1][-1] + 1):
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        return tuple(map(tuple, runs))
+
+    @functools.cached_property
+    def run_lengths(self) -> np.ndarray:
+        """For every rank in `slots`, the number of layers of its run."""
+        return np.array([len(run) for run in self.runs for _ in run], int)
+
+    @functools.cached_property
+    def run_starts(self) -> np.ndarray:
+        """For every rank in `slots`, the rank at which its run starts."""
+        positions = [position for run in self.runs for position, _ in enumerate(run)]
+        return np.arange(self.num_layers) - np.array(positions, int)
+
+    @functools.cached_property
+    def ranks(self) -> tuple[np.ndarray, ...]:
+        """For every member, the rank in `slots` of each of its slots."""
+        ranks = tuple(np.zeros(m.layers.shape, int) for m in self.members)
+        for rank, (m, index) in enumerate(self.slots):
+            ranks[m][index] = rank
+        return ranks
+
+    @property
+    def gaps(self) -> tuple[int, ...]:
+        """Layer numbers that are missing between the first and the last."""
+        if self.ranked or not self.layers:
+            return ()
+        return tuple(
+            sorted(set(range(self.layers[0], self.layers[-1])) - {*self.layers})
+        )
+
+    @property
+    def duplicates(self) -> tuple[int, ...]:
+        """Layer numbers that occur more than once."""
+        return tuple(layer for layer, n in Counter(self.layers).items() if n > 1)
+
+    def paths_of(self, layer: int) -> list[str]:
+        """The paths of the leaves that hold `layer`."""
+        return [show_path(m.path) for m in self.members if (m.layers == layer).any()]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grouping:
+    """What a depth spec says of a whole tree.
+
+    Attributes:
+      groups: in order of first appearance in the tree.
+      paths: plain path of every leaf of the tree.
+      leaves: every leaf of the tree.
+      spec: the spec.
+    """
+
+    groups: tuple[Group, ...]
+    paths: tuple[Path, ...]
+    leaves: tuple[Any, ...]
+    spec: DepthSpec
+
+    @functools.cached_property
+    def untouched(self) -> tuple[int, ...]:
+        """Positions of the leaves that are in no group."""
+        grouped = {member.leaf for group in self.groups for member in group.members}
+        return tuple(i for i in range(len(self.leaves)) if i not in grouped)
+
+
+def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
+    """Groups the leaves of `tree`; reports a leaf that lacks its depth axes.
+
+    Args:
+      spec: where depth is.
+      tree: a pytree of arrays, tracers or `jax.ShapeDtypeStruct`s. Leaves that are
+        not of floating or complex dtype are in no group.
+
+    Raises:
+      ValueError: for a depth axis out of range, or a group that is ranked in part.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [(plain_path(key_path), leaf) for key_path, leaf in flat]
+    members: dict[tuple, list[Member]] = {}
+    ranked: dict[tuple, set[bool]] = {}
+    assignments = spec.assign(leaves)
+    for i, ((path, leaf), assignment) in enumerate(
+        zip(leaves, assignments, strict=True)
+    ):
+        dtype = inexact_dtype(leaf)
+        if assignment is None or dtype is None:
+            continue
+        depth, shape = assignment.depth, np.shape(leaf)
+        member = _member(i, path, depth, shape)
+        layer_shape = tuple(n for k, n in enumerate(shape) if k not in member.axes)
+        key = (depth.stack, depth.role, layer_shape, dtype)
+        members.setdefault(key, []).append(member)
+        ranked.setdefault(key, set()).add(assignment.ranked)
+    groups = []
+    for key, of_key in members.items():
+        if len(ranked[key]) > 1:
+            raise ValueError(
+                f"`depth` ranks only a part of {name_of(key[0], key[1])}: "
+                f"{_some([show_path(m.path) for m in of_key])} come both from `ranked` "
+                f"and from another member. Put all of them inside one `ranked(...)`."
+            )
+        groups.append(Group(*key, members=tuple(of_key), ranked=True in ranked[key]))
+    paths, values = zip(*leaves, strict=True) if leaves else ((), ())
+    return Grouping(tuple(groups), paths, values, spec)
+
+
+def inexact_dtype(leaf: Any) -> Any:
+    """The dtype of a floating or complex leaf, None for any other."""
+    if isinstance(leaf, float | complex):
+        return jnp.result_type(leaf)
+    dtype = getattr(leaf, "dtype", None)
+    return dtype if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else None
+
+
+def _member(leaf: int, path: Path, depth: Depth, shape: tuple[int, ...]) -> Member:
+    named = as_tuple(depth.axis)
+    for axis in named:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"`depth` says axis={depth.axis} for leaf {show_path(path)}, which has "
+                f"shape {shape} and so no axis {axis}. The leaf is probably not "
+                f"stacked over layers, or on another axis. Write `scanned(pattern, "
+                f"axis=0)` for the axis that has one entry per layer, or exclude the "
+                f"leaf with `.only(lambda path, leaf: ...)`."
+            )
+    axes = [axis % len(shape) for axis in named]
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"`depth` says axis={depth.axis} for leaf {show_path(path)}, which names "
+            f"one axis of its shape {shape} twice. Write each depth axis once."
+        )
+    ascending = sorted(range(len(axes)), key=axes.__getitem__)
+    layers = np.transpose(depth.layers(shape), ascending)
+    return Member(leaf, path, tuple(sorted(axes)), layers)
+
+
+# -- Structure errors ------------------------------------------------------------------
+
+
+def check_structure(grouping: Grouping, strict: bool) -> None:
+    """Raises where the grouping is probably not what was meant.
+
+    Args:
+      grouping: of the tree to be smoothed. A tree without leaves is never an error.
+      strict: whether gaps, and a spec that matches nothing, are errors too.
+
+    Raises:
+      ValueError: for a duplicated layer, a lone array as the whole tree, and under
+        `strict` for gaps and for nothing matched.
+    """
+    if grouping.paths and not grouping.groups:
+        _check_something_matched(grouping, strict)
+    for group in grouping.groups:
+        if group.duplicates:
+            raise ValueError(_duplicate_message(group))
+        if strict and group.gaps:
+            raise ValueError(_gap_message(group, grouping))
+
+
+def _check_something_matched(grouping: Grouping, strict: bool) -> None:
+    if grouping.paths == ((),):
+        raise ValueError(
+            f"`depth` cannot find layers in a tree that is one lone array of shape "
+            f"{np.shape(grouping.leaves[0])}. The tree is probably hidden by "
+            f"`optax.flatten`. Smooth outside of it: `chain(flatten(base), "
+            f"smooth_over_depth(depth))`; or write `scanned('', axis=0)` if the array "
+            f"is a stack of layers."
+        )
+    if not strict:
+        return
+    paths = [show_path(path) for path in grouping.paths]
+    raise ValueError(
+        f"`depth` {grouping.spec!r} matched none of the {len(paths)} leaves of the "
+        f"tree: {_some(paths, 12)}. The pattern is probably written for another tree, "
+        f"or the layers are masked here. To fix: {_suggestion(paths)}; or pass "
+        f"`strict=False` if this tree may hold no layers."
+    )
+
+
+def _suggestion(paths: Sequence[str]) -> str:
+    for path in paths:
+        for segment in path.split("/")[:-1]:
+            name = segment.rstrip("0123456789")
+            if name != segment:
+                pattern = re.escape(name) + r"(\d+)/"
+                return f"write `unrolled(r'{pattern}')` if {segment} is one layer"
+    return (
+        "write `unrolled(r'layers_(\\d+)/')` for one leaf per layer or "
+        "`scanned('blocks/', axis=0)` for stacked layers, with names of this tree"
+    )
+
+
+def _duplicate_message(group: Group) -> str:
+    layer = group.duplicates[0]
+    paths = group.paths_of(layer)
+    if len(paths) == 1:
+        return (
+            f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
+            f"several slices of leaf {paths[0]}: its strides overlap. Write the step "
+            f"along each axis, as in `axis=(0, 1), stride=(4, 1)`."
+        )
+    return (
+        f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
+        f"{len(paths)} leaves: {_some(paths)}. The pattern probably drops the part of "
+        f"the path that tells them apart. To fix: capture it, as in "
+        f"`(?P<stack>...)` or `(?P<role>...)`, or shift one part with `start=`."
+    )
+
+
+def _gap_message(group: Group, grouping: Grouping) -> str:
+    missing = group.gaps
+    paths = [path for layer in group.layers for path in group.paths_of(layer)]
+    found = (
+        f"matched layers {_some(group.layers)} of {name_of(group.stack, group.role)}"
+    )
+    verb = "layer {} is" if len(missing) == 1 else "layers {} are"
+    elsewhere = [
+        f"layer {layer} has shape {other.shape} and dtype {other.dtype} "
+        f"({other.paths_of(layer)[0]}) where the others have {group.shape} and "
+        f"{group.dtype}"
+        for other in grouping.groups
+        if other is not group and (other.stack, other.role) == (group.stack, group.role)
+        for layer in missing
+        if layer in other.layers
+    ]
+    reason = (
+        f"The reason: {'; '.join(elsewhere[:3])}."
+        if elsewhere
+        else "Probably masked or frozen, or numbered in steps, or a part of the chain "
+        "that `depth` does not match yet."
+    )
+    return (
+        f"`depth` {found} ({_some(list(dict.fromkeys(paths)))}): "
+        f"{verb.format(_some(missing))} missing. {reason} To fix: smooth inside the "
+        f"mask, pass `strict=False` to treat the gap as a boundary, or "
+        f"`ranked(...)` to close it."
+    )
+
+
+def name_of(stack: Hashable, role: Hashable) -> str:
+    return f"stack {stack!r} for role {role!r}"
+
+
+def _some(items: Sequence[Any], limit: int = 6) -> str:
+    shown = ", ".join(map(str, items[:limit]))
+    more = len(items) - limit
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,347 @@
+"""Depth operators: the (L, L) matrix S that mixes the layers of a run. No trees."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Matrix: TypeAlias = np.ndarray | jax.Array
+
+
+class Operator:
+    """A linear operator along depth: row l of its matrix says what layer l receives.
+
+    Made by `window`, `dense` and `operator_fn`. Frozen, hashable, equal by value and
+    not callable (`optax.inject_hyperparams` takes a callable for a schedule).
+    """
+
+    # Names of the fields that may be schedules or traced arrays.
+    strengths: ClassVar[tuple[str, ...]] = ()
+
+    def matrix(self, num_layers: int) -> Matrix:
+        """S of shape (L, L) for a run of L = `num_layers`; [[1.]] for one layer.
+
+        NumPy float64 where every strength is a Python or NumPy number, else a jax
+        array. Schedules must be resolved first, by `at(count)`.
+        """
+        raise NotImplementedError
+
+    def side_weights(self) -> tuple[Any, ...] | None:
+        """Weights w_1, w_2, … of S u = u + Σ_j w_j (u_{l-j} - u_l + u_{l+j} - u_l).
+
+        None for an operator that has no such form.
+        """
+        return None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it is known, without looking at an array, to change nothing."""
+        return False
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a strength is a schedule, so that a step count must be kept."""
+        return any(callable(getattr(self, name)) for name in self.strengths)
+
+    def at(self, count: Any) -> Operator:
+        """The operator with every schedule resolved at step `count`."""
+        if not self.scheduled:
+            return self
+        strengths = {name: getattr(self, name) for name in self.strengths}
+        resolved = {k: v(count) for k, v in strengths.items() if callable(v)}
+        return dataclasses.replace(self, **resolved)  # pyright: ignore[reportArgumentType] # subclasses are dataclasses
+
+    def _key(self) -> tuple[Hashable, ...]:
+        fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType] # as above
+        return type(self), *(_by_value(getattr(self, f.name)) for f in fields)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Operator) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def window(
+    alpha: optax.ScalarOrSchedule,
+    radius: int = 1,
+    decay: optax.ScalarOrSchedule | None = None,
+) -> Operator:
+    """Window Smoothing: each layer shares a part α of its weight with its neighbors.
+
+    A layer keeps 1 - α; each side shares α/2 among its neighbors within `radius`, in
+    proportion to exp(-decay · distance). The weight of a neighbor that does not exist
+    goes to the layer itself, so S is symmetric and its rows and columns sum to 1. For
+    `radius=1`:
+
+        interior   u'_l = (1-α) u_l + α/2 (u_{l-1} + u_{l+1})
+        ends       u'_1 = (1-α/2) u_1 + α/2 u_2       (and the mirror image at L)
+
+    Args:
+      alpha: scalar in [0, 1] or a schedule of it. Only Python and NumPy numbers are
+        range-checked.
+      radius: how many neighbors on each side, an int ≥ 1.
+      decay: scalar ≥ 0 or a schedule; None shares equally.
+
+    Returns:
+      An operator for `apply_over_depth`.
+
+    Raises:
+      TypeError, ValueError: at construction, for a strength or radius of the wrong
+        kind or out of range.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> gs.window(0.2).matrix(3)
+      array([[0.9, 0.1, 0. ],
+             [0.1, 0.8, 0.1],
+             [0. , 0.1, 0.9]])
+
+    Differs from the authors' code:
+      A single layer passes through unchanged; there it is shrunk by 1 - α/2.
+
+    References:
+      Meng, Sugolov, Papyan, "Gradient Smoothing", arXiv 2606.30813, section 3.
+    """
+    _check_strength("alpha", alpha, high=1.0)
+    if decay is not None:
+        _check_strength("decay", decay)
+    return Window(alpha, _radius(radius), decay)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window(Operator):
+    strengths: ClassVar[tuple[str, ...]] = ("alpha", "decay")
+
+    alpha: optax.ScalarOrSchedule
+    radius: int = 1
+    decay: optax.ScalarOrSchedule | None = None
+
+    def side_weights(self) -> tuple[Any, ...]:
+        alpha = _number(self.alpha)
+        decay = 0.0 if self.decay is None else _number(self.decay)
+        # Relative to distance 1, so that a large decay cannot make all of them 0.
+        share = [_exp(-decay * (j - 1)) for j in range(1, self.radius + 1)]
+        return tuple(alpha / 2 * (weight / sum(share)) for weight in share)
+
+    def matrix(self, num_layers: int) -> Matrix:
+        matrix: Any = np.eye(num_layers)
+        for j, weight in enumerate(self.side_weights(), start=1):
+            neighbors = np.eye(num_layers, k=j) + np.eye(num_layers, k=-j)
+            matrix = matrix + weight * (neighbors - np.diag(neighbors.sum(1)))
+        return matrix
+
+    @property
+    def is_identity(self) -> bool:
+        return not isinstance(self.alpha, jax.Array) and self.alpha == 0
+
+
+def dense(matrix: Any) -> Operator:
+    """A given S. It fits runs of its own size only, and every run of one layer.
+
+    Args:
+      matrix: (L, L) array-like of real numbers, held as a read-only copy; or a traced
+        array.
+
+    Returns:
+      An operator for `apply_over_depth`.
+
+    Raises:
+      ValueError: at construction, for a matrix that is not square or not finite; at
+        trace of `update`, for a run of another size.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> gs.dense([[0.5, 0.5], [0.5, 0.5]]).matrix(2)
+      array([[0.5, 0.5],
+             [0.5, 0.5]])
+    """
+    matrix = _real_matrix(matrix, "`matrix` of `dense`")
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(
+            f"`matrix` of `dense` must be square, one row and one column per layer, "
+            f"but has shape {matrix.shape}."
+        )
+    return Dense(matrix)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense(Operator):
+    values: Matrix
+
+    def matrix(self, num_layers: int) -> Matrix:
+        if num_layers == 1:
+            return np.ones((1, 1))
+        size = self.values.shape[0]
+        if num_layers != size:
+            raise ValueError(
+                f"`dense` holds a matrix for {size} layers, but is applied to a run of "
+                f"{num_layers}. Pass a function of the number of layers instead: "
+                f"`operator_fn(lambda num_layers: ...)`, or restrict `depth` to the "
+                f"stack of {size} layers with `.only(...)`."
+            )
+        return self.values
+
+
+def operator_fn(function: Callable[[int], Any]) -> Operator:
+    """A user's own S, as a function of the number of layers.
+
+    Args:
+      function: num_layers -> (L, L) array-like of real numbers. Called at trace time,
+        for runs of at least two layers.
+
+    Returns:
+      An operator for `apply_over_depth`, which takes the bare function as well; wrap
+      it inside `optax.inject_hyperparams`.
+
+    Raises:
+      TypeError: at construction, for something that is not a function.
+      ValueError: at trace of `update`, for a result of the wrong shape.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import numpy as np
+      >>> mean = gs.operator_fn(lambda n: np.full((n, n), 1 / n))
+      >>> mean.matrix(2)
+      array([[0.5, 0.5],
+             [0.5, 0.5]])
+    """
+    if isinstance(function, Operator) or not callable(function):
+        raise TypeError(
+            f"`operator_fn` wraps a function num_layers -> (L, L) matrix, but got "
+            f"{function!r}. An operator can be passed as it is, a matrix as "
+            f"`dense(matrix)`."
+        )
+    return OperatorFn(function)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OperatorFn(Operator):
+    function: Callable[[int], Any]
+
+    def matrix(self, num_layers: int) -> Matrix:
+        if num_layers == 1:
+            return np.ones((1, 1))
+        source = f"the function {getattr(self.function, '__qualname__', self.function)}"
+        matrix = _real_matrix(self.function(num_layers), source)
+        if matrix.shape != (num_layers, num_layers):
+            raise ValueError(
+                f"{source} given to `operator_fn` returned shape {matrix.shape} for "
+                f"num_layers={num_layers}, where ({num_layers}, {num_layers}) is "
+                f"needed: row l holds the weights with which layer l receives."
+            )
+        return matrix
+
+
+def as_operator(value: Any) -> Operator:
+    """The operator that `value`, an operator or a bare function, stands for."""
+    if isinstance(value, Operator):
+        return value
+    if callable(value) and not isinstance(value, type):
+        return OperatorFn(value)
+    hint = "`window(0.1)`"
+    if isinstance(value, int | float):
+        hint = f"`window({value})`, or `smooth_over_depth(depth, alpha={value})`"
+    elif hasattr(value, "shape"):
+        hint = "`dense(matrix)`"
+    raise TypeError(
+        f"`operator` must be a depth operator or a function num_layers -> (L, L) "
+        f"matrix, but is {value!r} of type {type(value).__name__}. Write {hint}."
+    )
+
+
+# -- Small checks ----------------------------------------------------------------------
+
+
+def _check_strength(name: str, value: Any, high: float = math.inf) -> None:
+    """Checks a schedule (not at all), an array (shape, dtype) or a number (range)."""
+    allowed = "a finite number >= 0" if high == math.inf else f"between 0 and {high:g}"
+    if callable(value):
+        return
+    if isinstance(value, bool | np.bool_) or not _is_real(value):
+        raise TypeError(
+            f"`{name}` must be a number {allowed}, a scalar array or an optax "
+            f"schedule, but is {value!r} of type {type(value).__name__}."
+        )
+    if np.shape(value) != ():
+        raise ValueError(
+            f"`{name}` must be one scalar, but has shape {np.shape(value)}. For a "
+            f"strength per layer pass the whole matrix: `dense(matrix)`."
+        )
+    if isinstance(value, jax.Array):
+        return  # maybe traced; never looked at
+    if not (0 <= float(value) <= high and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be {allowed}, but is {value}.")
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, int | float):
+        return True
+    if not isinstance(value, np.generic | np.ndarray | jax.Array):
+        return False
+    kinds = (jnp.floating, jnp.integer)
+    return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+
+
+def _radius(value: Any) -> int:
+    if isinstance(value, np.ndarray | jax.Array):
+        raise TypeError(
+            f"`radius` must be a Python int, since it decides what is compiled, but is "
+            f"an array: {value!r}. Inside `optax.inject_hyperparams` write "
+            f'`inject_hyperparams(smooth_over_depth, static_args=("radius",))`.'
+        )
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"`radius` must be an int >= 1, but is {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    if operator.index(value) < 1:
+        raise ValueError(
+            f"`radius` must be an int >= 1, but is {value}. For no coupling at all "
+            f"pass `alpha=0.0`."
+        )
+    return operator.index(value)
+
+
+def _real_matrix(value: Any, source: str) -> Matrix:
+    """A read-only float64 copy, or the array itself where it is traced."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        matrix = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{source} must be an (L, L) array of real numbers: {error}."
+        ) from None
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{source} holds NaN or infinite weights:\n{matrix}")
+    matrix.flags.writeable = False
+    return matrix
+
+
+def _number(value: Any) -> Any:
+    """A float where the value is concrete, else an array of at least float32."""
+    if isinstance(value, jax.Array):
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    return float(value)
+
+
+def _exp(value: Any) -> Any:
+    return math.exp(value) if isinstance(value, float) else jnp.exp(value)
+
+
+def _by_value(value: Any) -> Hashable:
+    if isinstance(value, jax.core.Tracer):
+        return id(value)
+    if isinstance(value, np.ndarray | jax.Array):
+        array = np.asarray(value)
+        return array.shape, array.dtype.str, array.tobytes()
+    return value

@@ -1,0 +1,285 @@
+"""The optax face: transformations that couple updates along depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradsmooth_optax._apply import NormScope, Variant, apply_operator
+from gradsmooth_optax._depth import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._groups import check_structure, group_by_depth
+from gradsmooth_optax._operators import Operator, as_operator, window
+
+
+class DepthSmoothingState(NamedTuple):
+    """State of a transformation whose strength is a schedule.
+
+    Attributes:
+      count: scalar int32, the number of updates so far.
+    """
+
+    count: jax.typing.ArrayLike
+
+
+class WithDepthSmoothingState(NamedTuple):
+    """State of `with_depth_smoothing` where `alpha` is a schedule.
+
+    Attributes:
+      count: scalar int32, the number of updates so far.
+      inner_state: state of the wrapped transformation.
+    """
+
+    count: jax.typing.ArrayLike
+    inner_state: optax.OptState
+
+
+def smooth_over_depth(
+    depth: DepthSpec | DepthFunction,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    *,
+    radius: int | None = None,
+    variant: Variant = "standard",
+    norm_scope: NormScope = "param",
+    strict: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Window Smoothing: couples the updates of neighboring layers.
+
+    Each layer's update keeps a part 1 - α and takes α/2 of each neighbor's:
+
+        interior   u'_l = (1-α) u_l + α/2 (u_{l-1} + u_{l+1})
+        ends       u'_1 = (1-α/2) u_1 + α/2 u_2       (and the mirror image at L)
+
+    Only leaves that `depth` gives to the same stack and role are coupled. All others,
+    and a stack of one layer, come back as the same objects.
+
+    Place it after the preconditioner, before weight decay and learning rate:
+    `chain(scale_by_adam(), smooth_over_depth(...), add_decayed_weights(wd),
+    scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
+    mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
+    float64 leaves). A non-finite update of one layer spreads to its neighbors: see
+    `optax.apply_if_finite` and `optax.zero_nans`. The smoothed update of a role needs
+    memory for one more copy of that role's update while it is computed.
+
+    Args:
+      depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, or a
+        function `(path, leaf) -> Depth | None`. Under `optax.inject_hyperparams`,
+        which calls functions as schedules, wrap the function in `depth_fn`.
+      alpha: coupling strength, scalar in [0, 1] or a schedule of the step count
+        (first step 0). A concrete 0 returns every update as the same object.
+      radius: neighbors on each side; None means 1. See `window`.
+      variant: "standard", "norm_preserving" (each layer's update keeps the norm it had;
+        a layer whose norm is 0 before or after smoothing is not rescaled), or
+        "directional" (directions u/‖u‖ are smoothed, then scaled to the norm of u; a
+        layer of norm 0 comes back unchanged).
+      norm_scope: whether these norms are of one "param" of a layer, or of the whole
+        "block" of it: all parameters that `depth` matches in that layer of the stack.
+      strict: whether it is an error if nothing matches or layer numbers have a gap.
+        False makes a gap a boundary that is not coupled across.
+
+    Returns:
+      A transformation with `optax.EmptyState()`, or `DepthSmoothingState` where
+      `alpha` is a schedule.
+
+    Raises:
+      TypeError: at construction, for an argument of the wrong kind.
+      ValueError: at construction, for `alpha`, `radius`, `variant` or `norm_scope` out
+        of range; in `init` and at trace of `update`, for a grouping that does not fit
+        the tree: nothing matched, a gap, a layer twice, an axis that does not exist.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"w": jnp.array([[0.0], [3.0], [0.0]])}}
+      >>> tx = gs.smooth_over_depth(gs.scanned("blocks/"), alpha=0.5)
+      >>> smoothed, _ = tx.update(updates, tx.init(updates))
+      >>> print(smoothed["blocks"]["w"].ravel())
+      [0.75 1.5  0.75]
+
+    Differs from the authors' code:
+      A single layer passes through unchanged; there it is shrunk by 1 - α/2.
+
+    References:
+      Meng, Sugolov, Papyan, "Gradient Smoothing: Coupling Layer-wise Updates for
+      Improved Optimization", arXiv 2606.30813, section 3 and appendix A.1.
+    """
+    operator = window(alpha, 1 if radius is None else radius)
+    return apply_over_depth(
+        depth, operator, variant=variant, norm_scope=norm_scope, strict=strict
+    )
+
+
+def apply_over_depth(
+    depth: DepthSpec | DepthFunction,
+    operator: Operator | Callable[[int], Any],
+    *,
+    variant: Variant = "standard",
+    norm_scope: NormScope = "param",
+    strict: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Depth-wise Gradient Augmentation: applies any operator along depth.
+
+    The updates U = (u_1 .. u_L) of every role become (S ⊗ I) U, with S the operator's
+    matrix for the number of layers of the run.
+
+    Args:
+      depth: where depth is, as in `smooth_over_depth`.
+      operator: an operator such as `window(0.1)`, or a function num_layers -> (L, L).
+      variant: as in `smooth_over_depth`.
+      norm_scope: as in `smooth_over_depth`.
+      strict: as in `smooth_over_depth`.
+
+    Returns:
+      A transformation with `optax.EmptyState()`, or `DepthSmoothingState` where a
+      strength is a schedule.
+
+    Raises:
+      TypeError, ValueError: as `smooth_over_depth`; and at trace of `update` for an
+        operator that does not fit the number of layers.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> updates = [jnp.array([0.0]), jnp.array([3.0]), jnp.array([6.0])]
+      >>> mean = lambda num_layers: np.full((num_layers, num_layers), 1 / num_layers)
+      >>> tx = gs.apply_over_depth(gs.unrolled(), mean)
+      >>> smoothed, _ = tx.update(updates, tx.init(updates))
+      >>> print([float(u[0]) for u in smoothed])
+      [3.0, 3.0, 3.0]
+
+    References:
+      arXiv 2606.30813, section 3.
+    """
+    spec = as_spec(depth)
+    operator = as_operator(operator)
+    _check_choice("variant", variant, get_args(Variant))
+    _check_choice("norm_scope", norm_scope, get_args(NormScope))
+    _check_flag("strict", strict)
+
+    def init_fn(params):
+        # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.
+        check_structure(group_by_depth(spec, params), strict)
+        if operator.scheduled:
+            return DepthSmoothingState(jnp.zeros([], jnp.int32))
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        # Grouped anew: paths and masks may differ from those of the parameters.
+        grouping = group_by_depth(spec, updates)
+        check_structure(grouping, strict)
+        resolved = operator
+        if operator.scheduled:
+            resolved = operator.at(state.count)
+            state = DepthSmoothingState(optax.safe_increment(state.count))
+        if resolved.is_identity:
+            return updates, state
+        leaves, treedef = jax.tree.flatten(updates)
+        new = apply_operator(grouping.groups, leaves, resolved, variant, norm_scope)
+        leaves = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(treedef, leaves), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def with_depth_smoothing(
+    inner: optax.GradientTransformation,
+    depth: DepthSpec | DepthFunction,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    *,
+    radius: int | None = None,
+    variant: Variant = "standard",
+    norm_scope: NormScope = "param",
+    strict: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Smooths what `inner` produces and keeps its state as it is.
+
+    The same updates as `chain(inner, smooth_over_depth(...))`, with the state of
+    `inner` alone, so that a checkpoint of `inner` resumes with smoothing on, and back.
+
+    Wrap the *preconditioner*. A whole optimizer such as `optax.adamw` is allowed, but
+    its weight decay and learning rate are then smoothed too.
+
+    Args:
+      inner: the transformation whose updates are smoothed.
+      depth: where depth is, as in `smooth_over_depth`.
+      alpha: as in `smooth_over_depth`.
+      radius: as in `smooth_over_depth`.
+      variant: as in `smooth_over_depth`.
+      norm_scope: as in `smooth_over_depth`.
+      strict: as in `smooth_over_depth`.
+
+    Returns:
+      A transformation with the state of `inner`, or `WithDepthSmoothingState` where
+      `alpha` is a schedule.
+
+    Raises:
+      TypeError, ValueError: as `smooth_over_depth`; and a TypeError at construction
+        for an `inner` that is no gradient transformation.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> params = {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> tx = optax.chain(
+      ...     gs.with_depth_smoothing(optax.scale_by_adam(), gs.scanned("blocks/")),
+      ...     optax.scale_by_learning_rate(1e-3),
+      ... )
+      >>> type(tx.init(params)[0]).__name__
+      'ScaleByAdamState'
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"`inner` must be an optax.GradientTransformation, but is {inner!r} of "
+            f"type {type(inner).__name__}. Write `with_depth_smoothing("
+            f"optax.scale_by_adam(), depth, alpha=0.1)`."
+        )
+    inner = optax.with_extra_args_support(inner)
+    smoothing = smooth_over_depth(
+        depth,
+        alpha,
+        radius=radius,
+        variant=variant,
+        norm_scope=norm_scope,
+        strict=strict,
+    )
+    scheduled = callable(alpha)
+
+    def init_fn(params):
+        counted: Any = smoothing.init(params)
+        inner_state = inner.init(params)
+        if scheduled:
+            return WithDepthSmoothingState(counted.count, inner_state)
+        return inner_state
+
+    def update_fn(updates, state, params=None, **extra_args):
+        counted: Any = optax.EmptyState()
+        inner_state = state
+        if scheduled:
+            counted, inner_state = DepthSmoothingState(state.count), state.inner_state
+        updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
+        updates, counted = smoothing.update(updates, counted)
+        if scheduled:
+            return updates, WithDepthSmoothingState(counted.count, inner_state)
+        return updates, inner_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"`{argument}` must be one of {choices}, but is {value!r}.")
+
+
+def _check_flag(argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`{argument}` must be True or False, but is {value!r} of type "
+            f"{type(value).__name__}."
+        )
