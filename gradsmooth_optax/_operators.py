@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 Matrix: TypeAlias = np.ndarray | jax.Array
 
@@ -313,7 +314,7 @@ def _radius(value: Any) -> int:
 
 def _real_matrix(value: Any, source: str) -> Matrix:
     """A read-only float64 copy, or the array itself where it is traced."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
     try:
         matrix = np.array(value, dtype=np.float64)
@@ -339,7 +340,7 @@ def _exp(value: Any) -> Any:
 
 
 def _by_value(value: Any) -> Hashable:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return id(value)
     if isinstance(value, np.ndarray | jax.Array):
         array = np.asarray(value)

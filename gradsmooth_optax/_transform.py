@@ -22,7 +22,7 @@ class DepthSmoothingState(NamedTuple):
       count: scalar int32, the number of updates so far.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] # optax's name for it
 
 
 class WithDepthSmoothingState(NamedTuple):
@@ -33,7 +33,7 @@ class WithDepthSmoothingState(NamedTuple):
       inner_state: state of the wrapped transformation.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] # optax's name for it
     inner_state: optax.OptState
 
 
