@@ -305,7 +305,7 @@ def _gap_message(group: Group, grouping: Grouping) -> str:
         f"matched layers {_some(group.layers)} of {name_of(group.stack, group.role)}"
     )
     verb = "layer {} is" if len(missing) == 1 else "layers {} are"
-    elsewhere = [
+    elsewhere = _unmatched_leaves(group, grouping) + [
         f"layer {layer} has shape {other.shape} and dtype {other.dtype} "
         f"({other.paths_of(layer)[0]}) where the others have {group.shape} and "
         f"{group.dtype}"
@@ -322,10 +322,24 @@ def _gap_message(group: Group, grouping: Grouping) -> str:
     )
     return (
         f"`depth` {found} ({_some(list(dict.fromkeys(paths)))}): "
-        f"{verb.format(_some(missing))} missing. {reason} To fix: smooth inside the "
+        f"{verb.format(_some(missing))} missing. {reason} To fix: let `depth` match them, smooth inside the "
         f"mask, pass `strict=False` to treat the gap as a boundary, or "
         f"`ranked(...)` to close it."
     )
+
+
+def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
+    """Untouched leaves whose paths read like those of the missing layers."""
+    untouched = {show_path(grouping.paths[i]) for i in grouping.untouched}
+    sayings = []
+    for layer in group.gaps:
+        for neighbor in group.members:
+            old, path = int(neighbor.layers.flat[0]), show_path(neighbor.path)
+            wanted = re.sub(rf"(?<!\d){old}(?!\d)", str(layer), path)
+            if wanted in untouched:
+                sayings.append(f"{wanted} is in the tree, but `depth` leaves it out")
+                break
+    return sayings
 
 
 def name_of(stack: Hashable, role: Hashable) -> str:

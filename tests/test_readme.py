@@ -1,0 +1,38 @@
+"""Everything that the README shows is executed or checked."""
+
+import doctest
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_examples_of_the_readme_print_what_they_show():
+    (example,) = _blocks("python")
+    test = doctest.DocTestParser().get_doctest(example, {}, "README.md", None, 0)
+    assert len(test.examples) >= 8
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_the_quick_start_is_two_commands_that_install_what_they_need():
+    section = README.split("## Quick start")[1].split("\n## ")[0]
+    (block,) = _blocks("bash", section)
+    job, suite = block.splitlines()
+    assert re.fullmatch(r"python -m pip install \S+ \S+ && python -m \S+", job)
+    assert "benchmarks.pretrain" in job
+    assert "pip install" in suite
+    assert "pytest" in suite
+
+
+def test_every_spec_of_the_depth_table_can_be_written_as_shown():
+    import gradsmooth_optax as gs
+
+    section = README.split("## Telling it where depth is")[1].split("\n## ")[0]
+    calls = re.findall(r"`(gs\.(?:scanned|unrolled|first_match)\(.*?\))` ", section)
+    assert len(calls) == 5
+    for call in calls:
+        hash(eval(call, {"gs": gs}))
