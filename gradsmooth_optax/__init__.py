@@ -18,13 +18,6 @@ from importlib import metadata as _metadata
 
 # Where depth is.
 from gradsmooth_optax._depth import Depth as Depth
-from gradsmooth_optax._depth import DepthSpec as DepthSpec
-from gradsmooth_optax._depth import depth_fn as depth_fn
-from gradsmooth_optax._depth import first_match as first_match
-from gradsmooth_optax._depth import from_tree as from_tree
-from gradsmooth_optax._depth import ranked as ranked
-from gradsmooth_optax._depth import scanned as scanned
-from gradsmooth_optax._depth import unrolled as unrolled
 from gradsmooth_optax._describe import DepthSummary as DepthSummary
 from gradsmooth_optax._describe import describe as describe
 
@@ -38,6 +31,13 @@ from gradsmooth_optax._operators import window as window
 from gradsmooth_optax._recipes import adamw as adamw
 from gradsmooth_optax._recipes import muon as muon
 from gradsmooth_optax._recipes import sgd as sgd
+from gradsmooth_optax._specs import DepthSpec as DepthSpec
+from gradsmooth_optax._specs import depth_fn as depth_fn
+from gradsmooth_optax._specs import first_match as first_match
+from gradsmooth_optax._specs import from_tree as from_tree
+from gradsmooth_optax._specs import ranked as ranked
+from gradsmooth_optax._specs import scanned as scanned
+from gradsmooth_optax._specs import unrolled as unrolled
 
 # The transformations.
 from gradsmooth_optax._transform import DepthSmoothingState as DepthSmoothingState

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gradsmooth_optax._depth import DepthFunction, DepthSpec, as_spec, show_path
 from gradsmooth_optax._groups import Group, Grouping, group_by_depth, inexact_dtype
+from gradsmooth_optax._paths import show_path
+from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
 
-_LONGEST_LIST = 20
+_LONGEST_LIST = 50
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class DepthSummary:
     """What a depth spec does to a tree; `str()` is a table.
 
     Attributes:
+      spec: the spec.
       groups: one per stack, role, per-layer shape and dtype, with `stack`, `role`,
         `shape`, `dtype`, `layers`, `num_layers`, `runs`, `gaps`, `duplicates`.
       untouched: (path, shape) of every leaf that passes through.
@@ -29,6 +31,7 @@ class DepthSummary:
       total: number of parameters of floating or complex dtype.
     """
 
+    spec: DepthSpec
     groups: tuple[Group, ...]
     untouched: tuple[tuple[str, tuple[int, ...]], ...]
     unmatched: tuple[DepthSpec, ...]
@@ -67,8 +70,8 @@ class DepthSummary:
         share = self.smoothed / self.total if self.total else 0.0
         stacks = len({group.stack for group in self.groups})
         return (
-            f"{stacks} {'stack' if stacks == 1 else 'stacks'}, {len(self.groups)} "
-            f"{'group' if len(self.groups) == 1 else 'groups'}; smoothed: "
+            f"{self.spec!r}: {_count(stacks, 'stack')}, "
+            f"{_count(len(self.groups), 'group')}; smoothed: "
             f"{self.smoothed:,} of {self.total:,} parameters ({share:.1%})"
         )
 
@@ -83,7 +86,7 @@ class DepthSummary:
         lists = [
             (
                 "untouched",
-                [f"{path} {_shape(shape)}" for path, shape in self.untouched],
+                [f"{path} {shape}" for path, shape in self.untouched],
             ),
             ("members that matched nothing", list(map(repr, self.unmatched))),
         ]
@@ -116,13 +119,13 @@ def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
       >>> import jax.numpy as jnp
       >>> params = {"embed": jnp.ones((8, 2)), "blocks": {"w": jnp.ones((12, 2, 2))}}
       >>> gs.describe(gs.scanned("blocks/"), params)
-      1 stack, 1 group; smoothed: 48 of 64 parameters (75.0%)
+      scanned('blocks/'): 1 stack, 1 group; smoothed: 48 of 64 parameters (75.0%)
       <BLANKLINE>
       stack   role  layers     per layer  dtype    leaves         note
-      blocks  w     0-11 (12)  2×2        float32  1 over axis 0
+      blocks  w     0-11 (12)  (2, 2)     float32  1 over axis 0
       <BLANKLINE>
       untouched:
-        embed 8×2
+        embed (8, 2)
     """
     spec = as_spec(depth)
     grouping = group_by_depth(spec, params)
@@ -135,6 +138,7 @@ def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
         for group in grouping.groups
     )
     return DepthSummary(
+        spec,
         grouping.groups,
         tuple(
             (show_path(grouping.paths[i]), np.shape(grouping.leaves[i]))
@@ -172,11 +176,15 @@ def _row(group: Group) -> tuple[str, ...]:
         str(group.stack),
         str(group.role),
         layers,
-        _shape(group.shape),
+        str(group.shape),
         str(group.dtype),
         where,
         ", ".join(notes),
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _over(axes: tuple[int, ...]) -> str:
@@ -196,10 +204,6 @@ def _ranges(numbers: Sequence[int]) -> str:
             ranges.append([number])
     shown = ["-".join(map(str, r)) for r in ranges]
     return ", ".join(_shortened(shown, 6))
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) if shape else "scalar"
 
 
 def _shortened(items: list[str], limit: int = _LONGEST_LIST) -> list[str]:

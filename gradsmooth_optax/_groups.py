@@ -13,14 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradsmooth_optax._depth import (
-    Depth,
-    DepthSpec,
-    Path,
-    as_tuple,
-    plain_path,
-    show_path,
-)
+from gradsmooth_optax._depth import Depth, as_tuple
+from gradsmooth_optax._paths import Path, plain_path, show_path
+from gradsmooth_optax._specs import DepthSpec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +33,13 @@ class Member:
     path: Path
     axes: tuple[int, ...]
     layers: np.ndarray
+
+    def along(self, values: Any, ndim: int) -> Any:
+        """Values per slot, shaped to broadcast over an array of `ndim` axes."""
+        shape = [1] * ndim
+        for axis, size in zip(self.axes, self.layers.shape, strict=True):
+            shape[axis] = size
+        return values.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,6 +113,15 @@ class Group:
         for rank, (m, index) in enumerate(self.slots):
             ranks[m][index] = rank
         return ranks
+
+    def positions(self, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """Position in its run, and length of that run, of every slot of member m."""
+        ranks = self.ranks[m]
+        return ranks - self.run_starts[ranks], self.run_lengths[ranks]
+
+    def in_run(self, m: int) -> np.ndarray:
+        """Which slots of member m have at least one neighbor."""
+        return self.run_lengths[self.ranks[m]] > 1
 
     @property
     def gaps(self) -> tuple[int, ...]:
@@ -322,9 +333,9 @@ def _gap_message(group: Group, grouping: Grouping) -> str:
     )
     return (
         f"`depth` {found} ({_some(list(dict.fromkeys(paths)))}): "
-        f"{verb.format(_some(missing))} missing. {reason} To fix: let `depth` match them, smooth inside the "
-        f"mask, pass `strict=False` to treat the gap as a boundary, or "
-        f"`ranked(...)` to close it."
+        f"{verb.format(_some(missing))} missing. {reason} To fix: let `depth` match "
+        f"them, smooth inside the mask, pass `strict=False` to treat the gap as a "
+        f"boundary, or `ranked(...)` to close it."
     )
 
 

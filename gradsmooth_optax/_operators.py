@@ -218,8 +218,8 @@ def operator_fn(function: Callable[[int], Any]) -> Operator:
     if isinstance(function, Operator) or not callable(function):
         raise TypeError(
             f"`operator_fn` wraps a function num_layers -> (L, L) matrix, but got "
-            f"{function!r}. An operator can be passed as it is, a matrix as "
-            f"`dense(matrix)`."
+            f"{function!r} of type {type(function).__name__}. An operator can be "
+            f"passed as it is, a matrix as `dense(matrix)`."
         )
     return OperatorFn(function)
 
@@ -252,7 +252,7 @@ def as_operator(value: Any) -> Operator:
     if isinstance(value, int | float):
         hint = f"`window({value})`, or `smooth_over_depth(depth, alpha={value})`"
     elif hasattr(value, "shape"):
-        hint = "`dense(matrix)`"
+        hint = "`dense(matrix)` for a matrix, `window(0.1)` for the paper's window"
     raise TypeError(
         f"`operator` must be a depth operator or a function num_layers -> (L, L) "
         f"matrix, but is {value!r} of type {type(value).__name__}. Write {hint}."

@@ -11,14 +11,11 @@ import numpy as np
 import optax
 from optax import contrib
 
-from gradsmooth_optax._apply import NormScope, Variant
-from gradsmooth_optax._depth import (
-    DepthFunction,
-    DepthSpec,
-    as_spec,
-    as_tuple,
-    plain_path,
-)
+from gradsmooth_optax._apply import Variant
+from gradsmooth_optax._depth import as_tuple
+from gradsmooth_optax._norms import NormScope
+from gradsmooth_optax._paths import plain_path
+from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
 from gradsmooth_optax._transform import smooth_over_depth, with_depth_smoothing
 
 
@@ -314,9 +311,7 @@ def _scale_by_shape(
 
     def scale_all(updates, params):
         del params
-        return jax.tree.map(
-            scale, updates, dimension_numbers(updates), is_leaf=_is_numbers_or_none
-        )
+        return jax.tree.map(scale, updates, dimension_numbers(updates))
 
     return optax.stateless(scale_all)
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradsmooth_optax._apply import NormScope, Variant, apply_operator
-from gradsmooth_optax._depth import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._apply import Variant, apply_operator
 from gradsmooth_optax._groups import check_structure, group_by_depth
+from gradsmooth_optax._norms import NormScope
 from gradsmooth_optax._operators import Operator, as_operator, window
+from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
 
 
 class DepthSmoothingState(NamedTuple):

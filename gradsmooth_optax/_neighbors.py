@@ -1,0 +1,116 @@
+"""What the layers of one leaf receive from the layers at an offset in depth.
+
+It is an array of that leaf's own shape: slices of the group's leaves, placed by
+`lax.pad`. So one rule serves a stacked leaf (a shifted copy of itself, which fuses),
+one leaf per layer (the next leaf as it is, never stacked) and any mixture.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gradsmooth_optax._groups import Group, Member
+
+Index: TypeAlias = tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """A box of one member's slots, and where it lands among the receiver's slots."""
+
+    member: int
+    start: Index
+    stop: Index
+    at: Index
+
+
+def has_neighbor(group: Group, m: int, offset: int) -> np.ndarray:
+    """For every slot of member m, whether its run has a layer at `offset`."""
+    position, length = group.positions(m)
+    return (position + offset >= 0) & (position + offset < length)
+
+
+def neighbor_pieces(group: Group, m: int, offset: int) -> list[Piece]:
+    """Where the layers at `offset` of member m's slots are."""
+    axes, ranks = group.members[m].axes, group.ranks[m]
+    # Slots that take from one member, all at the same distance, move as one box.
+    boxes: dict[tuple[int, Hashable], list[tuple[Index, Index]]] = defaultdict(list)
+    for slot in map(tuple, np.argwhere(has_neighbor(group, m, offset)).tolist()):
+        source, source_slot = group.slots[ranks[slot] + offset]
+        moved: Hashable = (slot, source_slot)
+        if len(group.members[source].axes) == len(axes):
+            moved = tuple(i - j for i, j in zip(slot, source_slot, strict=True))
+        boxes[source, moved].append((slot, source_slot))
+    return [
+        piece for (source, _), slots in boxes.items() for piece in _boxed(source, slots)
+    ]
+
+
+def _boxed(source: int, slots: list[tuple[Index, Index]]) -> list[Piece]:
+    """One piece for slots that fill a box, else one for each."""
+    to, of = (np.array(column, int) for column in zip(*slots, strict=True))
+    start, stop = of.min(axis=0), of.max(axis=0) + 1
+    if np.prod(stop - start) == len(slots):
+        box = (start, stop, to.min(axis=0))
+        return [Piece(source, *(tuple(corner.tolist()) for corner in box))]
+    return [Piece(source, j, tuple(k + 1 for k in j), i) for i, j in slots]
+
+
+def assemble(
+    group: Group, m: int, pieces: Sequence[Piece], arrays: Sequence[jax.Array]
+) -> jax.Array:
+    """An array laid out as member m with the pieces in their places, else 0.
+
+    Args:
+      arrays: per member, of the leaf's rank, with all slots along its depth axes.
+    """
+    placed = [_place(arrays[piece.member], group, m, piece) for piece in pieces]
+    return sum(placed[1:], placed[0])  # they do not overlap
+
+
+def _place(x: jax.Array, group: Group, m: int, piece: Piece) -> jax.Array:
+    source, receiver = group.members[piece.member], group.members[m]
+    start = piece.start
+    if not _shifts_as_a_whole(source, receiver, piece):
+        x, start = _cut_out(x, source, receiver, piece), (0,) * len(piece.at)
+    padding = [(0, 0, 0)] * x.ndim
+    for axis, size, a, at in zip(
+        receiver.axes, receiver.layers.shape, start, piece.at, strict=True
+    ):
+        low = at - a
+        padding[axis] = (low, size - low - x.shape[axis], 0)
+    if any(low or high for low, high, _ in padding):
+        x = lax.pad(x, jnp.zeros((), x.dtype), padding)
+    return x
+
+
+def _shifts_as_a_whole(source: Member, receiver: Member, piece: Piece) -> bool:
+    """Whether shifting all of the source brings in the box and nothing else of it."""
+    if source.axes != receiver.axes:
+        return False
+    return all(
+        max(0, start - at) == start and min(size, start - at + room) == stop
+        for size, room, start, stop, at in zip(
+            source.layers.shape,
+            receiver.layers.shape,
+            piece.start,
+            piece.stop,
+            piece.at,
+            strict=True,
+        )
+    )
+
+
+def _cut_out(x: jax.Array, source: Member, receiver: Member, piece: Piece) -> jax.Array:
+    """The box alone, with its slots along the receiver's axes."""
+    for axis, start, stop in zip(source.axes, piece.start, piece.stop, strict=True):
+        x = lax.slice_in_dim(x, start, stop, axis=axis)
+    if len(source.axes) == len(receiver.axes):
+        return jnp.moveaxis(x, source.axes, receiver.axes)
+    return lax.expand_dims(lax.squeeze(x, source.axes), receiver.axes)
