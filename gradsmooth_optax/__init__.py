@@ -14,23 +14,10 @@ An optax transformation after arXiv 2606.30813. Say where depth is, then chain
 ... )
 """
 
-from importlib import metadata as _metadata
+from importlib.metadata import version as _version
 
 # Where depth is.
 from gradsmooth_optax._depth import Depth as Depth
-from gradsmooth_optax._describe import DepthSummary as DepthSummary
-from gradsmooth_optax._describe import describe as describe
-
-# What is done along it.
-from gradsmooth_optax._operators import Operator as Operator
-from gradsmooth_optax._operators import dense as dense
-from gradsmooth_optax._operators import operator_fn as operator_fn
-from gradsmooth_optax._operators import window as window
-
-# Ready optimizers.
-from gradsmooth_optax._recipes import adamw as adamw
-from gradsmooth_optax._recipes import muon as muon
-from gradsmooth_optax._recipes import sgd as sgd
 from gradsmooth_optax._specs import DepthSpec as DepthSpec
 from gradsmooth_optax._specs import depth_fn as depth_fn
 from gradsmooth_optax._specs import first_match as first_match
@@ -39,7 +26,17 @@ from gradsmooth_optax._specs import ranked as ranked
 from gradsmooth_optax._specs import scanned as scanned
 from gradsmooth_optax._specs import unrolled as unrolled
 
-# The transformations.
+# What a spec does to a tree.
+from gradsmooth_optax._describe import DepthSummary as DepthSummary
+from gradsmooth_optax._describe import describe as describe
+
+# What is applied along depth.
+from gradsmooth_optax._operators import Operator as Operator
+from gradsmooth_optax._operators import dense as dense
+from gradsmooth_optax._operators import operator_fn as operator_fn
+from gradsmooth_optax._operators import window as window
+
+# The transformations and their states.
 from gradsmooth_optax._transform import DepthSmoothingState as DepthSmoothingState
 from gradsmooth_optax._transform import (
     WithDepthSmoothingState as WithDepthSmoothingState,
@@ -48,4 +45,9 @@ from gradsmooth_optax._transform import apply_over_depth as apply_over_depth
 from gradsmooth_optax._transform import smooth_over_depth as smooth_over_depth
 from gradsmooth_optax._transform import with_depth_smoothing as with_depth_smoothing
 
-__version__ = _metadata.version("gradsmooth_optax")
+# Ready optimizers.
+from gradsmooth_optax._recipes import adamw as adamw
+from gradsmooth_optax._recipes import muon as muon
+from gradsmooth_optax._recipes import sgd as sgd
+
+__version__ = _version("gradsmooth_optax")
