@@ -1,0 +1,73 @@
+"""What the compiler makes of it: memory traffic, layouts, sharding."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import gradsmooth_optax as gs
+
+STACKED = {"blocks": {"w": jax.ShapeDtypeStruct((12, 64, 96), jnp.float32)}}
+
+
+def _compiled(tx, tree):
+    return jax.jit(lambda u: tx.update(u, tx.init(u))[0]).lower(tree).compile()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_stacked_leaf_is_read_once_and_written_once(axis, dtype):
+    shape = [64, 96]
+    shape.insert(axis, 12)
+    tree = {"blocks": {"w": jax.ShapeDtypeStruct(tuple(shape), dtype)}}
+    tx = gs.smooth_over_depth(gs.scanned("blocks/", axis=axis), 0.2)
+    compiled = _compiled(tx, tree)
+    assert compiled.memory_analysis().temp_size_in_bytes == 0
+    size = tree["blocks"]["w"].size * jnp.dtype(dtype).itemsize
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    assert cost["bytes accessed"] <= 2.05 * size
+
+
+def test_unrolled_leaves_are_never_stacked():
+    layers = [jax.ShapeDtypeStruct((8, 4), jnp.float32) for _ in range(12)]
+    tx = gs.smooth_over_depth(gs.unrolled(), 0.2)
+    jaxpr = jax.make_jaxpr(lambda u: tx.update(u, tx.init(u))[0])(layers)
+    primitives = {equation.primitive.name for equation in jaxpr.jaxpr.eqns}
+    assert primitives <= {"sub", "mul", "add"}
+
+
+_SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import gradsmooth_optax as gs
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("depth", "model"))
+sharding = NamedSharding(mesh, P("depth", None, "model"))
+x = jax.random.normal(jax.random.key(0), (8, 6, 4))
+updates = {"blocks": {"w": jax.device_put(x, sharding)}}
+for variant in ("standard", "norm_preserving", "directional"):
+    tx = gs.smooth_over_depth(gs.scanned("blocks/"), 0.3, variant=variant)
+    step = jax.jit(lambda u: tx.update(u, tx.init(u))[0])
+    out = step(updates)["blocks"]["w"]
+    assert out.sharding.is_equivalent_to(sharding, 3), out.sharding
+    alone = step({"blocks": {"w": x}})["blocks"]["w"]
+    np.testing.assert_allclose(out, alone, rtol=2e-6, atol=1e-7)
+    text = step.lower(updates).compile().as_text()
+    assert "all-gather" not in text
+    if variant == "standard":
+        assert text.count(" collective-permute(") == 2, text
+print("sharded depth is fine")
+"""
+
+
+def test_a_sharded_layer_axis_keeps_its_sharding_and_moves_only_a_halo():
+    # The number of devices is fixed when jax starts, hence a process of its own.
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", _SHARDED]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "sharded depth is fine" in run.stdout, run.stderr
