@@ -193,15 +193,15 @@ def _weights_at(
     """S[l, l+offset] for every slot of member m, 0 where there is no such layer."""
     position, length = group.positions(m)
     has = has_neighbor(group, m, offset)
-    weights: Any = np.zeros(position.shape)
+    weights = []
     for n, matrix in matrices.items():
         of_this = has & (length == n)
         if of_this.any():
             row = np.where(of_this, position, 0)
             found = matrix[row, np.where(of_this, position + offset, 0)]
-            select = np.where if isinstance(matrix, np.ndarray) else jnp.where
-            weights = select(of_this, found, weights)
-    return weights
+            weights.append(of_this.astype(found.dtype) * found)
+    # Each slot is in one run, so the others add 0.
+    return sum(weights[1:], weights[0]) if weights else np.zeros(position.shape)
 
 
 def _matmul(matrix: Matrix, member: Member, u: jax.Array) -> jax.Array:

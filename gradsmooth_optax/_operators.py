@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from gradsmooth_optax._precision import num_bits
+
 Matrix: TypeAlias = np.ndarray | jax.Array
 
 
@@ -331,7 +333,8 @@ def _real_matrix(value: Any, source: str) -> Matrix:
 def _number(value: Any) -> Any:
     """A float where the value is concrete, else an array of at least float32."""
     if isinstance(value, jax.Array):
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        wide = jnp.issubdtype(value.dtype, jnp.floating) and num_bits(value.dtype) > 32
+        return value if wide else value.astype(jnp.float32)
     return float(value)
 
 
