@@ -1,0 +1,164 @@
+"""A decoder-only GPT in Flax Linen whose layers are one scanned module, `blocks`.
+
+Every parameter of the blocks is stacked: its axis 0 runs over depth. All kernels are
+matrices `(L, inputs, outputs)`, so that rank 2 per layer tells them from norm scales,
+for the smoothing's projections, for weight decay and for Muon alike.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+# Tables start this small, so that a tied head starts near the uniform distribution, and
+# are read divided by it, so that the residual stream starts at the size of one output.
+_EMBEDDING_SCALE = 0.02
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention of `(batch, time, width)` activations."""
+
+    heads: int
+    rotary: bool
+    output_init: nn.initializers.Initializer
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, time, width = x.shape
+        query, key, value = (
+            _dense(width, self.dtype, name=name)(x).reshape(
+                batch, time, self.heads, width // self.heads
+            )
+            for name in ("query", "key", "value")
+        )
+        if self.rotary:
+            query, key = rotate(query), rotate(key)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return _dense(width, self.dtype, self.output_init, name="out")(
+            mixed.reshape(batch, time, width)
+        )
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention and a GELU MLP, each added to the residual stream.
+
+    Called by `nn.scan`: takes and returns the residual stream, `(batch, time, width)`.
+    """
+
+    heads: int
+    rotary: bool
+    output_init: nn.initializers.Initializer
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        width = x.shape[-1]
+        h = nn.RMSNorm(dtype=self.dtype, name="attention_norm")(x)
+        x = x + Attention(
+            self.heads, self.rotary, self.output_init, self.dtype, name="attention"
+        )(h)
+        h = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
+        h = nn.gelu(_dense(4 * width, self.dtype, name="mlp_in")(h))
+        x = x + _dense(width, self.dtype, self.output_init, name="mlp_out")(h)
+        # Only kept when "intermediates" is mutable: the states after every layer.
+        self.sow("intermediates", "states", x)
+        return x, None
+
+
+class GPT(nn.Module):
+    """Maps tokens `(batch, time)` to next-token logits `(batch, time, vocabulary)`.
+
+    Parameters are float32; activations and products are in `dtype`, logits in float32.
+
+    Attributes:
+        vocabulary: number of token values.
+        layers: L, the depth.
+        width: size of the residual stream; a multiple of `heads`.
+        heads: attention heads per layer; with `rotary`, `width / heads` must be even.
+        context: longest sequence (read by learned positions only).
+        rotary: rotary positions inside attention, else a learned table at the input.
+        tied: the head is the transposed embedding, else a matrix of its own.
+        remat: recompute each layer's activations in the backward pass.
+        dtype: of activations and products.
+    """
+
+    vocabulary: int
+    layers: int
+    width: int
+    heads: int
+    context: int
+    rotary: bool = True
+    tied: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        embed = self._table(self.vocabulary, "embed")
+        x = embed(tokens)
+        if not self.rotary:
+            x = x + self._table(self.context, "positions")(jnp.arange(tokens.shape[1]))
+        x = x / _EMBEDDING_SCALE
+
+        # CSE is no danger inside a scan, and preventing it costs time.
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        x, _ = blocks(
+            heads=self.heads,
+            rotary=self.rotary,
+            # The sum of 2 L such outputs has the variance of one ordinary output.
+            output_init=_fan_in(1 / (2 * self.layers)),
+            dtype=self.dtype,
+            name="blocks",
+        )(x)
+
+        x = nn.RMSNorm(dtype=self.dtype, name="final_norm")(x)
+        if self.tied:
+            logits = embed.attend(x)
+        else:
+            logits = _dense(self.vocabulary, self.dtype, name="head")(x)
+        return logits.astype(jnp.float32)
+
+    def _table(self, rows: int, name: str) -> nn.Embed:
+        init = nn.initializers.normal(_EMBEDDING_SCALE)
+        return nn.Embed(
+            rows, self.width, dtype=self.dtype, embedding_init=init, name=name
+        )
+
+
+def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Applies rotary positions to `(batch, time, heads, size)`, with `size` even."""
+    time, size = x.shape[1], x.shape[-1]
+    frequencies = base ** (-jnp.arange(0, size, 2) / size)
+    angles = jnp.arange(time)[:, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _fan_in(scale: float) -> nn.initializers.Initializer:
+    return nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+
+
+def _dense(
+    features: int,
+    dtype: Any,
+    kernel_init: nn.initializers.Initializer | None = None,
+    *,
+    name: str,
+) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=_fan_in(1.0) if kernel_init is None else kernel_init,
+        name=name,
+    )

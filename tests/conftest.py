@@ -1,0 +1,27 @@
+import contextlib
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile(
+    "gradsmooth", deadline=None, derandomize=True, max_examples=25, database=None
+)
+hypothesis.settings.load_profile("gradsmooth")
+
+
+@contextlib.contextmanager
+def _enable_x64():
+    # By the flag: the context manager's name differs between versions of jax.
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="session")
+def enable_x64():
+    """A context manager factory: `with enable_x64(): ...`."""
+    return _enable_x64

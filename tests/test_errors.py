@@ -1,0 +1,476 @@
+"""Every error says what was wrong, what was found, and what to write instead."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradsmooth_optax as gs
+
+X = jnp.ones((2, 3))
+
+
+def assert_says(info, *patterns):
+    """All of the patterns, in any order and any case, with line breaks as spaces."""
+    message = " ".join(str(info.value).split())
+    for pattern in patterns:
+        assert re.search(pattern, message, re.IGNORECASE), (
+            f"{pattern!r} is not in: {message}"
+        )
+
+
+def shown(pattern):
+    """`pattern` as it is or as its repr."""
+    return f"{re.escape(pattern)}|{re.escape(repr(pattern))}"
+
+
+def layers(numbers, prefix="decoder", **special):
+    """decoder/layers_<i>/mlp/kernel for the numbers; `special` replaces leaves."""
+    return {
+        prefix: {
+            f"layers_{i}": {"mlp": {"kernel": special.get(f"layer_{i}", X)}}
+            for i in numbers
+        },
+        "embed": {"embedding": jnp.ones((4, 3))},
+    }
+
+
+def check_init_and_update(error, depth, tree, *patterns, **kwargs):
+    """The structure is checked in `init` and again in `update`, jitted or not."""
+    tx = gs.smooth_over_depth(depth, 0.3, **kwargs)
+    with pytest.raises(error) as info:
+        tx.init(tree)
+    assert_says(info, *patterns)
+    with pytest.raises(error) as info:
+        tx.update(tree, optax.EmptyState())
+    assert_says(info, *patterns)
+    with pytest.raises(error) as info:
+        jax.jit(tx.update)(tree, optax.EmptyState())
+    assert_says(info, *patterns)
+    with pytest.raises(error) as info:
+        tx.init(jax.eval_shape(lambda: tree))
+    assert_says(info, *patterns)
+
+
+# Structure: ValueError.
+
+
+@pytest.mark.parametrize(
+    "depth",
+    [
+        gs.scanned("blocks/"),
+        gs.unrolled(r"block(\d+)/"),
+        gs.first_match(gs.scanned("blocks/"), gs.unrolled(r"h_(\d+)/")),
+        gs.unrolled().only(lambda path, leaf: False),
+        lambda path, leaf: None,
+    ],
+    ids=["scanned", "unrolled", "first_match", "only", "function"],
+)
+def test_nothing_matched_shows_the_paths_that_exist(depth):
+    check_init_and_update(
+        ValueError,
+        depth,
+        layers(range(3)),
+        r"\bdepth\b",
+        r"decoder/layers_0/mlp/kernel",
+        r"embed/embedding",
+        r"strict=False|gs\.|unrolled\(|scanned\(|describe\(",
+    )
+
+
+def test_nothing_matched_shows_the_pattern_that_was_tried():
+    with pytest.raises(ValueError, match="blocks/") as info:
+        gs.smooth_over_depth(gs.scanned("blocks/")).init(layers(range(2)))
+    assert_says(info, "scanned")
+
+
+def test_nothing_matched_is_no_error_when_not_strict():
+    tree = layers(range(3))
+    tx = gs.smooth_over_depth(gs.scanned("blocks/"), 0.3, strict=False)
+    out, _ = tx.update(tree, tx.init(tree))
+    leaves = zip(jax.tree.leaves(out), jax.tree.leaves(tree), strict=True)
+    assert all(a is b for a, b in leaves)
+
+
+def test_a_hole_names_the_missing_layer_and_both_ways_out():
+    check_init_and_update(
+        ValueError,
+        gs.unrolled(),
+        layers([0, 1, 3]),
+        r"\bdepth\b",
+        r"decoder/layers",
+        r"mlp/kernel",
+        r"layers? 2\b",
+        r"missing",
+        r"strict=False",
+        r"ranked\(",
+        r"mask|frozen",
+    )
+
+
+def test_a_hole_left_by_a_mask_is_an_error_that_speaks_of_masks():
+    tree = layers(range(4))
+    tree["decoder"]["layers_2"]["mlp"]["kernel"] = optax.MaskedNode()
+    check_init_and_update(
+        ValueError, gs.unrolled(), tree, r"layers? 2\b", r"mask", r"strict=False"
+    )
+
+
+def test_a_layer_of_another_shape_is_named_with_its_shape():
+    check_init_and_update(
+        ValueError,
+        gs.unrolled(),
+        layers(range(4), layer_2=jnp.ones((2, 7))),
+        r"layers? 2\b",
+        r"decoder/layers_2/mlp/kernel",
+        r"\(?2, ?7\)?",
+        r"shape",
+        r"strict=False",
+    )
+
+
+def test_a_layer_of_another_dtype_is_named_with_its_dtype():
+    check_init_and_update(
+        ValueError,
+        gs.unrolled(),
+        layers(range(4), layer_1=X.astype(jnp.bfloat16)),
+        r"layers? 1\b",
+        r"decoder/layers_1/mlp/kernel",
+        r"bfloat16|bf16",
+        r"dtype",
+        r"strict=False",
+    )
+
+
+def test_a_gap_in_one_role_alone_is_an_error():
+    tree = layers(range(3))
+    for layer in (0, 2):
+        tree["decoder"][f"layers_{layer}"]["mlp"]["bias"] = jnp.ones((3,))
+    check_init_and_update(
+        ValueError, gs.unrolled(), tree, r"mlp/bias", r"layers? 1\b", r"ranked\("
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("wrap", [lambda spec: spec, gs.ranked], ids=["", "ranked"])
+def test_a_duplicate_names_both_leaves_and_stays_an_error_when_not_strict(strict, wrap):
+    tree = {
+        "first": {f"layers_{i}": {"w": X} for i in range(3)},
+        "second": {f"layers_{i}": {"w": X} for i in range(2, 4)},
+    }
+    check_init_and_update(
+        ValueError,
+        wrap(gs.unrolled(stack="all")),
+        tree,
+        r"\bdepth\b",
+        r"layers? 2\b",
+        r"first/layers_2/w",
+        r"second/layers_2/w",
+        r"stack|start",
+        strict=strict,
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_leaf_that_holds_one_layer_twice_is_a_duplicate(strict):
+    def depth(path, leaf):
+        return gs.Depth("s", "w", axis=(0, 1), stride=(1, 1))
+
+    tree = {"blocks": {"w": jnp.ones((2, 3, 4))}}
+    check_init_and_update(
+        ValueError, depth, tree, r"blocks/w", r"layers? 1\b", r"stride", strict=strict
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("axis", [2, 5, -3, (0, 2)])
+def test_an_axis_out_of_range_names_the_leaf_and_its_shape(axis, strict):
+    check_init_and_update(
+        ValueError,
+        gs.scanned("blocks/", axis=axis),
+        {"blocks": {"mlp": {"kernel": jnp.ones((4, 3))}}},
+        r"\baxis\b",
+        r"blocks/mlp/kernel",
+        r"\(?4, ?3\)?",
+        rf"{re.escape(str(axis))}|{2 if isinstance(axis, tuple) else axis}",
+        strict=strict,
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    "depth", [gs.unrolled(), gs.scanned("blocks/")], ids=["unrolled", "scanned"]
+)
+def test_a_tree_hidden_by_flatten_is_an_error(depth, strict):
+    tx = optax.flatten(gs.smooth_over_depth(depth, 0.3, strict=strict))
+    with pytest.raises(ValueError, match=r"flatten") as info:
+        tx.init(layers(range(3)))
+    assert_says(info, r"\bdepth\b", r"array")
+    tx = gs.smooth_over_depth(depth, 0.3, strict=strict)
+    with pytest.raises(ValueError, match=r"flatten"):
+        tx.update(jnp.ones((18,)), optax.EmptyState())
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        (gs.unrolled(r"(layers)_(\d+)/"), "decoder/layers_0/mlp/kernel"),
+        (gs.unrolled(r"layers_(?P<layer>\w+)/"), "decoder/layers_x/mlp/kernel"),
+        (gs.scanned(r"(layers)_\d+/"), "decoder/layers_0/mlp/kernel"),
+    ],
+    ids=["first group", "named group", "scanned"],
+)
+def test_a_layer_group_that_is_no_number_suggests_a_group_without_capture(spec, path):
+    tree = layers(["x"] if "_x" in path else range(2))
+    check_init_and_update(
+        ValueError,
+        spec,
+        tree,
+        re.escape(path),
+        r"'(layers|x)'|\"(layers|x)\"|`(layers|x)`",
+        r"\(\?:",
+        r"number",
+    )
+
+
+# The kinds of things: TypeError.
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ("layers", "str|'layers'"),
+        (3, "int|3"),
+        (("layers", "w", 3), "tuple|layers"),
+        (True, "bool|True"),
+    ],
+)
+def test_a_function_that_returns_no_depth_names_the_leaf_and_what_it_returned(
+    found, shown
+):
+    check_init_and_update(
+        TypeError,
+        lambda path, leaf: found,
+        layers(range(2)),
+        r"Depth\(|gs\.Depth",
+        r"None",
+        r"decoder/layers_0/mlp/kernel",
+        shown,
+    )
+
+
+def test_a_tree_of_depths_that_holds_something_else_is_an_error():
+    def make():  # At construction or in `init`.
+        return gs.smooth_over_depth(gs.from_tree({"a": "layers"})).init({"a": X})
+
+    with pytest.raises(TypeError, match="Depth") as info:
+        make()
+    assert_says(info, "str|'layers'")
+
+
+@pytest.mark.parametrize("depth", ["layers_", r"layers_(\d+)", None, 3, {"a": 1}])
+def test_something_that_is_no_depth_spec_is_refused_at_construction(depth):
+    for make in (
+        lambda: gs.smooth_over_depth(depth),
+        lambda: gs.apply_over_depth(depth, gs.window(0.1)),
+        lambda: gs.with_depth_smoothing(optax.scale_by_adam(), depth),
+        lambda: gs.adamw(1e-3, depth),
+        lambda: gs.first_match(depth),
+        lambda: gs.ranked(depth),
+    ):
+        with pytest.raises(TypeError) as info:
+            make()
+        assert_says(info, r"unrolled\(|scanned\(|from_tree\(", type(depth).__name__)
+
+
+def test_forgetting_to_wrap_a_depth_is_told_apart():
+    with pytest.raises(TypeError) as info:
+        gs.smooth_over_depth(gs.Depth("s", "w"))
+    assert_says(info, "depth", "Depth", "function|unrolled|depth_fn")
+
+
+@pytest.mark.parametrize("operator", [0.1, "window", None, np.eye(3)])
+def test_something_that_is_no_operator_is_refused_at_construction(operator):
+    with pytest.raises(TypeError) as info:
+        gs.apply_over_depth(gs.unrolled(), operator)
+    assert_says(info, r"\boperator\b", r"window\(|dense\(", type(operator).__name__)
+
+
+@pytest.mark.parametrize("alpha", ["0.1", None, [0.1]])
+def test_an_alpha_of_the_wrong_kind_is_refused_at_construction(alpha):
+    for make in (
+        lambda: gs.smooth_over_depth(gs.unrolled(), alpha),
+        lambda: gs.window(alpha),
+        lambda: gs.with_depth_smoothing(optax.identity(), gs.unrolled(), alpha),
+    ):
+        with pytest.raises(TypeError) as info:
+            make()
+        assert_says(info, r"\balpha\b", type(alpha).__name__)
+
+
+# Values: ValueError at construction.
+
+MAKERS = {
+    "smooth_over_depth": lambda **kw: gs.smooth_over_depth(gs.unrolled(), **kw),
+    "with_depth_smoothing": lambda **kw: gs.with_depth_smoothing(
+        optax.scale_by_adam(), gs.unrolled(), **kw
+    ),
+    "adamw": lambda **kw: gs.adamw(1e-3, gs.unrolled(), **kw),
+    "sgd": lambda **kw: gs.sgd(1e-3, gs.unrolled(), **kw),
+    "muon": lambda **kw: gs.muon(1e-3, gs.unrolled(), **kw),
+}
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [-0.1, 1.1, 2, -1, math.inf, -math.inf, math.nan, np.float32(1.5), np.array(-0.5)],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [*MAKERS, "window"])
+def test_an_alpha_outside_its_range_is_refused(make, alpha):
+    make = {**MAKERS, "window": gs.window}[make]
+    with pytest.raises(ValueError, match=r"\balpha\b") as info:
+        make(alpha=alpha)
+    assert_says(info, re.escape(f"{float(alpha):g}"), r"0.*1")
+
+
+def test_a_traced_alpha_is_never_checked():
+    tx = jax.jit(
+        lambda alpha, u: gs.smooth_over_depth(gs.scanned("b/"), alpha).update(
+            u, optax.EmptyState()
+        )[0]
+    )
+    out = tx(jnp.nan, {"b": {"w": X}})
+    assert np.isnan(out["b"]["w"]).all()
+    # Nor is an array of jax, which `optax.inject_hyperparams` makes of a number.
+    gs.smooth_over_depth(gs.scanned("b/"), jnp.asarray(1.5))
+    gs.window(jnp.asarray(-0.5))
+
+
+@pytest.mark.parametrize("make", [*MAKERS, "apply_over_depth"])
+def test_an_unknown_variant_or_norm_scope_lists_the_allowed_ones(make):
+    makers = {
+        **MAKERS,
+        "apply_over_depth": lambda **kw: gs.apply_over_depth(
+            gs.unrolled(), gs.window(0.1), **kw
+        ),
+    }
+    for wrong in ("norm-preserving", "Standard", "", None):
+        with pytest.raises((ValueError, TypeError), match=r"\bvariant\b") as info:
+            makers[make](variant=wrong)
+        assert_says(
+            info, "standard", "norm_preserving", "directional", re.escape(repr(wrong))
+        )
+    with pytest.raises(ValueError, match=r"\bnorm_scope\b") as info:
+        makers[make](norm_scope="layer")
+    assert_says(info, "'param'", "'block'", "'layer'")
+
+
+@pytest.mark.parametrize("radius", [0, -1])
+@pytest.mark.parametrize("make", [*MAKERS, "window"])
+def test_a_radius_below_one_is_refused(make, radius):
+    make = {**MAKERS, "window": lambda **kw: gs.window(0.1, **kw)}[make]
+    with pytest.raises(ValueError, match=r"\bradius\b") as info:
+        make(radius=radius)
+    assert_says(info, str(radius), r"1")
+
+
+@pytest.mark.parametrize("radius", [jnp.asarray(2), np.array(2), 1.5, "2"])
+@pytest.mark.parametrize("make", [*MAKERS, "window"])
+def test_a_radius_that_is_no_int_is_refused(make, radius):
+    make = {**MAKERS, "window": lambda **kw: gs.window(0.1, **kw)}[make]
+    with pytest.raises(TypeError) as info:
+        make(radius=radius)
+    assert_says(info, r"\bradius\b", r"\bint")
+
+
+def test_an_array_as_radius_says_what_to_tell_inject_hyperparams():
+    tree = layers(range(3))
+    for factory in (gs.smooth_over_depth, gs.with_depth_smoothing):
+        args = () if factory is gs.smooth_over_depth else (optax.identity(),)
+        tx = optax.inject_hyperparams(factory)(*args, gs.unrolled(), 0.1, radius=2)
+        with pytest.raises(TypeError) as info:
+            tx.init(tree)
+        assert_says(
+            info, r"\bradius\b", r"inject_hyperparams", r'static_args=\("radius",\)'
+        )
+
+
+@pytest.mark.parametrize("make", [gs.unrolled, gs.scanned])
+@pytest.mark.parametrize("pattern", [r"layers_(\d+", r"*", r"(?P<layer>\d+"])
+def test_an_invalid_regular_expression_is_refused_at_construction(make, pattern):
+    with pytest.raises(ValueError, match=r"\bpattern\b") as info:
+        make(pattern)
+    assert_says(info, shown(pattern), r"regular expression|regex")
+
+
+@pytest.mark.parametrize("pattern", ["layers_", r"layers_\d+/", r"(?P<stack>layers)_"])
+def test_an_unrolled_pattern_without_a_layer_group_is_refused_at_construction(pattern):
+    with pytest.raises(ValueError, match=r"\bpattern\b") as info:
+        gs.unrolled(pattern)
+    assert_says(info, shown(pattern), r"group", r"\(\\d\+\)|\(\?P<layer>")
+
+
+@pytest.mark.parametrize("make", [gs.unrolled, gs.scanned])
+@pytest.mark.parametrize("pattern", [3, re.compile(r"layers_(\d+)"), ["blocks"]])
+def test_a_pattern_that_is_no_string_is_refused_at_construction(make, pattern):
+    with pytest.raises(TypeError) as info:
+        make(pattern)
+    assert_says(info, r"\bpattern\b", type(pattern).__name__)
+
+
+# Operators.
+
+
+def run(operator, depth=gs.unrolled(), tree=None):  # noqa: B008
+    tree = layers(range(3)) if tree is None else tree
+    tx = gs.apply_over_depth(depth, operator)
+    return tx.update(tree, tx.init(tree))
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        gs.dense(np.eye(4)),
+        gs.operator_fn(lambda n: np.eye(4)),
+        lambda n: np.eye(4),
+        gs.operator_fn(lambda n: np.ones((n,))),
+    ],
+    ids=["dense", "operator_fn", "bare function", "vector"],
+)
+def test_a_matrix_of_the_wrong_size_names_the_group_and_its_run(operator):
+    with pytest.raises(ValueError, match=r"decoder/layers") as info:
+        run(operator)
+    assert_says(
+        info,
+        r"mlp/kernel",
+        r"\b3\b.*layers|layers.*\b3\b|3, ?3|3 ?x ?3|3 ?× ?3",
+        r"4|\(3,\)",
+    )
+
+
+@pytest.mark.parametrize(
+    "matrix", [np.ones(3), np.ones((2, 3)), np.ones((1, 2, 2)), 1.0]
+)
+def test_a_dense_operator_must_be_square(matrix):
+    with pytest.raises(ValueError, match=r"\bmatrix\b") as info:
+        gs.dense(matrix)
+    assert_says(info, re.escape(str(np.shape(matrix))))
+
+
+@pytest.mark.parametrize("function", [3, "average", None, np.eye(2)])
+def test_operator_fn_takes_a_function(function):
+    with pytest.raises(TypeError) as info:
+        gs.operator_fn(function)
+    found = re.escape(" ".join(repr(function).split()))
+    assert_says(info, r"function|callable", f"{type(function).__name__}|{found}")
+
+
+def test_errors_in_init_come_from_a_recipe_as_well():
+    for make in (gs.adamw, gs.sgd, gs.muon):
+        with pytest.raises(ValueError, match="decoder/layers_0/mlp/kernel"):
+            make(1e-3, gs.scanned("blocks/")).init(layers(range(2)))

@@ -1,0 +1,425 @@
+"""The numbers: every result equals the plain-loop oracle's."""
+
+import contextlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import gradsmooth_optax as gs
+
+VARIANTS = ("standard", "norm_preserving", "directional")
+NORM_SCOPES = ("param", "block")
+UNROLLED = gs.unrolled()
+SCANNED = gs.scanned("blocks/")
+
+
+def step(tx, updates, params=None):
+    """One update from a fresh state, without jit."""
+    return tx.update(updates, tx.init(updates), params)[0]
+
+
+def as_jax(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def run_unrolled(blocks, depth=UNROLLED, **kwargs):
+    tree = as_jax(oracle.unrolled_tree(blocks))
+    out = step(gs.smooth_over_depth(depth, **kwargs), tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
+    return [out[f"layers_{layer}"] for layer in range(len(blocks))]
+
+
+def run_scanned(blocks, axis=0, **kwargs):
+    tree = as_jax({"blocks": oracle.stacked_tree(blocks, axis)})
+
+    def depth(path, leaf):
+        return gs.Depth("blocks", path[-1], axis=min(axis, leaf.ndim - 1))
+
+    out = step(gs.smooth_over_depth(depth, **kwargs), tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
+    return oracle.unstacked(out["blocks"], axis)
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 12])
+def test_every_variant_and_norm_scope_equals_the_plain_loops(
+    num_layers, dtype, variant, norm_scope, enable_x64
+):
+    blocks = oracle.random_blocks(num_layers, dtype, seed=num_layers)
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    expected = oracle.window(blocks, 0.3, **kwargs)
+    with enable_x64() if dtype is np.float64 else contextlib.nullcontext():
+        oracle.assert_blocks_close(run_unrolled(blocks, alpha=0.3, **kwargs), expected)
+        oracle.assert_blocks_close(run_scanned(blocks, alpha=0.3, **kwargs), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 1])
+def test_alpha_spans_its_whole_range(alpha):
+    blocks = oracle.random_blocks(4)
+    out = run_unrolled(blocks, alpha=alpha)
+    oracle.assert_blocks_close(out, oracle.window(blocks, alpha))
+
+
+def test_the_interior_and_the_ends_are_the_papers_equations():
+    u = np.array([1.0, 10.0, 100.0, 1000.0], np.float32)
+    out = step(gs.smooth_over_depth(SCANNED, 0.2), {"blocks": {"w": jnp.asarray(u)}})
+    by_hand = [
+        0.9 * 1 + 0.1 * 10,
+        0.8 * 10 + 0.1 * (1 + 100),
+        0.8 * 100 + 0.1 * (10 + 1000),
+        0.9 * 1000 + 0.1 * 100,
+    ]
+    np.testing.assert_allclose(out["blocks"]["w"], by_hand, rtol=1e-6)
+
+
+def test_the_default_strength_is_a_tenth_with_radius_one_standard_and_per_parameter():
+    blocks = oracle.random_blocks(5)
+    oracle.assert_blocks_close(run_unrolled(blocks), oracle.window(blocks, 0.1))
+
+
+@pytest.mark.parametrize("variant", ["standard", "norm_preserving"])
+@pytest.mark.parametrize("decay", [None, 0.7])
+@pytest.mark.parametrize("radius", [2, 3, 8])
+@pytest.mark.parametrize("num_layers", [3, 12])
+def test_a_wider_window_gives_the_weight_of_missing_neighbours_to_the_layer_itself(
+    num_layers, radius, decay, variant
+):
+    blocks = oracle.random_blocks(num_layers, shapes={"kernel": (2, 3)})
+    expected = oracle.window(blocks, 0.4, radius, decay, variant=variant)
+    operator = gs.window(0.4, radius=radius, decay=decay)
+    tree = as_jax({"blocks": oracle.stacked_tree(blocks)})
+    out = step(gs.apply_over_depth(SCANNED, operator, variant=variant), tree)
+    oracle.assert_blocks_close(oracle.unstacked(out["blocks"]), expected)
+    tree = as_jax(oracle.unrolled_tree(blocks))
+    out = step(gs.apply_over_depth(UNROLLED, operator, variant=variant), tree)
+    out = [out[f"layers_{layer}"] for layer in range(num_layers)]
+    oracle.assert_blocks_close(out, expected)
+
+
+@pytest.mark.parametrize("radius", [None, 1, 2, 3])
+def test_the_radius_argument_is_the_windows_radius(radius):
+    blocks = oracle.random_blocks(6)
+    out = run_unrolled(blocks, alpha=0.4, radius=radius)
+    oracle.assert_blocks_close(out, oracle.window(blocks, 0.4, radius or 1))
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_any_rank_and_layer_axis_equals_the_plain_loops(axis, variant, norm_scope):
+    blocks = oracle.random_blocks(3, shapes=oracle.EVERY_RANK)
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    out = run_scanned(blocks, axis, alpha=0.3, **kwargs)
+    oracle.assert_blocks_close(out, oracle.window(blocks, 0.3, **kwargs))
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_dense_operator_equals_the_plain_loops(variant, norm_scope):
+    matrix = np.random.default_rng(0).normal(size=(3, 3))
+    blocks = oracle.random_blocks(3)
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    expected = oracle.smooth(blocks, lambda n: matrix, **kwargs)
+    for depth, tree in (
+        (UNROLLED, oracle.unrolled_tree(blocks)),
+        (SCANNED, {"blocks": oracle.stacked_tree(blocks)}),
+    ):
+        out = step(gs.apply_over_depth(depth, gs.dense(matrix), **kwargs), as_jax(tree))
+        out = (
+            oracle.unstacked(out["blocks"])
+            if "blocks" in out
+            else [out[f"layers_{layer}"] for layer in range(3)]
+        )
+        oracle.assert_blocks_close(out, expected)
+
+
+# Data types.
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_leaves_of_different_dtypes_share_a_block_and_keep_their_dtypes(
+    variant, norm_scope, enable_x64
+):
+    dtypes = {
+        "a": jnp.bfloat16,
+        "b": np.float32,
+        "c": jnp.float16,
+        "d": np.float64,
+    }
+    blocks = [
+        {role: x.astype(dtypes[role]) for role, x in block.items()}
+        for block in oracle.random_blocks(3, shapes=dict.fromkeys(dtypes, (3,)))
+    ]
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    expected = oracle.window(blocks, 0.25, **kwargs)
+    if norm_scope == "block":
+        # The float64 role's factor comes from float32 norms of the others.
+        loose = [{role: x for role, x in b.items() if role != "d"} for b in expected]
+    with enable_x64():
+        out = run_unrolled(blocks, alpha=0.25, **kwargs)
+        assert {role: out[0][role].dtype for role in out[0]} == dtypes
+        if norm_scope == "block":
+            for got, want in zip(out, expected, strict=True):
+                assert oracle.relative_error(got["d"], want["d"]) < 1e-6
+            out = [{role: b[role] for role in loose[0]} for b in out]
+            expected = loose
+        oracle.assert_blocks_close(out, expected)
+
+
+ALPHAS = {
+    "python": lambda: 0.3,
+    "numpy float16": lambda: np.float16(0.3),
+    "numpy float32": lambda: np.float32(0.3),
+    "numpy float64": lambda: np.float64(0.3),
+    "strong bfloat16": lambda: jnp.asarray(0.3, jnp.bfloat16),
+    "strong float16": lambda: jnp.asarray(0.3, jnp.float16),
+    "strong float32": lambda: jnp.asarray(0.3, jnp.float32),
+    "strong float64": lambda: jnp.asarray(0.3, jnp.float64),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_each_leaf_keeps_its_dtype_and_precision_whatever_the_dtype_of_alpha(
+    alpha, variant, enable_x64
+):
+    with enable_x64():
+        alpha = ALPHAS[alpha]()
+        for dtype in (jnp.bfloat16, jnp.float16, np.float32):
+            blocks = oracle.random_blocks(3, dtype, {"kernel": (2, 3)})
+            expected = oracle.window(blocks, float(alpha), variant=variant)
+            out = run_scanned(blocks, alpha=alpha, variant=variant)
+            oracle.assert_blocks_close(out, expected)
+            out = run_unrolled(blocks, alpha=alpha, variant=variant)
+            oracle.assert_blocks_close(out, expected)
+
+
+def test_half_precision_arithmetic_runs_in_float32_and_rounds_once():
+    # In float16, 1 - 0.1 and 0.1 / 2 alone would already err by 1e-4.
+    blocks = oracle.random_blocks(12, jnp.float16, {"kernel": (64,)}, seed=1)
+    expected = oracle.window(blocks, 0.1)
+    for out in (run_scanned(blocks, alpha=0.1), run_unrolled(blocks, alpha=0.1)):
+        for got, want in zip(out, expected, strict=True):
+            rounded = want["kernel"].astype(np.float16)
+            same = np.asarray(got["kernel"]) == rounded
+            assert np.mean(same) > 0.98  # The rest are ties of the float32 rounding.
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+def test_norms_of_half_precision_leaves_neither_overflow_nor_underflow(
+    variant, norm_scope
+):
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    for scale in (2e3, 1e-3):
+        blocks = oracle.random_blocks(3)
+        blocks = [
+            {role: (scale * x).astype(np.float16) for role, x in block.items()}
+            for block in blocks
+        ]
+        expected = oracle.window(blocks, 0.3, **kwargs)
+        for out in (
+            run_scanned(blocks, alpha=0.3, **kwargs),
+            run_unrolled(blocks, alpha=0.3, **kwargs),
+        ):
+            for got, want in zip(out, expected, strict=True):
+                assert oracle.relative_error(got["kernel"], want["kernel"]) < 1e-3
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_complex_leaves_use_the_hermitian_norm(dtype, variant, norm_scope, enable_x64):
+    real = oracle.random_blocks(3, np.float64, {"kernel": (2, 3)}, seed=1)
+    imaginary = oracle.random_blocks(3, np.float64, {"kernel": (2, 3)}, seed=2)
+    blocks = [
+        {role: (a[role] + 1j * b[role]).astype(dtype) for role in a}
+        for a, b in zip(real, imaginary, strict=True)
+    ]
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    expected = oracle.window(blocks, 0.3, **kwargs)
+    with enable_x64():
+        oracle.assert_blocks_close(run_unrolled(blocks, alpha=0.3, **kwargs), expected)
+        oracle.assert_blocks_close(run_scanned(blocks, alpha=0.3, **kwargs), expected)
+
+
+# Norms of zero.
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_zero_updates_never_become_nan(variant, norm_scope, jit):
+    blocks = oracle.random_blocks(5)
+    for layer, role in ((0, "kernel"), (2, "kernel"), (2, "bias"), (4, "bias")):
+        blocks[layer][role] = np.zeros_like(blocks[layer][role])
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    expected = oracle.window(blocks, 0.5, **kwargs)
+    zeros = [{role: 0 * x for role, x in block.items()} for block in blocks]
+    tx = gs.smooth_over_depth(UNROLLED, 0.5, **kwargs)
+    update = jax.jit(tx.update) if jit else tx.update
+    with jax.debug_nans(True):
+        tree = as_jax(oracle.unrolled_tree(blocks))
+        out, _ = update(tree, tx.init(tree))
+        nothing, _ = update(as_jax(oracle.unrolled_tree(zeros)), tx.init(tree))
+    out = [out[f"layers_{layer}"] for layer in range(5)]
+    oracle.assert_blocks_close(out, expected)
+    chex.assert_trees_all_equal(nothing, oracle.unrolled_tree(zeros))
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+def test_scanned_zero_updates_never_become_nan(variant, norm_scope):
+    blocks = oracle.random_blocks(3)
+    blocks[1] = {role: 0 * x for role, x in blocks[1].items()}
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    with jax.debug_nans(True):
+        out = run_scanned(blocks, alpha=0.5, **kwargs)
+    oracle.assert_blocks_close(out, oracle.window(blocks, 0.5, **kwargs))
+
+
+def test_norm_preserving_lets_a_zero_layer_receive_its_neighbours_update():
+    u = jnp.array([[3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])
+    tx = gs.smooth_over_depth(SCANNED, 0.5, variant="norm_preserving")
+    out = step(tx, {"blocks": {"w": u}})["blocks"]["w"]
+    np.testing.assert_allclose(out[1], [1.5, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(out[0], [3.0, 4.0], rtol=1e-6)
+
+
+def test_norm_preserving_keeps_a_result_that_cancels_to_zero():
+    u = jnp.array([[3.0, 4.0], [-3.0, -4.0]])
+    tx = gs.smooth_over_depth(SCANNED, 1.0, variant="norm_preserving")
+    out = step(tx, {"blocks": {"w": u}})["blocks"]["w"]
+    np.testing.assert_array_equal(out, jnp.zeros_like(u))
+
+
+def test_directional_returns_a_zero_layer_unchanged_but_counts_it_as_a_neighbour():
+    u = jnp.array([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]])
+    tx = gs.smooth_over_depth(SCANNED, 0.5, variant="directional")
+    out = step(tx, {"blocks": {"w": u}})["blocks"]["w"]
+    # The zero neighbour shrinks S u, the rescaling undoes it: the direction is kept.
+    np.testing.assert_allclose(out, u, rtol=1e-6)
+    # Between two layers a zero one keeps them from seeing each other.
+    u = jnp.array([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [5.0, 0.0]])
+    out = step(tx, {"blocks": {"w": u}})["blocks"]["w"]
+    blocks = [{"w": np.asarray(x)} for x in u]
+    expected = oracle.window(blocks, 0.5, variant="directional")
+    oracle.assert_blocks_close([{"w": x} for x in out], expected)
+    np.testing.assert_array_equal(out[1], [0.0, 0.0])
+
+
+def test_directional_returns_a_layer_unchanged_where_the_directions_cancel():
+    u = jnp.array([[3.0, 4.0], [-3.0, -4.0]])
+    tx = gs.smooth_over_depth(SCANNED, 1.0, variant="directional")
+    out = step(tx, {"blocks": {"w": u}})["blocks"]["w"]
+    np.testing.assert_array_equal(out, u)
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_updates_whose_squares_underflow_stay_finite(variant, norm_scope):
+    blocks = oracle.random_blocks(3, shapes={"kernel": (2, 3)})
+    blocks = [{"kernel": np.float32(1e-30) * b["kernel"]} for b in blocks]
+    out = run_scanned(blocks, alpha=0.3, variant=variant, norm_scope=norm_scope)
+    chex.assert_tree_all_finite(out)
+
+
+@pytest.mark.parametrize("depth", ["scanned", "unrolled"])
+def test_a_nan_reaches_the_neighbours_and_no_other_layer(depth):
+    blocks = oracle.random_blocks(6, shapes={"kernel": (2, 3)})
+    run = run_scanned if depth == "scanned" else run_unrolled
+    for bad, spoiled in ((2, {1, 2, 3}), (0, {0, 1}), (5, {4, 5})):
+        for value in (np.nan, np.inf):
+            broken = [{"kernel": b["kernel"].copy()} for b in blocks]
+            broken[bad]["kernel"][:] = value
+            out = run(broken, alpha=0.3)
+            layers = {
+                i for i, b in enumerate(out) if not np.isfinite(b["kernel"]).all()
+            }
+            assert layers == spoiled
+
+
+# Compilation changes nothing.
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_traced_alpha_equals_a_concrete_one(variant, norm_scope):
+    blocks = oracle.random_blocks(3)
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+
+    @jax.jit
+    def smooth(alpha, scanned, unrolled):
+        return (
+            step(gs.smooth_over_depth(SCANNED, alpha, **kwargs), scanned),
+            step(gs.smooth_over_depth(UNROLLED, alpha, **kwargs), unrolled),
+        )
+
+    scanned = as_jax({"blocks": oracle.stacked_tree(blocks)})
+    unrolled = as_jax(oracle.unrolled_tree(blocks))
+    for alpha in (0.0, 0.3, 0.9):
+        expected = oracle.window(blocks, alpha, **kwargs)
+        first, second = smooth(alpha, scanned, unrolled)
+        oracle.assert_blocks_close(oracle.unstacked(first["blocks"]), expected)
+        second = [second[f"layers_{layer}"] for layer in range(3)]
+        oracle.assert_blocks_close(second, expected)
+
+
+def test_a_traced_alpha_works_in_a_wide_and_a_decaying_window():
+    blocks = oracle.random_blocks(5, shapes={"kernel": (2, 3)})
+    tree = as_jax({"blocks": oracle.stacked_tree(blocks)})
+
+    @jax.jit
+    def smooth(alpha):
+        operator = gs.window(alpha, radius=2, decay=0.5)
+        return step(gs.apply_over_depth(SCANNED, operator), tree)
+
+    out = oracle.unstacked(smooth(0.3)["blocks"])
+    oracle.assert_blocks_close(out, oracle.window(blocks, 0.3, 2, 0.5))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_strict_promotion_and_rank_rules_are_respected(variant):
+    blocks = oracle.random_blocks(3, jnp.bfloat16)
+    for block in blocks:
+        block["bias"] = block["bias"].astype(np.float32)
+    expected = oracle.window(blocks, 0.3, variant=variant, norm_scope="block")
+    kwargs = {"variant": variant, "norm_scope": "block"}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for alpha in (0.3, jnp.float32(0.3)):
+            out = run_unrolled(blocks, alpha=alpha, **kwargs)
+            oracle.assert_blocks_close(out, expected)
+            out = run_scanned(blocks, alpha=alpha, **kwargs)
+            oracle.assert_blocks_close(out, expected)
+        wide = gs.apply_over_depth(SCANNED, gs.window(0.3, radius=2), variant=variant)
+        tree = as_jax({"blocks": oracle.stacked_tree(blocks)})
+        out = step(wide, tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
+
+
+def test_float64_leaves_are_smoothed_in_float64(enable_x64):
+    blocks = oracle.random_blocks(3, np.float64)
+    for variant in VARIANTS:
+        expected = oracle.window(blocks, 0.1, variant=variant)
+        with enable_x64():
+            out = run_scanned(blocks, alpha=0.1, variant=variant)
+        for role in oracle.ROLES:
+            got = np.stack([b[role] for b in out])
+            want = np.stack([b[role] for b in expected])
+            assert oracle.relative_error(got, want) < 1e-15 * 4
+
+
+def test_numpy_leaves_are_accepted_and_keep_their_dtype():
+    blocks = oracle.random_blocks(3, jnp.bfloat16)
+    tree = oracle.unrolled_tree(blocks)
+    out = step(gs.smooth_over_depth(UNROLLED, 0.3), tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
+    out = [out[f"layers_{layer}"] for layer in range(3)]
+    oracle.assert_blocks_close(out, oracle.window(blocks, 0.3))

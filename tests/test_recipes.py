@@ -1,0 +1,338 @@
+"""The ready chains: smoothing in the right place of AdamW, SGD and Muon."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import gradsmooth_optax as gs
+
+UNROLLED = gs.unrolled()
+SHAPES = {"kernel": (4, 3), "bias": (3,)}
+NUM_LAYERS = 3
+
+
+def tree_of(seed, shapes=SHAPES, num_layers=NUM_LAYERS):
+    blocks = oracle.random_blocks(num_layers, shapes=shapes, seed=seed)
+    tree = {"embed": {"table": np.full((5,), 0.5, "float32")}}
+    return jax.tree.map(jnp.asarray, {**tree, **oracle.unrolled_tree(blocks)})
+
+
+def matrices(seed):
+    """Nothing but matrices, in layers and outside."""
+    tree = tree_of(seed, {"kernel": (4, 3)})
+    tree["embed"] = {"table": jnp.cos(jnp.arange(15.0 + seed)[-15:]).reshape(3, 5)}
+    return tree
+
+
+def train(tx, state=None, trees=tree_of, steps=3, params=None):
+    """The parameters after a few steps on fixed gradients, and the state."""
+    params = trees(100) if params is None else params
+    state = tx.init(params) if state is None else state
+    update = jax.jit(tx.update)
+    for seed in range(steps):
+        updates, state = update(trees(seed), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_same_training(a, b, trees=tree_of, rtol=1e-5):
+    chex.assert_trees_all_close(
+        train(a, trees=trees)[0], train(b, trees=trees)[0], rtol=rtol, atol=1e-7
+    )
+
+
+SMOOTHING = [
+    {"alpha": 0.3},
+    {"alpha": 0.3, "radius": 2},
+    {"alpha": 0.3, "variant": "norm_preserving"},
+    {"alpha": 0.3, "variant": "directional", "norm_scope": "block"},
+    {"alpha": optax.linear_schedule(0.1, 0.5, 2)},
+]
+SMOOTHING_IDS = ["standard", "radius", "norm_preserving", "directional", "schedule"]
+
+
+# AdamW.
+
+
+@pytest.mark.parametrize("kwargs", SMOOTHING, ids=SMOOTHING_IDS)
+def test_adamw_is_adam_then_smoothing_then_decay_then_learning_rate(kwargs):
+    adam = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "eps_root": 1e-8, "nesterov": True}
+
+    def mask(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    schedule = optax.linear_schedule(0.1, 0.01, 5)
+    recipe = gs.adamw(schedule, UNROLLED, **kwargs, **adam, weight_decay=0.2, mask=mask)
+    by_hand = optax.chain(
+        optax.scale_by_adam(**adam),
+        gs.smooth_over_depth(UNROLLED, **kwargs),
+        optax.add_decayed_weights(0.2, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+    assert_same_training(recipe, by_hand)
+
+
+def test_adamw_defaults_are_optaxs_and_a_tenth():
+    by_hand = optax.chain(
+        optax.scale_by_adam(),
+        gs.smooth_over_depth(UNROLLED, 0.1),
+        optax.add_decayed_weights(1e-4),
+        optax.scale_by_learning_rate(0.1),
+    )
+    assert_same_training(gs.adamw(0.1, UNROLLED), by_hand)
+    assert isinstance(gs.adamw(0.1, UNROLLED), optax.GradientTransformationExtraArgs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"mu_dtype": jnp.bfloat16}, {"weight_decay": 0.0}, {"mask": lambda p: p}],
+    ids=["default", "mu_dtype", "no decay", "mask"],
+)
+def test_adamws_state_has_the_structure_of_optaxs(kwargs):
+    learning_rate = optax.constant_schedule(0.1) if kwargs else 0.1
+    if "mask" in kwargs:
+        kwargs = {"mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)}
+    params = tree_of(0)
+    ours = gs.adamw(learning_rate, UNROLLED, 0.2, **kwargs)
+    theirs = optax.adamw(learning_rate, **kwargs)
+    state = ours.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(theirs.init(params))
+    chex.assert_trees_all_equal(state, theirs.init(params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, theirs.init(params))
+    paths = [
+        [
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(s)
+        ]
+        for s in (train(ours)[1], train(theirs)[1])
+    ]
+    assert paths[0] == paths[1]
+
+
+def test_a_plain_adamw_checkpoint_resumes_with_smoothing_on():
+    params, state = train(optax.adamw(0.1, weight_decay=0.2))
+    resumed = gs.adamw(0.1, UNROLLED, 0.3, weight_decay=0.2)
+    grads = tree_of(7)
+    out, new_state = resumed.update(grads, state, params)
+    # By hand: Adam's update, smoothed, then decay and learning rate.
+    direction, _ = optax.scale_by_adam().update(grads, state[0], params)
+    smoothed = oracle.window([direction[f"layers_{i}"] for i in range(NUM_LAYERS)], 0.3)
+    for i in range(NUM_LAYERS):
+        for role, x in smoothed[i].items():
+            expected = -0.1 * (x + 0.2 * np.asarray(params[f"layers_{i}"][role]))
+            error = oracle.relative_error(out[f"layers_{i}"][role], expected)
+            assert error < 1e-5
+    # And back again.
+    optax.adamw(0.1, weight_decay=0.2).update(grads, new_state, params)
+
+
+def test_adamw_without_smoothing_is_optaxs():
+    ours = train(gs.adamw(0.1, UNROLLED, 0.0, weight_decay=0.1))
+    theirs = train(optax.adamw(0.1, weight_decay=0.1))
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_adamw_works_under_inject_hyperparams():
+    tx = optax.inject_hyperparams(gs.adamw)(
+        learning_rate=0.1, depth=UNROLLED, alpha=0.3, weight_decay=0.1
+    )
+    assert {"learning_rate", "alpha", "weight_decay", "b1"} <= set(
+        tx.init(tree_of(0)).hyperparams
+    )
+    assert_same_training(tx, gs.adamw(0.1, UNROLLED, 0.3, weight_decay=0.1), rtol=1e-3)
+
+
+# SGD.
+
+
+@pytest.mark.parametrize(
+    ("momentum", "kwargs"),
+    [
+        ({"momentum": 0.9, "nesterov": True}, SMOOTHING[3]),
+        ({"momentum": 0.9}, SMOOTHING[4]),
+        ({}, SMOOTHING[1]),
+        ({}, SMOOTHING[4]),
+    ],
+    ids=["nesterov", "scheduled", "none", "none, scheduled"],
+)
+def test_sgd_smooths_the_momentum(momentum, kwargs):
+    trace = (
+        optax.trace(momentum["momentum"], nesterov=momentum.get("nesterov", False))
+        if momentum
+        else optax.identity()
+    )
+    by_hand = optax.chain(
+        trace,
+        gs.smooth_over_depth(UNROLLED, **kwargs),
+        optax.scale_by_learning_rate(0.1),
+    )
+    assert_same_training(gs.sgd(0.1, UNROLLED, **kwargs, **momentum), by_hand)
+
+
+def test_sgd_accumulates_in_the_given_dtype():
+    tx = gs.sgd(0.1, UNROLLED, momentum=0.9, accumulator_dtype=jnp.bfloat16)
+    leaves = jax.tree.leaves(tx.init(tree_of(0)))
+    assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_sgd_without_smoothing_is_optaxs():
+    ours = train(gs.sgd(0.1, UNROLLED, 0, momentum=0.9))[0]
+    chex.assert_trees_all_equal(ours, train(optax.sgd(0.1, momentum=0.9))[0])
+
+
+def test_sgd_at_one_step_is_the_papers_equation():
+    tx = gs.sgd(1.0, gs.scanned("blocks/"), 0.2)
+    params = {"blocks": {"w": jnp.array([1.0, 10.0, 100.0])}}
+    out, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(
+        out["blocks"]["w"], [-1.9, -(8.0 + 10.1), -91.0], rtol=1e-6
+    )
+
+
+# Muon.
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"weight_decay": 0.2, "beta": 0.9, "ns_steps": 1, "nesterov": False},
+        {"consistent_rms": 0.2, "adaptive": True, "eps": 1e-7, "ns_steps": 2},
+        {"ns_coeffs": (3.0, -4.0, 2.0), "ns_steps": 2},
+    ],
+    ids=str,
+)
+def test_muon_without_smoothing_is_optaxs_on_unrolled_matrices(kwargs):
+    ours = gs.muon(0.1, UNROLLED, 0.0, **kwargs)
+    assert_same_training(ours, optax.contrib.muon(0.1, **kwargs), matrices)
+
+
+def test_muon_without_smoothing_is_optaxs_where_vectors_go_to_adam():
+    kwargs = {"adam_b1": 0.8, "adam_b2": 0.95, "adam_eps_root": 1e-8, "ns_steps": 1}
+    ours = gs.muon(0.1, UNROLLED, 0.0, **kwargs)
+    assert_same_training(ours, optax.contrib.muon(0.1, **kwargs))
+
+
+@pytest.mark.parametrize("kwargs", SMOOTHING, ids=SMOOTHING_IDS)
+def test_muon_smooths_the_orthogonalised_update_before_decay_and_learning_rate(kwargs):
+    recipe = gs.muon(0.1, UNROLLED, **kwargs, weight_decay=0.2, ns_steps=1)
+    # optax's own muon at learning rate 1 without decay gives the direction.
+    by_hand = optax.chain(
+        optax.contrib.muon(1.0, ns_steps=1),
+        optax.scale(-1.0),
+        gs.smooth_over_depth(UNROLLED, **kwargs),
+        optax.add_decayed_weights(0.2),
+        optax.scale_by_learning_rate(0.1),
+    )
+    assert_same_training(recipe, by_hand, matrices)
+
+
+def scanned(tree, axis):
+    """The layers of an unrolled tree along `axis` (at most a role's rank)."""
+    blocks = [tree[f"layers_{i}"] for i in range(NUM_LAYERS)]
+    stacked = oracle.stacked_tree(blocks, axis)
+    return {"embed": tree["embed"], "blocks": jax.tree.map(jnp.asarray, stacked)}
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_muon_on_scanned_layers_is_muon_on_unrolled_ones(alpha, axis):
+    shapes = {"kernel": (4, 3), "wide": (2, 5), "bias": (3,)}
+
+    def unrolled_trees(seed):
+        return tree_of(seed, shapes)
+
+    def scanned_trees(seed):
+        return scanned(tree_of(seed, shapes), axis)
+
+    depth = gs.first_match(
+        gs.scanned("blocks/", axis=axis).only(lambda path, leaf: leaf.ndim == 3),
+        gs.scanned("blocks/", axis=min(axis, 1)),
+    )
+    expected, _ = train(gs.muon(0.1, UNROLLED, alpha, ns_steps=2), trees=unrolled_trees)
+    got, _ = train(gs.muon(0.1, depth, alpha, ns_steps=2), trees=scanned_trees)
+    chex.assert_trees_all_close(got, scanned(expected, axis), rtol=2e-4, atol=1e-5)
+
+
+def test_muon_on_nested_scans_is_muon_on_unrolled_layers():
+    def nested_trees(seed):
+        tree = scanned(tree_of(seed, num_layers=4, shapes={"kernel": (4, 3)}), 0)
+        blocks = tree_of(seed, num_layers=4, shapes={"kernel": (4, 3)})
+        kernels = jnp.stack([blocks[f"layers_{i}"]["kernel"] for i in range(4)])
+        tree["blocks"] = {"kernel": kernels.reshape(2, 2, 4, 3)}
+        return tree
+
+    def unrolled_trees(seed):
+        return tree_of(seed, num_layers=4, shapes={"kernel": (4, 3)})
+
+    depth = gs.scanned("blocks/", axis=(0, 1))
+    expected, _ = train(gs.muon(0.1, UNROLLED, 0.3, ns_steps=2), trees=unrolled_trees)
+    got, _ = train(gs.muon(0.1, depth, 0.3, ns_steps=2), trees=nested_trees)
+    got = got["blocks"]["kernel"].reshape(4, 4, 3)
+    for i in range(4):
+        want = expected[f"layers_{i}"]["kernel"]
+        np.testing.assert_allclose(got[i], want, rtol=2e-4, atol=1e-5)
+
+
+def test_muon_gives_stacked_norm_scales_to_adam():
+    # Read as one matrix, (layers, features) would be orthogonalised.
+    depth = gs.scanned("blocks/")
+    grads = {"blocks": {"scale": jnp.array([[1.0, -2.0], [3.0, -4.0], [0.5, 0.1]])}}
+    params = jax.tree.map(jnp.zeros_like, grads)
+    tx = gs.muon(0.1, depth, 0.0, nesterov=False)
+    out, _ = tx.update(grads, tx.init(params), params)
+    # Adam's first step is the sign.
+    np.testing.assert_allclose(
+        out["blocks"]["scale"], -0.1 * jnp.sign(grads["blocks"]["scale"]), rtol=1e-4
+    )
+
+
+def test_muon_smooths_what_adam_produces_as_well():
+    grads = {"blocks": {"scale": jnp.array([[1.0], [3.0], [-2.0]])}}
+    tx = gs.muon(1.0, gs.scanned("blocks/"), 0.5, nesterov=False)
+    out, _ = tx.update(grads, tx.init(grads), grads)
+    # Signs 1, 1, -1, smoothed: 1, 0.5 + 0.25 (1 - 1) and -0.75 + 0.25.
+    np.testing.assert_allclose(
+        out["blocks"]["scale"][:, 0], [-1.0, -0.5, 0.5], rtol=1e-4
+    )
+
+
+# All of them.
+
+
+@pytest.mark.parametrize("make", [gs.adamw, gs.sgd, gs.muon])
+def test_recipes_take_extra_arguments_and_compile_once(make):
+    tx = make(0.1, UNROLLED)
+    params = tree_of(0)
+    state = tx.init(params)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def update(grads, state, params):
+        return tx.update(grads, state, params, value=0.0)
+
+    for seed in range(2):
+        out, state = update(tree_of(seed), state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(out, params)
+
+
+@pytest.mark.parametrize("make", [gs.adamw, gs.sgd, gs.muon])
+def test_recipes_pass_strict_on(make):
+    params = tree_of(0)
+    del params["layers_1"]
+    with pytest.raises(ValueError, match=r"layers? 1\b"):
+        make(0.1, UNROLLED).init(params)
+    tx = make(0.1, UNROLLED, strict=False)
+    out, _ = tx.update(params, tx.init(params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, params)
+
+
+@pytest.mark.parametrize("make", [gs.adamw, gs.sgd, gs.muon])
+def test_recipes_options_are_keywords_only(make):
+    with pytest.raises(TypeError, match="positional"):
+        make(0.1, UNROLLED, 0.1, 0.9)

@@ -1,0 +1,728 @@
+"""The optax face: states, schedules, and life inside other transformations."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import gradsmooth_optax as gs
+
+VARIANTS = ("standard", "norm_preserving", "directional")
+NORM_SCOPES = ("param", "block")
+UNROLLED = gs.unrolled()
+SCANNED = gs.scanned("blocks/")
+SHAPES = {"kernel": (2, 3), "bias": (3,)}
+
+
+def blocks_of(seed=0, num_layers=3, dtype="float32"):
+    return oracle.random_blocks(num_layers, dtype, SHAPES, seed)
+
+
+def tree_of(blocks):
+    """An unrolled tree with an embedding that is no layer."""
+    tree = {"embed": np.full((4, 2), 2.0, "float32"), **oracle.unrolled_tree(blocks)}
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def layers_of(tree):
+    names = sorted(k for k in tree if k.startswith("layers_"))
+    return [tree[name] for name in names]
+
+
+def assert_smoothed(out, blocks, alpha, scale=1.0, **kwargs):
+    expected = oracle.window(blocks, alpha, **kwargs)
+    expected = [{r: scale * x for r, x in b.items()} for b in expected]
+    oracle.assert_blocks_close(layers_of(out), expected)
+
+
+def by_count(count):
+    """alpha at steps 0, 1, 2."""
+    return jnp.asarray([0.1, 0.5, 0.9])[count]
+
+
+# States.
+
+
+@pytest.mark.parametrize(
+    "alpha", [0.1, np.float32(0.1), jnp.asarray(0.1)], ids=["python", "numpy", "jax"]
+)
+def test_a_constant_or_array_alpha_needs_no_state(alpha):
+    params = tree_of(blocks_of())
+    for tx in (
+        gs.smooth_over_depth(UNROLLED, alpha),
+        gs.apply_over_depth(UNROLLED, gs.window(alpha)),
+        gs.apply_over_depth(UNROLLED, gs.dense(np.eye(3))),
+    ):
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+        state = tx.init(params)
+        assert state == optax.EmptyState()
+        assert isinstance(state, optax.EmptyState)
+        assert isinstance(tx.update(params, state)[1], optax.EmptyState)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_a_schedule_is_read_before_its_count_is_incremented(jit):
+    blocks = blocks_of()
+    updates = tree_of(blocks)
+    for tx in (
+        gs.smooth_over_depth(UNROLLED, by_count),
+        gs.apply_over_depth(UNROLLED, gs.window(by_count)),
+    ):
+        update = jax.jit(tx.update) if jit else tx.update
+        state = tx.init(updates)
+        assert isinstance(state, gs.DepthSmoothingState)
+        assert state._fields == ("count",)
+        for count, alpha in enumerate((0.1, 0.5, 0.9)):
+            assert state.count == count
+            assert state.count.dtype == jnp.int32
+            assert state.count.shape == ()
+            out, state = update(updates, state)
+            assert isinstance(state, gs.DepthSmoothingState)
+            assert_smoothed(out, blocks, alpha)
+
+
+def test_the_count_saturates_instead_of_wrapping_around():
+    updates = tree_of(blocks_of())
+    largest = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
+    tx = gs.smooth_over_depth(UNROLLED, optax.constant_schedule(0.1))
+    _, state = tx.update(updates, gs.DepthSmoothingState(largest))
+    assert state.count == largest
+    tx = gs.with_depth_smoothing(
+        optax.identity(), UNROLLED, optax.constant_schedule(0.1)
+    )
+    state = gs.WithDepthSmoothingState(largest, optax.EmptyState())
+    _, state = tx.update(updates, state)
+    assert state.count == largest
+
+
+def test_optax_schedules_work_and_keep_the_leaves_dtypes():
+    schedule = optax.linear_schedule(0.0, 0.4, 2)
+    for dtype in (jnp.bfloat16, np.float32):
+        blocks = blocks_of(dtype=dtype)
+        updates = tree_of(blocks)
+        tx = gs.smooth_over_depth(UNROLLED, schedule)
+        state = tx.init(updates)
+        for alpha in (0.0, 0.2, 0.4, 0.4):
+            out, state = tx.update(updates, state)
+            chex.assert_trees_all_equal_shapes_and_dtypes(out, updates)
+            assert_smoothed(out, blocks, alpha)
+
+
+def test_wrapping_keeps_the_inner_state():
+    params = tree_of(blocks_of())
+    for inner in (
+        optax.scale_by_adam(),
+        optax.trace(0.9),
+        optax.identity(),
+        optax.chain(optax.clip(1.0), optax.scale_by_rms()),
+    ):
+        tx = gs.with_depth_smoothing(inner, UNROLLED, 0.3)
+        assert isinstance(tx, optax.GradientTransformationExtraArgs)
+        state = tx.init(params)
+        chex.assert_trees_all_equal(state, inner.init(params))
+        assert jax.tree.structure(state) == jax.tree.structure(inner.init(params))
+        _, state = tx.update(params, state, params)
+        _, inner_state = inner.update(params, inner.init(params), params)
+        assert jax.tree.structure(state) == jax.tree.structure(inner_state)
+        chex.assert_trees_all_equal(state, inner_state)
+
+
+def test_wrapping_with_a_schedule_adds_one_count():
+    blocks = blocks_of()
+    params = tree_of(blocks)
+    inner = optax.trace(0.9)
+    tx = gs.with_depth_smoothing(inner, UNROLLED, by_count)
+    state = tx.init(params)
+    assert isinstance(state, gs.WithDepthSmoothingState)
+    assert state._fields == ("count", "inner_state")
+    chex.assert_trees_all_equal(state.inner_state, inner.init(params))
+    scale = 0.0
+    for count, alpha in enumerate((0.1, 0.5, 0.9)):
+        assert state.count == count
+        out, state = tx.update(params, state)
+        scale = 1.0 + 0.9 * scale
+        assert_smoothed(out, blocks, alpha, scale)
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_wrapping_smooths_what_the_inner_transformation_produces(variant, norm_scope):
+    kwargs = {"variant": variant, "norm_scope": norm_scope, "radius": 2}
+    inner = optax.scale_by_adam()
+    wrapped = gs.with_depth_smoothing(inner, UNROLLED, 0.3, **kwargs)
+    chained = optax.chain(inner, gs.smooth_over_depth(UNROLLED, 0.3, **kwargs))
+    params = tree_of(blocks_of())
+    a, b = wrapped.init(params), chained.init(params)
+    for seed in range(2):
+        grads = tree_of(blocks_of(seed))
+        first, a = wrapped.update(grads, a, params)
+        second, b = chained.update(grads, b, params)
+        chex.assert_trees_all_equal(first, second)
+
+
+def test_wrapping_a_whole_optimizer_smooths_its_decay_and_learning_rate_too():
+    optimizer = optax.adamw(0.1, weight_decay=0.5)
+    tx = gs.with_depth_smoothing(optimizer, UNROLLED, 0.3)
+    params, grads = tree_of(blocks_of(1)), tree_of(blocks_of(2))
+    out, _ = tx.update(grads, tx.init(params), params)
+    plain, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert_smoothed(out, layers_of(plain), 0.3)
+
+
+def test_wrapping_passes_extra_arguments_and_parameters_on():
+    seen = {}
+
+    def update(updates, state, params=None, **extra_args):
+        seen.update(extra_args, params=params)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    params = tree_of(blocks_of())
+    for alpha in (0.3, by_count):
+        seen.clear()
+        tx = gs.with_depth_smoothing(inner, UNROLLED, alpha)
+        tx.update(params, tx.init(params), params, value=1.0, loss=2.0)
+        assert seen["params"] is params
+        assert (seen["value"], seen["loss"]) == (1.0, 2.0)
+    plain = gs.with_depth_smoothing(optax.trace(0.9), UNROLLED)
+    plain.update(params, plain.init(params), params, value=1.0)
+
+
+def test_extra_arguments_and_keywords_are_accepted():
+    blocks = blocks_of()
+    updates = tree_of(blocks)
+    tx = gs.smooth_over_depth(UNROLLED, 0.3)
+    state = tx.init(updates)
+    for out, _ in (
+        tx.update(updates, state),
+        tx.update(updates, state, updates),
+        tx.update(updates=updates, state=state, params=updates),
+        tx.update(updates, state, None, value=1.0, obj_fn=len, loss=0.0),
+    ):
+        assert_smoothed(out, blocks, 0.3)
+
+
+# Under jax's transformations.
+
+
+def test_jit_gives_the_same_numbers_and_does_not_retrace():
+    traced = chex.assert_max_traces(n=1)
+    for alpha in (0.3, by_count):
+        tx = gs.smooth_over_depth(UNROLLED, alpha, variant="norm_preserving")
+        chex.clear_trace_counter()
+        update = jax.jit(traced(lambda u, s, tx=tx: tx.update(u, s)))
+        state = tx.init(tree_of(blocks_of()))
+        for seed in range(3):
+            blocks = blocks_of(seed)
+            value = (0.1, 0.5, 0.9)[seed] if callable(alpha) else alpha
+            out, state = update(tree_of(blocks), state)
+            assert_smoothed(out, blocks, value, variant="norm_preserving")
+
+
+def test_specs_operators_and_transformations_can_be_static_arguments():
+    blocks = blocks_of()
+
+    @chex.assert_max_traces(n=1)
+    def smooth(updates, depth, operator):
+        tx = gs.apply_over_depth(depth, operator)
+        return tx.update(updates, tx.init(updates))[0]
+
+    chex.clear_trace_counter()
+    smooth = jax.jit(smooth, static_argnums=(1, 2))
+    for _ in range(2):
+        # Equal by value: the second call compiles nothing.
+        out = smooth(tree_of(blocks), gs.unrolled(), gs.window(0.3, radius=2))
+        assert_smoothed(out, blocks, 0.3, radius=2)
+
+
+def test_vmap_over_an_ensemble_smooths_every_member():
+    members = [blocks_of(seed) for seed in range(4)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tree_of, members))
+    for kwargs in ({}, {"variant": "directional", "norm_scope": "block"}):
+        tx = gs.smooth_over_depth(UNROLLED, 0.3, **kwargs)
+        out = jax.vmap(lambda u, tx=tx: tx.update(u, tx.init(u))[0])(stacked)
+        for i, blocks in enumerate(members):
+            assert_smoothed(
+                jax.tree.map(lambda x, i=i: x[i], out), blocks, 0.3, **kwargs
+            )
+
+
+def test_vmap_over_alpha_runs_a_sweep():
+    blocks = blocks_of()
+    updates = tree_of(blocks)
+
+    def smooth(alpha):
+        tx = gs.smooth_over_depth(UNROLLED, alpha, variant="norm_preserving")
+        return tx.update(updates, tx.init(updates))[0]
+
+    alphas = [0.0, 0.25, 1.0]
+    out = jax.vmap(smooth)(jnp.asarray(alphas))
+    for i, alpha in enumerate(alphas):
+        one = jax.tree.map(lambda x, i=i: x[i], out)
+        assert_smoothed(one, blocks, alpha, variant="norm_preserving")
+
+
+def test_scan_over_steps_carries_the_state():
+    grads = [blocks_of(seed) for seed in range(3)]
+    tx = optax.chain(optax.scale(-1.0), gs.smooth_over_depth(UNROLLED, by_count))
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tree_of, grads))
+
+    def body(state, updates):
+        out, state = tx.update(updates, state)
+        return state, out
+
+    state, out = jax.lax.scan(body, tx.init(tree_of(grads[0])), stacked)
+    assert state[1].count == 3
+    for i, (blocks, alpha) in enumerate(zip(grads, (0.1, 0.5, 0.9), strict=True)):
+        assert_smoothed(
+            jax.tree.map(lambda x, i=i: x[i], out), blocks, alpha, scale=-1.0
+        )
+
+
+def test_shapes_alone_are_enough_for_init_and_for_eval_shape():
+    params = tree_of(blocks_of(dtype=jnp.bfloat16))
+    shapes = jax.eval_shape(lambda: params)
+    for alpha in (0.3, by_count):
+        for tx in (
+            gs.smooth_over_depth(UNROLLED, alpha, variant="directional"),
+            gs.with_depth_smoothing(optax.scale_by_adam(), UNROLLED, alpha),
+        ):
+            state = jax.eval_shape(tx.init, shapes)
+            out, new_state = jax.eval_shape(tx.update, shapes, state, shapes)
+            chex.assert_trees_all_equal_shapes_and_dtypes(out, shapes)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    tx = gs.smooth_over_depth(UNROLLED, 0.3)
+    assert tx.init(shapes) == optax.EmptyState()
+
+
+def test_donated_updates_can_be_smoothed():
+    blocks = blocks_of()
+    tx = gs.smooth_over_depth(UNROLLED, 0.3)
+    update = jax.jit(lambda u: tx.update(u, optax.EmptyState())[0], donate_argnums=0)
+    assert_smoothed(update(tree_of(blocks)), blocks, 0.3)
+
+
+# Leaves that are not updates.
+
+
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_leaves_that_cannot_be_smoothed_pass_through(variant, norm_scope):
+    blocks = blocks_of()
+    tree = tree_of(blocks)
+    for layer in range(3):
+        tree[f"layers_{layer}"] |= {
+            "none": None,
+            "masked": optax.MaskedNode(),
+            "float0": np.zeros((2,), jax.dtypes.float0),
+            "steps": jnp.arange(layer, layer + 2),
+            "mask": jnp.array([True, False]),
+        }
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    tx = gs.smooth_over_depth(UNROLLED, 0.3, **kwargs)
+    out, _ = tx.update(tree, tx.init(tree))
+    assert jax.tree.structure(out) == jax.tree.structure(tree)
+    for layer in range(3):
+        before, after = tree[f"layers_{layer}"], out[f"layers_{layer}"]
+        for name in ("none", "float0", "steps", "mask"):
+            assert after.pop(name) is before.pop(name)
+        assert isinstance(after.pop("masked"), optax.MaskedNode)
+    assert_smoothed(out, blocks, 0.3, **kwargs)
+
+
+def test_gradients_of_integer_parameters_pass_through_jit():
+    blocks = blocks_of()
+    params = tree_of(blocks)
+    for layer in range(3):
+        params[f"layers_{layer}"]["index"] = jnp.arange(2)
+    loss = lambda p: sum(  # noqa: E731
+        jnp.sum(x**2) / 2
+        for x in jax.tree.leaves(p)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    )
+    grads = jax.grad(loss, allow_int=True)(params)
+    assert grads["layers_0"]["index"].dtype == jax.dtypes.float0
+    tx = gs.smooth_over_depth(UNROLLED, 0.3)
+    out, _ = tx.update(grads, tx.init(params))
+    for layer in layers_of(out):
+        assert layer.pop("index").dtype == jax.dtypes.float0
+    assert_smoothed(out, blocks, 0.3)
+
+
+@pytest.mark.parametrize("alpha", [0.3, by_count], ids=["constant", "schedule"])
+def test_trees_without_leaves_are_never_an_error(alpha):
+    for tx in (
+        gs.smooth_over_depth(UNROLLED, alpha),
+        gs.with_depth_smoothing(optax.identity(), UNROLLED, alpha),
+    ):
+        for tree in ({}, None, (), {"a": None}, {"a": optax.MaskedNode()}):
+            out, _ = tx.update(tree, tx.init(tree))
+            assert jax.tree.structure(out) == jax.tree.structure(tree)
+
+
+# Inside optax's wrappers.
+
+
+def test_inject_hyperparams_makes_alpha_a_live_hyperparameter():
+    blocks = blocks_of()
+    updates = tree_of(blocks)
+    tx = optax.inject_hyperparams(gs.smooth_over_depth)(UNROLLED, alpha=0.3)
+    state = tx.init(updates)
+    assert set(state.hyperparams) == {"alpha"}
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(lambda u, s: tx.update(u, s, u), n=1))
+    for alpha in (0.3, 0.7):
+        state.hyperparams["alpha"] = jnp.asarray(alpha)
+        out, state = update(updates, state)
+        assert_smoothed(out, blocks, alpha)
+    out, state = tx.update(updates, state, updates)
+    assert_smoothed(out, blocks, 0.7)
+
+
+def test_inject_hyperparams_runs_a_schedule_of_alpha():
+    blocks = blocks_of()
+    updates = tree_of(blocks)
+    schedule = optax.linear_schedule(0.2, 0.6, 2)
+    tx = optax.inject_hyperparams(gs.smooth_over_depth)(
+        UNROLLED, schedule, variant="directional", norm_scope="block", strict=True
+    )
+    state = tx.init(updates)
+    for alpha in (0.2, 0.4, 0.6):
+        out, state = tx.update(updates, state, updates)
+        assert_smoothed(out, blocks, alpha, variant="directional", norm_scope="block")
+        np.testing.assert_allclose(state.hyperparams["alpha"], alpha, rtol=1e-6)
+
+
+def test_inject_hyperparams_takes_a_radius_as_a_static_argument():
+    blocks = blocks_of(num_layers=5)
+    updates = tree_of(blocks)
+    tx = optax.inject_hyperparams(gs.smooth_over_depth, static_args=("radius",))(
+        UNROLLED, alpha=0.3, radius=2
+    )
+    out, _ = tx.update(updates, tx.init(updates), updates)
+    assert_smoothed(out, blocks, 0.3, radius=2)
+
+
+def test_inject_hyperparams_takes_every_kind_of_spec_and_operator():
+    blocks = blocks_of()
+    updates = tree_of(blocks)
+    depths = {
+        name: {role: gs.Depth("layers", role, i) for role in SHAPES}
+        for i, name in enumerate(k for k in updates if k != "embed")
+    }
+    by_hand = lambda path, leaf: (  # noqa: E731
+        gs.Depth("layers", path[-1], int(path[0][-1])) if len(path) > 1 else None
+    )
+    for spec in (
+        gs.first_match(UNROLLED, SCANNED),
+        gs.ranked(UNROLLED),
+        gs.from_tree({"embed": None, **depths}),
+        gs.depth_fn(by_hand),
+        UNROLLED.only(lambda path, leaf: True),
+    ):
+        tx = optax.inject_hyperparams(gs.smooth_over_depth)(spec, alpha=0.3)
+        out, _ = tx.update(updates, tx.init(updates), updates)
+        assert_smoothed(out, blocks, 0.3)
+    matrix = oracle.window_matrix(3, 0.3)
+    for operator in (
+        gs.window(0.3),
+        gs.dense(matrix),
+        gs.operator_fn(lambda n: oracle.window_matrix(n, 0.3)),
+    ):
+        tx = optax.inject_hyperparams(gs.apply_over_depth)(UNROLLED, operator)
+        out, _ = tx.update(updates, tx.init(updates), updates)
+        assert_smoothed(out, blocks, 0.3)
+
+
+@pytest.mark.parametrize("alpha", [0.3, by_count], ids=["constant", "schedule"])
+def test_masked_leaves_are_left_alone(alpha):
+    blocks = blocks_of()
+    updates = tree_of(blocks)
+    mask = jax.tree.map(lambda _: True, updates)
+    mask["embed"] = False
+    tx = optax.masked(gs.smooth_over_depth(UNROLLED, alpha), mask)
+    out, _ = tx.update(updates, tx.init(updates), updates)
+    assert out["embed"] is updates["embed"]
+    assert_smoothed(out, blocks, 0.1 if callable(alpha) else alpha)
+
+
+def test_frozen_layers_inside_the_trainable_mask_are_boundaries_when_not_strict():
+    blocks = blocks_of(num_layers=6)
+    params = tree_of(blocks)
+    frozen = "layers_2"
+    labels = {k: "freeze" if k == frozen else "train" for k in params}
+    train = optax.chain(
+        optax.scale(-1.0), gs.smooth_over_depth(UNROLLED, 0.3, strict=False)
+    )
+    tx = optax.partition({"train": train, "freeze": optax.set_to_zero()}, labels)
+    out, _ = tx.update(params, tx.init(params), params)
+    chex.assert_trees_all_equal(
+        out[frozen], jax.tree.map(jnp.zeros_like, params[frozen])
+    )
+    del out[frozen]
+    expected = oracle.window([*blocks[:2], {}, *blocks[3:]], 0.3)
+    expected = [{r: -x for r, x in b.items()} for b in expected if b]
+    oracle.assert_blocks_close(layers_of(out), expected)
+
+    strict = optax.chain(optax.scale(-1.0), gs.smooth_over_depth(UNROLLED, 0.3))
+    tx = optax.partition({"train": strict, "freeze": optax.set_to_zero()}, labels)
+    with pytest.raises(ValueError, match=r"layers? 2\b"):
+        tx.init(params)
+
+
+def test_partition_with_a_label_that_no_parameter_has():
+    blocks = blocks_of()
+    params = tree_of(blocks)
+    smooth = gs.smooth_over_depth(UNROLLED, 0.3)
+    tx = optax.partition({"a": smooth, "unused": smooth}, lambda p: "a")
+    labels = jax.tree.map(lambda _: "a", params)
+    tx = optax.partition({"a": smooth, "unused": smooth}, labels)
+    out, _ = tx.update(params, tx.init(params), params)
+    assert_smoothed(out, blocks, 0.3)
+
+
+def test_multi_steps_smooths_the_accumulated_gradient():
+    first, second = blocks_of(1), blocks_of(2)
+    mean = [
+        {r: (a[r] + b[r]) / 2 for r in a} for a, b in zip(first, second, strict=True)
+    ]
+    inner = optax.chain(gs.smooth_over_depth(UNROLLED, by_count), optax.scale(-1.0))
+    tx = optax.MultiSteps(inner, every_k_schedule=2)
+    params = tree_of(first)
+    state = tx.init(params)
+    for alpha in (0.1, 0.5):
+        out, state = tx.update(tree_of(first), state, params)
+        chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, out))
+        out, state = tx.update(tree_of(second), state, params)
+        expected = oracle.window(mean, alpha)
+        expected = [{r: -x for r, x in b.items()} for b in expected]
+        oracle.assert_blocks_close(layers_of(out), expected)
+
+
+@pytest.mark.parametrize("alpha", [0.3, by_count], ids=["constant", "schedule"])
+def test_tree_map_params_finds_the_moments(alpha):
+    params = tree_of(blocks_of())
+    for tx in (
+        optax.chain(optax.scale_by_adam(), gs.smooth_over_depth(UNROLLED, alpha)),
+        gs.with_depth_smoothing(optax.scale_by_adam(), UNROLLED, alpha),
+        gs.adamw(1e-3, UNROLLED, alpha),
+    ):
+        state = tx.init(params)
+        mapped = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+        mu = optax.tree_utils.tree_get(mapped, "mu")
+        chex.assert_trees_all_equal(mu, jax.tree.map(jnp.ones_like, params))
+        assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
+def test_apply_if_finite_before_it_stops_a_nan():
+    good, bad = blocks_of(1), blocks_of(2)
+    bad[1]["kernel"] = bad[1]["kernel"] * np.nan
+    params = tree_of(good)
+    inner = optax.chain(optax.trace(0.0), gs.smooth_over_depth(UNROLLED, 0.3))
+    tx = optax.apply_if_finite(inner, max_consecutive_errors=5)
+    out, state = tx.update(tree_of(bad), tx.init(params), params)
+    chex.assert_tree_all_finite(out)
+    out, _ = tx.update(tree_of(good), state, params)
+    assert_smoothed(out, good, 0.3)
+
+
+def test_states_survive_flattening_and_named_chains():
+    params = tree_of(blocks_of())
+    tx = optax.named_chain(
+        ("adam", optax.scale_by_adam()),
+        ("smooth", gs.smooth_over_depth(UNROLLED, by_count)),
+    )
+    state = tx.init(params)
+    leaves, treedef = jax.tree.flatten(state)
+    assert jax.tree.unflatten(treedef, leaves)["smooth"].count == 0
+
+
+# Training loops of other libraries.
+
+
+def quadratic(params):
+    return sum(jnp.sum(x**2) / 2 for x in jax.tree.leaves(params))
+
+
+def test_a_flax_train_state_trains():
+    train_state = pytest.importorskip("flax.training.train_state")
+    blocks = blocks_of()
+    state = train_state.TrainState.create(
+        apply_fn=None, params=tree_of(blocks), tx=gs.sgd(0.5, UNROLLED, by_count)
+    )
+
+    @jax.jit
+    def train(state):
+        return state.apply_gradients(grads=jax.grad(quadratic)(state.params))
+
+    moving = blocks
+    for alpha in (0.1, 0.5):
+        state = train(state)
+        smoothed = oracle.window(moving, alpha)
+        moving = [
+            {r: b[r] - 0.5 * s[r] for r in b}
+            for b, s in zip(moving, smoothed, strict=True)
+        ]
+        oracle.assert_blocks_close(layers_of(state.params), moving)
+    assert state.step == 2
+
+
+@pytest.mark.parametrize("form", ["spec", "function"])
+def test_an_nnx_optimizer_trains_though_its_paths_differ_in_init_and_update(form):
+    nnx = pytest.importorskip("flax.nnx")
+    blocks = blocks_of()
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            layers = [nnx.Linear(2, 3, rngs=rngs) for _ in blocks]
+            self.layers = nnx.List(layers) if hasattr(nnx, "List") else layers
+            self.head = nnx.Linear(3, 1, rngs=rngs)
+
+    model = Net(nnx.Rngs(0))
+    for layer, block in zip(model.layers, blocks, strict=True):
+        nnx.update(layer, jax.tree.map(jnp.asarray, block))
+
+    seen = set()
+
+    def by_hand(path, leaf):
+        seen.add(path)
+        if path[0] != "layers":
+            return None
+        return gs.Depth("layers", path[2], path[1])
+
+    depth = UNROLLED if form == "spec" else by_hand
+    optimizer = nnx.Optimizer(model, gs.sgd(0.5, depth, 0.3), wrt=nnx.Param)
+
+    @nnx.jit
+    def train(model, optimizer):
+        def loss(model):
+            return quadratic(nnx.state(model, nnx.Param))
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    train(model, optimizer)
+    expected = [
+        {r: b[r] - 0.5 * s[r] for r in b}
+        for b, s in zip(blocks, oracle.window(blocks, 0.3), strict=True)
+    ]
+    got = [
+        {"kernel": layer.kernel[...], "bias": layer.bias[...]} for layer in model.layers
+    ]
+    oracle.assert_blocks_close(got, expected)
+    if form == "function":
+        assert seen == {
+            *(("layers", i, r) for i in range(3) for r in SHAPES),
+            ("head", "kernel"),
+            ("head", "bias"),
+        }
+
+
+def test_an_equinox_model_trains():
+    eqx = pytest.importorskip("equinox")
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    class Net(eqx.Module):
+        layers: list
+        name: str
+
+    net = Net([eqx.nn.Linear(3, 2, key=key) for key in keys], "net")
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+    tx = gs.sgd(0.5, UNROLLED, 0.3, variant="directional")
+    state = tx.init(params)
+
+    @eqx.filter_jit
+    def train(net, state):
+        grads = eqx.filter_grad(lambda n: quadratic(eqx.filter(n, eqx.is_array)))(net)
+        updates, state = tx.update(grads, state, eqx.filter(net, eqx.is_array))
+        return eqx.apply_updates(net, updates), state
+
+    before = [
+        {"weight": np.asarray(x.weight), "bias": np.asarray(x.bias)} for x in net.layers
+    ]
+    net, state = train(eqx.combine(params, static), state)
+    smoothed = oracle.window(before, 0.3, variant="directional")
+    expected = [
+        {r: b[r] - 0.5 * s[r] for r in b} for b, s in zip(before, smoothed, strict=True)
+    ]
+    got = [{"weight": x.weight, "bias": x.bias} for x in net.layers]
+    oracle.assert_blocks_close(got, expected)
+
+
+# Sharding.
+
+SHARDED = """
+    import json, os, sys
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    import gradsmooth_optax as gs
+    import oracle
+
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+    if sys.argv[1] == "explicit":
+        mesh = jax.make_mesh((2, 2), ("a", "b"), (jax.sharding.AxisType.Explicit,) * 2)
+    specs = {"depth": ("a",), "inner": (None, "b"), "both": ("a", "b"), "no": ()}
+    blocks = oracle.random_blocks(4, shapes=dict.fromkeys(specs, (4, 2)))
+    tree = {
+        name: jax.device_put(leaf, NamedSharding(mesh, P(*specs[name])))
+        for name, leaf in oracle.stacked_tree(blocks).items()
+    }
+    wrong = {"numbers": [], "shardings": []}
+    cases = ("standard", 1), ("standard", 2), ("norm_preserving", 1), ("directional", 1)
+    for variant, radius in cases:
+        expected = oracle.window(blocks, 0.3, radius, variant=variant)
+        expected = oracle.stacked_tree(expected)
+        depth = gs.scanned("blocks/")
+        tx = gs.smooth_over_depth(depth, 0.3, radius=radius, variant=variant)
+        for jit in (False, True):
+            update = jax.jit(tx.update) if jit else tx.update
+            out, _ = update({"blocks": tree}, tx.init({"blocks": tree}))
+            for name, leaf in out["blocks"].items():
+                case = [name, variant, radius, "jit" if jit else "eager"]
+                if oracle.relative_error(leaf, expected[name]) > 1e-6:
+                    wrong["numbers"].append(case)
+                if not leaf.sharding.is_equivalent_to(tree[name].sharding, 3):
+                    wrong["shardings"].append(case)
+    wrong["shardy"] = bool(jax.config.jax_use_shardy_partitioner)
+    print(json.dumps(wrong))
+"""
+
+
+@pytest.fixture(scope="module", params=["auto", "explicit"])
+def sharded(request):
+    """What went wrong on four devices, which must be asked for before jax starts."""
+    if request.param == "explicit" and jax.__version_info__ < (0, 7):
+        pytest.skip("meshes with explicit axes came later")
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED), request.param],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_sharded_leaves_get_the_same_numbers(sharded):
+    assert sharded["numbers"] == []
+
+
+def test_every_leaf_keeps_its_sharding(sharded):
+    wrong = sharded["shardings"]
+    if not sharded["shardy"]:
+        # The old partitioner chooses the shardings of a compiled program's results.
+        wrong = [case for case in wrong if case[-1] == "eager"]
+    assert wrong == []
