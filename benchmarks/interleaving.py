@@ -108,6 +108,7 @@ def train_in_turns(
     """
     names = list(trainers)
     states, curves = dict(run.states), run.curves
+    evaluations = {step: index for index, step in enumerate(plan.evaluations)}
     start = run.step
     for index, end in enumerate(plan.rounds):
         if end <= start:
@@ -123,8 +124,8 @@ def train_in_turns(
 
             losses = np.asarray(losses)[: end - start]
             curves.train_loss[arm, start:end] = losses
-            if end in plan.evaluations:
-                curves.validation_loss[arm, plan.evaluations.index(end)] = np.asarray(
+            if end in evaluations:
+                curves.validation_loss[arm, evaluations[end]] = np.asarray(
                     evaluate(states[name].params)
                 )
             after_turn(name, end - start, float(np.mean(losses)))

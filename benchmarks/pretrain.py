@@ -90,19 +90,18 @@ def run_benchmark(config: Config, places: Places) -> int:
     paths = None if config.corpus is None else [Path(path) for path in config.corpus]
     corpus = load_corpus(paths, shortest=config.context + 1)
     out = places.out or Path(f"runs/pretrain-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    # First of all, so that a place that cannot be written costs no training.
-    make_directory(out, "--out")
-
     arms = build_arms(config)
     with opened_checkpoints(places.checkpoint_dir) as manager:
         identity = run_identity(config, corpus)
         if manager is not None:
             checkpoints.check_options(manager, identity)
+        # Before training, which a place that cannot be written would waste.
+        make_directory(out, "--out")
 
         model = build_model(config)
         seeds = jnp.arange(config.seeds)
         params = init_params(model, seeds)
-        print(summary(config, corpus, arms, params))
+        print(summary(config, corpus, arms, params), flush=True)
 
         plan = Plan(config.steps, config.chunk, config.eval_every)
         states = {name: init_state(arm, params) for name, arm in arms.items()}
@@ -280,7 +279,7 @@ def resumed(
     if restored is None:
         return run, notes
     run, saved = restored
-    print(f"resumed at step {run.step}")
+    print(f"resumed at step {run.step}", flush=True)
     if saved["versions"] != notes["versions"]:
         print(
             f"note: the checkpoint was written with {saved['versions']}, this is "

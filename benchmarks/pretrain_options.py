@@ -78,7 +78,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="residual stream (default: %(default)s)",
     )
     model.add_argument(
-        "--heads", type=_positive, default=4, help="of attention (default: %(default)s)"
+        "--heads", type=_positive, default=2, help="of attention (default: %(default)s)"
     )
     model.add_argument(
         "--context",
@@ -174,7 +174,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     run.add_argument(
         "--steps",
         type=_positive,
-        default=320,
+        default=300,
         help="of every arm (default: %(default)s)",
     )
     run.add_argument(
@@ -192,13 +192,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     run.add_argument(
         "--eval-every",
         type=_positive,
-        default=40,
+        default=50,
         help="steps between evaluations (default: %(default)s)",
     )
     run.add_argument(
         "--eval-windows",
         type=_positive,
-        default=256,
+        default=128,
         help="of the validation set (default: %(default)s)",
     )
 

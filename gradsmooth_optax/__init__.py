@@ -14,8 +14,6 @@ An optax transformation after arXiv 2606.30813. Say where depth is, then chain
 ... )
 """
 
-from importlib.metadata import version as _version
-
 # Where depth is.
 from gradsmooth_optax._depth import Depth as Depth
 from gradsmooth_optax._specs import DepthSpec as DepthSpec
@@ -50,4 +48,4 @@ from gradsmooth_optax._recipes import adamw as adamw
 from gradsmooth_optax._recipes import muon as muon
 from gradsmooth_optax._recipes import sgd as sgd
 
-__version__ = _version("gradsmooth_optax")
+__version__ = "0.1.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -113,6 +113,6 @@ def integer(argument: str, value: Any) -> int:
 
 
 def integers(argument: str, value: Any) -> int | tuple[int, ...]:
-    if isinstance(value, Iterable) and not isinstance(value, str | jax.Array):
+    if isinstance(value, list | tuple | range):
         return tuple(integer(argument, item) for item in value)
     return integer(argument, value)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from gradsmooth_optax._groups import Group, Grouping, group_by_depth, inexact_dtype
+from gradsmooth_optax._groups import Group, group_by_depth, inexact_dtype
 from gradsmooth_optax._paths import show_path
-from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._specs import DepthFunction, DepthSpec, Leaves, as_spec
 
 _LONGEST_LIST = 50
 
@@ -26,7 +27,8 @@ class DepthSummary:
       groups: one per stack, role, per-layer shape and dtype, with `stack`, `role`,
         `shape`, `dtype`, `layers`, `num_layers`, `runs`, `gaps`, `duplicates`.
       untouched: (path, shape) of every leaf that passes through.
-      unmatched: the members of a `first_match` that matched nothing.
+      unmatched: the parts of a composed spec (members of a `first_match`, entries of
+        a `from_tree`) that matched nothing.
       smoothed: number of parameters that are coupled with another layer.
       total: number of parameters of floating or complex dtype.
     """
@@ -76,7 +78,10 @@ class DepthSummary:
         )
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [_row(group) for group in self.groups]
+        layers = defaultdict(set)
+        for group in self.groups:
+            layers[group.stack].update(group.layers)
+        rows = [_row(group, layers[group.stack]) for group in self.groups]
         hidden = len(rows) - _LONGEST_LIST
         if hidden > 0:
             rows = [*rows[:_LONGEST_LIST], (f"… and {hidden} more groups",)]
@@ -88,7 +93,7 @@ class DepthSummary:
                 "untouched",
                 [f"{path} {shape}" for path, shape in self.untouched],
             ),
-            ("members that matched nothing", list(map(repr, self.unmatched))),
+            ("parts of the spec that matched nothing", list(map(repr, self.unmatched))),
         ]
         return [(title, items) for title, items in lists if items]
 
@@ -137,6 +142,7 @@ def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
         int((group.run_lengths > 1).sum()) * math.prod(group.shape)
         for group in grouping.groups
     )
+    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
     return DepthSummary(
         spec,
         grouping.groups,
@@ -144,19 +150,20 @@ def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
             (show_path(grouping.paths[i]), np.shape(grouping.leaves[i]))
             for i in grouping.untouched
         ),
-        _unmatched_members(spec, grouping),
+        tuple(_unmatched(spec, leaves)),
         coupled,
         sum(sizes),
     )
 
 
-def _unmatched_members(spec: DepthSpec, grouping: Grouping) -> tuple[DepthSpec, ...]:
-    members = getattr(spec, "members", ())
-    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
-    return tuple(m for m in members if not any(m.assign(leaves)))
+def _unmatched(spec: DepthSpec, leaves: Leaves) -> list[DepthSpec]:
+    """The parts of a composed spec that match nothing."""
+    if not any(spec.assign(leaves)):
+        return [spec]
+    return [lost for part in spec.parts(leaves) for lost in _unmatched(part, leaves)]
 
 
-def _row(group: Group) -> tuple[str, ...]:
+def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
     # The layers of a duplicated number are counted, not shown twice.
     layers = f"{_ranges(group.layers)} ({group.num_layers})"
     axes = sorted({member.axes for member in group.members})
@@ -168,6 +175,10 @@ def _row(group: Group) -> tuple[str, ...]:
         notes.append("single, unchanged")
     if group.ranked:
         notes.append("ranked")
+    beyond = [n for n in of_stack if not group.layers[0] <= n <= group.layers[-1]]
+    if beyond:
+        # Right for a role that only some layers have; a wrong axis looks like this too.
+        notes.append(f"not in layers {_ranges(beyond)} of the stack")
     if group.gaps:
         notes.append(f"gap at {_ranges(group.gaps)}")
     if group.duplicates:

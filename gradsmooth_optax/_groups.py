@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -128,9 +129,8 @@ class Group:
         """Layer numbers that are missing between the first and the last."""
         if self.ranked or not self.layers:
             return ()
-        return tuple(
-            sorted(set(range(self.layers[0], self.layers[-1])) - {*self.layers})
-        )
+        pairs = itertools.pairwise(self.layers)
+        return tuple(layer for a, b in pairs for layer in range(a + 1, b))
 
     @property
     def duplicates(self) -> tuple[int, ...]:
@@ -150,12 +150,14 @@ class Grouping:
       groups: in order of first appearance in the tree.
       paths: plain path of every leaf of the tree.
       leaves: every leaf of the tree.
+      treedef: the tree's structure.
       spec: the spec.
     """
 
     groups: tuple[Group, ...]
     paths: tuple[Path, ...]
     leaves: tuple[Any, ...]
+    treedef: Any
     spec: DepthSpec
 
     @functools.cached_property
@@ -176,7 +178,7 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
     Raises:
       ValueError: for a depth axis out of range, or a group that is ranked in part.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     leaves = [(plain_path(key_path), leaf) for key_path, leaf in flat]
     members: dict[tuple, list[Member]] = {}
     ranked: dict[tuple, set[bool]] = {}
@@ -203,7 +205,7 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
             )
         groups.append(Group(*key, members=tuple(of_key), ranked=True in ranked[key]))
     paths, values = zip(*leaves, strict=True) if leaves else ((), ())
-    return Grouping(tuple(groups), paths, values, spec)
+    return Grouping(tuple(groups), paths, values, treedef, spec)
 
 
 def inexact_dtype(leaf: Any) -> Any:
@@ -271,6 +273,16 @@ def _check_something_matched(grouping: Grouping, strict: bool) -> None:
     if not strict:
         return
     paths = [show_path(path) for path in grouping.paths]
+    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
+    unrestricted = grouping.spec.unrestricted()
+    excluded = sum(assignment is not None for assignment in unrestricted.assign(leaves))
+    if excluded and unrestricted != grouping.spec:
+        raise ValueError(
+            f"`depth` {grouping.spec!r} matches {excluded} of the {len(paths)} leaves, "
+            f"but its restriction leaves out all of them: {_some(paths, 12)}. Probably "
+            f"no leaf is named as a kernel or weight, or the predicate tests other "
+            f"names. To fix: write `.only(lambda path, leaf: ...)` for these paths."
+        )
     raise ValueError(
         f"`depth` {grouping.spec!r} matched none of the {len(paths)} leaves of the "
         f"tree: {_some(paths, 12)}. The pattern is probably written for another tree, "
@@ -300,6 +312,14 @@ def _duplicate_message(group: Group) -> str:
             f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
             f"several slices of leaf {paths[0]}: its strides overlap. Write the step "
             f"along each axis, as in `axis=(0, 1), stride=(4, 1)`."
+        )
+    if len(set(paths)) == 1:
+        return (
+            f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
+            f"{len(paths)} leaves with the same path {paths[0]!r}: their container "
+            f"names its children by number only. Register it by "
+            f"`jax.tree_util.register_pytree_with_keys`, or leave them out with "
+            f"`.only(lambda path, leaf: ...)`."
         )
     return (
         f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
@@ -345,6 +365,8 @@ def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
     sayings = []
     for layer in group.gaps:
         for neighbor in group.members:
+            if not neighbor.layers.size:
+                continue
             old, path = int(neighbor.layers.flat[0]), show_path(neighbor.path)
             wanted = re.sub(rf"(?<!\d){old}(?!\d)", str(layer), path)
             if wanted in untouched:

@@ -85,9 +85,26 @@ def _place(x: jax.Array, group: Group, m: int, piece: Piece) -> jax.Array:
     ):
         low = at - a
         padding[axis] = (low, size - low - x.shape[axis], 0)
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        x, padding = _without_negative(x, padding)
     if any(low or high for low, high, _ in padding):
         x = lax.pad(x, jnp.zeros((), x.dtype), padding)
     return x
+
+
+def _without_negative(
+    x: jax.Array, padding: list[tuple[int, int, int]]
+) -> tuple[jax.Array, list[tuple[int, int, int]]]:
+    """Crops by slices what negative padding would crop.
+
+    The GSPMD partitioner, jax's default before 0.7, computes wrong numbers for negative
+    padding of a replicated array whose result is sharded. Elsewhere padding is better:
+    it keeps a sharded axis even.
+    """
+    for axis, (low, high, _) in enumerate(padding):
+        stop = x.shape[axis] + min(high, 0)
+        x = lax.slice_in_dim(x, max(-low, 0), stop, axis=axis)
+    return x, [(max(low, 0), max(high, 0), 0) for low, high, _ in padding]
 
 
 def _shifts_as_a_whole(source: Member, receiver: Member, piece: Piece) -> bool:

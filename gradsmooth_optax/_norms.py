@@ -99,7 +99,9 @@ def rescaled(
     Zero is told by == and not by >, so that a NaN stays visible.
     """
     zero = (before == 0) | (after == 0)
+    # Replaced before the root, whose derivative at 0 would make gradients NaN.
+    before, after = (jnp.where(zero, 1.0, norm) for norm in (before, after))
     # The root of the ratio is exactly 1 for equal norms. The ratio of roots is not,
     # where the compiler makes it a product with a reciprocal root.
-    ratio = jnp.sqrt(before / jnp.where(after == 0, 1.0, after))
+    ratio = jnp.sqrt(before / after)
     return jnp.where(zero, otherwise, ratio.astype(y.dtype) * y)

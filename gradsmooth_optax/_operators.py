@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from gradsmooth_optax._naming import reduce_by_name
 from gradsmooth_optax._precision import num_bits
 
 Matrix: TypeAlias = np.ndarray | jax.Array
@@ -114,10 +115,7 @@ def window(
     References:
       Meng, Sugolov, Papyan, "Gradient Smoothing", arXiv 2606.30813, section 3.
     """
-    _check_strength("alpha", alpha, high=1.0)
-    if decay is not None:
-        _check_strength("decay", decay)
-    return Window(alpha, _radius(radius), decay)
+    return Window(alpha, radius, decay)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,18 +126,30 @@ class Window(Operator):
     radius: int = 1
     decay: optax.ScalarOrSchedule | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "alpha", _strength("alpha", self.alpha, high=1.0))
+        object.__setattr__(self, "radius", _radius(self.radius))
+        if self.decay is not None:
+            object.__setattr__(self, "decay", _strength("decay", self.decay))
+
     def side_weights(self) -> tuple[Any, ...]:
         alpha = _number(self.alpha)
         decay = 0.0 if self.decay is None else _number(self.decay)
+        if isinstance(alpha, jax.Array) and isinstance(decay, jax.Array):
+            widest = max(alpha.dtype, decay.dtype, key=num_bits)
+            alpha, decay = alpha.astype(widest), decay.astype(widest)
         # Relative to distance 1, so that a large decay cannot make all of them 0.
         share = [_exp(-decay * (j - 1)) for j in range(1, self.radius + 1)]
         return tuple(alpha / 2 * (weight / sum(share)) for weight in share)
 
     def matrix(self, num_layers: int) -> Matrix:
-        matrix: Any = np.eye(num_layers)
-        for j, weight in enumerate(self.side_weights(), start=1):
+        weights = self.side_weights()
+        dtype = getattr(weights[0], "dtype", np.float64)
+        matrix: Any = np.eye(num_layers, dtype=dtype)
+        for j, weight in enumerate(weights, start=1):
             neighbors = np.eye(num_layers, k=j) + np.eye(num_layers, k=-j)
-            matrix = matrix + weight * (neighbors - np.diag(neighbors.sum(1)))
+            difference = neighbors - np.diag(neighbors.sum(1))
+            matrix = matrix + weight * difference.astype(dtype)
         return matrix
 
     @property
@@ -167,18 +177,24 @@ def dense(matrix: Any) -> Operator:
       array([[0.5, 0.5],
              [0.5, 0.5]])
     """
-    matrix = _real_matrix(matrix, "`matrix` of `dense`")
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(
-            f"`matrix` of `dense` must be square, one row and one column per layer, "
-            f"but has shape {matrix.shape}."
-        )
     return Dense(matrix)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Operator):
     values: Matrix
+
+    def __post_init__(self):
+        values = _real_matrix(self.values, "`matrix` of `dense`")
+        if values.ndim != 2 or values.shape[0] != values.shape[1]:
+            raise ValueError(
+                f"`matrix` of `dense` must be square, one row and one column per "
+                f"layer, but has shape {values.shape}."
+            )
+        object.__setattr__(self, "values", values)
+
+    def __reduce__(self):
+        return Dense, (self.values,)  # through __post_init__: read-only again
 
     def matrix(self, num_layers: int) -> Matrix:
         if num_layers == 1:
@@ -230,6 +246,9 @@ def operator_fn(function: Callable[[int], Any]) -> Operator:
 class OperatorFn(Operator):
     function: Callable[[int], Any]
 
+    def __reduce__(self):
+        return reduce_by_name(self, self.function)
+
     def matrix(self, num_layers: int) -> Matrix:
         if num_layers == 1:
             return np.ones((1, 1))
@@ -254,7 +273,10 @@ def as_operator(value: Any) -> Operator:
     if isinstance(value, int | float):
         hint = f"`window({value})`, or `smooth_over_depth(depth, alpha={value})`"
     elif hasattr(value, "shape"):
-        hint = "`dense(matrix)` for a matrix, `window(0.1)` for the paper's window"
+        hint = (
+            "`dense(matrix)` for a matrix, `window(0.1)` for the paper's window; "
+            "inside `optax.inject_hyperparams` wrap a function in `operator_fn`"
+        )
     raise TypeError(
         f"`operator` must be a depth operator or a function num_layers -> (L, L) "
         f"matrix, but is {value!r} of type {type(value).__name__}. Write {hint}."
@@ -264,11 +286,11 @@ def as_operator(value: Any) -> Operator:
 # -- Small checks ----------------------------------------------------------------------
 
 
-def _check_strength(name: str, value: Any, high: float = math.inf) -> None:
-    """Checks a schedule (not at all), an array (shape, dtype) or a number (range)."""
-    allowed = "a finite number >= 0" if high == math.inf else f"between 0 and {high:g}"
+def _strength(name: str, value: Any, high: float = math.inf) -> Any:
+    """The value, if it is a schedule, a scalar array or a number in range."""
+    allowed = ">= 0 and finite" if high == math.inf else f"between 0 and {high:g}"
     if callable(value):
-        return
+        return value
     if isinstance(value, bool | np.bool_) or not _is_real(value):
         raise TypeError(
             f"`{name}` must be a number {allowed}, a scalar array or an optax "
@@ -280,9 +302,11 @@ def _check_strength(name: str, value: Any, high: float = math.inf) -> None:
             f"strength per layer pass the whole matrix: `dense(matrix)`."
         )
     if isinstance(value, jax.Array):
-        return  # maybe traced; never looked at
+        return value  # maybe traced: never looked at
     if not (0 <= float(value) <= high and math.isfinite(value)):
         raise ValueError(f"`{name}` must be {allowed}, but is {value}.")
+    # A NumPy array could be written to later.
+    return float(value) if isinstance(value, np.ndarray) else value
 
 
 def _is_real(value: Any) -> bool:
@@ -299,7 +323,7 @@ def _radius(value: Any) -> int:
         raise TypeError(
             f"`radius` must be a Python int, since it decides what is compiled, but is "
             f"an array: {value!r}. Inside `optax.inject_hyperparams` write "
-            f'`inject_hyperparams(smooth_over_depth, static_args=("radius",))`.'
+            f'`inject_hyperparams(..., static_args=("radius",))`.'
         )
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
@@ -316,6 +340,8 @@ def _radius(value: Any) -> int:
 
 def _real_matrix(value: Any, source: str) -> Matrix:
     """A read-only float64 copy, or the array itself where it is traced."""
+    if jnp.issubdtype(getattr(value, "dtype", np.float64), jnp.complexfloating):
+        raise TypeError(f"{source} must hold real numbers, but is complex.")
     if isinstance(value, Tracer):
         return value
     try:
@@ -332,6 +358,11 @@ def _real_matrix(value: Any, source: str) -> Matrix:
 
 def _number(value: Any) -> Any:
     """A float where the value is concrete, else an array of at least float32."""
+    if callable(value):
+        raise TypeError(
+            "a strength of this operator is a schedule, which has no value before it "
+            "is resolved at a step: write `operator.at(count).matrix(num_layers)`."
+        )
     if isinstance(value, jax.Array):
         wide = jnp.issubdtype(value.dtype, jnp.floating) and num_bits(value.dtype) > 32
         return value if wide else value.astype(jnp.float32)

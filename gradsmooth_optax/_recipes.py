@@ -180,7 +180,9 @@ def muon(
     by their rank *per layer*, so a stacked (L, in, out) kernel is L matrices and a
     stacked (L, width) norm scale is none: scanned and unrolled models train alike.
     Like `optax.contrib.muon`, it takes every matrix, also an embedding; pass
-    `muon_weight_dimension_numbers` to choose.
+    `muon_weight_dimension_numbers` to choose. To smooth only some leaves, restrict
+    `depth` with `.only(...)`: a leaf that its pattern does not match counts as not
+    stacked, and a stacked norm scale would then pass for a matrix.
 
     Args:
       learning_rate: scalar or schedule, of both parts.

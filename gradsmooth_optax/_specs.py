@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from gradsmooth_optax._depth import Depth, as_tuple, integer, integers
+from gradsmooth_optax._naming import reduce_by_name
 from gradsmooth_optax._paths import (
     FIRST_NUMBERED_SEGMENT,
     Path,
@@ -53,18 +53,20 @@ class DepthSpec:
         """The spec without what `only` and `only_projections` leave out."""
         return self
 
+    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+        """The specs that this one is composed of, for a tree with these leaves."""
+        return ()
+
     def locate(self, leaves: Leaves) -> Assignments:
         """Like `assign`, and also where depth is in leaves that are left out.
 
         A restriction says what is coupled, not how the parameters are laid out.
         """
-        everywhere = self.unrestricted().assign(leaves)
-        return [
-            restricted or unrestricted
-            for restricted, unrestricted in zip(
-                self.assign(leaves), everywhere, strict=True
-            )
-        ]
+        assignments = self.assign(leaves)
+        if (unrestricted := self.unrestricted()) == self:
+            return assignments
+        everywhere = unrestricted.assign(leaves)
+        return [a or b for a, b in zip(assignments, everywhere, strict=True)]
 
     def only(self, predicate: Callable[[Path, Any], bool]) -> DepthSpec:
         """Restricts the spec to leaves for which `predicate(path, leaf)` holds.
@@ -267,8 +269,9 @@ def from_tree(tree: Any) -> DepthSpec:
         _check_depth(depth, path, "the tree given to `from_tree`")
         if path in entries:
             raise ValueError(
-                f"`tree` of `from_tree` has two leaves at {show_path(path)}, which "
-                f"cannot be told apart. Pass a function (path, leaf) -> Depth instead."
+                f"`tree` of `from_tree` has two leaves at {show_path(path)!r}, which "
+                f"cannot be told apart: their container names its children by number "
+                f"only. Register it by `jax.tree_util.register_pytree_with_keys`."
             )
         entries[path] = depth
     return _FromTree(tuple(entries.items()))
@@ -379,11 +382,16 @@ class _FirstMatch(DepthSpec):
     members: tuple[DepthSpec, ...]
 
     def assign(self, leaves: Leaves) -> Assignments:
-        columns = [member.assign(leaves) for member in self.members]
-        return [
-            next((a for a in row if a is not None), None)
-            for row in zip(*columns, strict=True)
-        ]
+        assignments: Assignments = [None] * len(leaves)
+        for member in self.members:
+            left = [i for i, a in enumerate(assignments) if a is None]
+            found = member.assign([leaves[i] for i in left])
+            for i, assignment in zip(left, found, strict=True):
+                assignments[i] = assignment
+        return assignments
+
+    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+        return self.members
 
     def unrestricted(self) -> DepthSpec:
         return _FirstMatch(tuple(member.unrestricted() for member in self.members))
@@ -400,6 +408,9 @@ class _Ranked(_ShowsItsCall):
         assignments = self.member.assign(leaves)
         return [a and a._replace(ranked=True) for a in assignments]
 
+    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+        return (self.member,)
+
     def unrestricted(self) -> DepthSpec:
         return _Ranked(self.member.unrestricted())
 
@@ -413,8 +424,15 @@ class _FromTree(DepthSpec):
         found = (depths.get(path) for path, _ in leaves)
         return [None if depth is None else Assignment(depth) for depth in found]
 
+    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+        paths = {path for path, _ in leaves}
+        lost = tuple((path, d) for path, d in self.entries if path not in paths)
+        return (_FromTree(lost),) if lost else ()
+
     def __repr__(self) -> str:
-        return f"from_tree(<{len(self.entries)} leaves with a Depth>)"
+        paths = [show_path(path) for path, _ in self.entries]
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        return f"from_tree(<Depth for {', '.join(paths[:3])}{more}>)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +446,12 @@ class _DepthFn(DepthSpec):
         try:
             depth = self.function(path, leaf)
         except Exception as error:
-            error.add_note(f"Raised by the `depth` function at leaf {show_path(path)}.")
+            error.add_note(
+                f"Raised by the `depth` function at leaf {show_path(path)}."
+                if path
+                else "Raised by the `depth` function for a tree that is one lone "
+                "array, probably hidden by `optax.flatten`: smooth outside of it."
+            )
             raise
         if depth is None:
             return None
@@ -436,13 +459,7 @@ class _DepthFn(DepthSpec):
         return Assignment(depth)
 
     def __reduce__(self):
-        # A decorated function is hidden behind its spec, so pickle cannot find it by
-        # name; the spec itself is what that name now leads to.
-        module = getattr(self.function, "__module__", None)
-        name = getattr(self.function, "__qualname__", "")
-        if module and _lookup(module, name) is self:
-            return _lookup, (module, name)
-        return _DepthFn, (self.function,)
+        return reduce_by_name(self, self.function)
 
     def __repr__(self) -> str:
         return f"depth_fn({_function_name(self)})"
@@ -459,6 +476,9 @@ class _Only(DepthSpec):
             a if a is not None and self.predicate(path, leaf) else None
             for a, (path, leaf) in zip(assignments, leaves, strict=True)
         ]
+
+    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+        return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
         return self.member.unrestricted()
@@ -485,6 +505,9 @@ class _OnlyProjections(DepthSpec):
         return [
             a if yes else None for a, yes in zip(assignments, is_weight, strict=True)
         ]
+
+    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+        return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
         return self.member.unrestricted()
@@ -532,13 +555,3 @@ def _check_depth(depth: Any, path: Path, source: str) -> None:
 
 def _function_name(spec: _DepthFn) -> str:
     return getattr(spec.function, "__qualname__", repr(spec.function))
-
-
-def _lookup(module: str, qualname: str) -> Any:
-    try:
-        found: Any = importlib.import_module(module)
-        for name in qualname.split("."):
-            found = getattr(found, name)
-        return found
-    except (ImportError, AttributeError):
-        return None

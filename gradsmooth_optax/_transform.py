@@ -62,8 +62,10 @@ def smooth_over_depth(
     scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
     mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
     float64 leaves). A non-finite update of one layer spreads to its neighbors: see
-    `optax.apply_if_finite` and `optax.zero_nans`. The smoothed update of a role needs
-    memory for one more copy of that role's update while it is computed.
+    `optax.apply_if_finite` and `optax.zero_nans`; on a stacked leaf a `radius` over 3
+    is a matmul, which spreads it to the whole stack. Norms are sums of squares in
+    float32 and hold for updates of about 1e-19 to 1e19. While a role's update is being
+    smoothed, it needs memory for one more copy of it.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, or a
@@ -179,10 +181,10 @@ def apply_over_depth(
             state = DepthSmoothingState(optax.safe_increment(state.count))
         if resolved.is_identity:
             return updates, state
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves = grouping.leaves
         new = apply_operator(grouping.groups, leaves, resolved, variant, norm_scope)
         leaves = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return jax.tree.unflatten(treedef, leaves), state
+        return jax.tree.unflatten(grouping.treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

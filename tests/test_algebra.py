@@ -392,3 +392,26 @@ def test_smooth_over_depth_is_apply_over_depth_of_a_window():
         a = step(gs.smooth_over_depth(SCANNED, 0.2, radius=radius), u)
         b = step(gs.apply_over_depth(SCANNED, gs.window(0.2, radius=radius)), u)
         chex.assert_trees_all_equal(a, b)
+
+
+@gs.operator_fn
+def decorated(num_layers):
+    return np.full((num_layers, num_layers), 1 / num_layers)
+
+
+def test_a_decorated_operator_can_be_pickled():
+    assert pickle.loads(pickle.dumps(decorated)) is decorated
+
+
+def test_a_dense_operator_stays_read_only_when_pickled():
+    operator = pickle.loads(pickle.dumps(gs.dense(np.eye(2))))
+    with pytest.raises(ValueError, match="read-only"):
+        operator.matrix(2)[0, 0] = 2.0
+
+
+def test_a_window_does_not_follow_an_array_that_is_written_to():
+    alpha = np.array(0.1)
+    operator = gs.window(alpha)
+    alpha[...] = 0.9
+    assert operator == gs.window(0.1)
+    assert hash(operator) == hash(gs.window(0.1))

@@ -691,3 +691,40 @@ def test_a_lone_array_is_smoothed_where_the_spec_matches_it():
     out = step(lambda path, leaf: gs.Depth("stack", "w", axis=0), u)
     blocks = [{"w": np.asarray(x)} for x in u]
     oracle.assert_blocks_close([{"w": x} for x in out], oracle.window(blocks, 0.4))
+
+
+# Composition.
+
+
+def test_first_match_asks_later_members_only_about_the_leaves_that_are_left():
+    asked = []
+
+    def rest(path, leaf):
+        asked.append(path)
+        return None
+
+    spec = gs.first_match(gs.scanned("blocks/"), rest)
+    tree = {"blocks": {"w": jnp.ones((2, 3))}, "head": jnp.ones(3)}
+    gs.smooth_over_depth(spec).init(tree)
+    assert asked == [("head",)]
+
+
+def test_an_axis_may_be_a_numpy_integer():
+    assert gs.Depth("s", "r", axis=np.int64(1)) == gs.Depth("s", "r", axis=1)
+    assert gs.scanned("blocks/", axis=np.int64(1)) == gs.scanned("blocks/", axis=1)
+
+
+@gs.depth_fn
+def decorated(path, leaf):
+    return gs.Depth("blocks", path[-1], axis=0)
+
+
+def test_a_decorated_depth_function_can_be_pickled():
+    assert pickle.loads(pickle.dumps(decorated)) is decorated
+
+
+def test_a_decorated_depth_function_that_is_gone_is_an_error_and_not_none(monkeypatch):
+    pickled = pickle.dumps(decorated)
+    monkeypatch.delitem(globals(), "decorated")
+    with pytest.raises(AttributeError):
+        pickle.loads(pickled)

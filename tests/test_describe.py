@@ -132,3 +132,27 @@ def test_notebooks_get_escaped_names():
 def test_something_that_is_no_depth_spec_is_refused(depth):
     with pytest.raises(TypeError, match=r"\bdepth\b"):
         gs.describe(depth, model())
+
+
+def test_it_shows_parts_that_match_nothing_at_any_depth_of_a_composed_spec():
+    lost = gs.scanned("nothing/")
+    tree = {"layers_0": {"w": jnp.ones(2)}, "layers_1": {"w": jnp.ones(2)}}
+    both = gs.first_match(gs.unrolled(), lost)
+    specs = (both, gs.ranked(both), both.only(lambda *_: True), gs.first_match(both))
+    for spec in specs:
+        assert gs.describe(spec, tree).unmatched == (lost,)
+        assert "nothing/" in str(gs.describe(spec, tree))
+
+
+def test_it_shows_entries_of_a_tree_of_depths_that_the_parameters_lack():
+    spec = gs.from_tree({"layer_0": gs.Depth("s", "r"), "layers_1": gs.Depth("s", "r")})
+    summary = gs.describe(spec, {"layers_1": jnp.ones(2)})
+    assert "layer_0" in str(summary)
+
+
+def test_it_points_at_a_forgotten_scan_axis_by_the_layers_that_roles_lack():
+    layers = {"wi": jnp.ones((4, 12, 8)), "wo": jnp.ones((8, 12, 4))}
+    wrong = gs.describe(gs.scanned("layers/"), {"layers": layers})
+    assert "not in layers 4-7" in str(wrong)
+    right = gs.describe(gs.scanned("layers/", axis=1), {"layers": layers})
+    assert "not in" not in str(right)

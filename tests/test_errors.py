@@ -474,3 +474,71 @@ def test_errors_in_init_come_from_a_recipe_as_well():
     for make in (gs.adamw, gs.sgd, gs.muon):
         with pytest.raises(ValueError, match="decoder/layers_0/mlp/kernel"):
             make(1e-3, gs.scanned("blocks/")).init(layers(range(2)))
+
+
+# What a schedule returns, and other values that come late.
+
+
+def test_a_schedule_is_held_to_the_same_shape_and_range_as_a_constant():
+    updates = {"blocks": {"w": jnp.ones((3, 3))}}
+    for schedule, words in (
+        (lambda count: jnp.zeros(3), "scalar"),
+        (lambda count: 7.0, "between 0 and 1"),
+    ):
+        tx = gs.smooth_over_depth(gs.scanned("blocks/"), schedule)
+        with pytest.raises(ValueError, match="alpha") as info:
+            tx.update(updates, tx.init(updates))
+        assert_says(info, words)
+
+
+def test_the_matrix_of_an_unresolved_schedule_says_how_to_resolve_it():
+    operator = gs.window(optax.linear_schedule(0.0, 0.2, 10))
+    with pytest.raises(TypeError) as info:
+        operator.matrix(3)
+    assert_says(info, "schedule", re.escape("at(count)"))
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, jnp.asarray])
+def test_a_complex_matrix_is_refused(wrap):
+    with pytest.raises(TypeError, match="complex"):
+        gs.dense(wrap(np.eye(2) * 1j))
+
+
+def test_a_scope_that_leaves_out_everything_is_not_blamed_on_the_pattern():
+    tree = {f"layers_{i}": {"mlp": {"gate": jnp.ones((2, 2))}} for i in range(3)}
+    spec = gs.unrolled().only_projections()
+    with pytest.raises(ValueError, match="matches 3 of the 3") as info:
+        gs.smooth_over_depth(spec).init(tree)
+    assert_says(info, "layers_0/mlp/gate", re.escape(".only("))
+
+
+def test_a_function_that_fails_on_a_flattened_tree_is_told_of_the_flattening():
+    tx = optax.flatten(
+        gs.smooth_over_depth(lambda path, leaf: gs.Depth(path[0], path[1]))
+    )
+    with pytest.raises(IndexError) as info:
+        tx.init({"blocks": {"w": jnp.ones((3, 2))}})
+    assert "optax.flatten" in "".join(info.value.__notes__)
+
+
+def test_a_gap_beside_a_leaf_without_layers_is_still_our_error():
+    tree = {"blocks": {"w": jnp.ones((0, 2))}, "1": {"w": jnp.ones(2)}}
+    tree["3"] = {"w": jnp.ones(2)}
+    spec = gs.first_match(
+        gs.scanned("blocks/", stack="s"), gs.unrolled(r"^(\d)/", stack="s")
+    )
+    with pytest.raises(ValueError, match="layer 2 is missing"):
+        gs.smooth_over_depth(spec).init(tree)
+
+
+def test_children_without_keys_are_told_to_be_registered_with_keys():
+    class Keyless:
+        pass
+
+    jax.tree_util.register_pytree_node(
+        Keyless, lambda node: ((node.a, node.b), None), lambda _, children: None
+    )
+    node = Keyless()
+    node.a, node.b = jnp.ones(2), jnp.ones(2)
+    with pytest.raises(ValueError, match="register_pytree_with_keys"):
+        gs.smooth_over_depth(gs.unrolled()).init({"layers_0": node})

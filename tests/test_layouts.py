@@ -280,6 +280,29 @@ def test_roles_that_are_laid_out_differently_share_their_layers_blocks(variant):
     oracle.assert_blocks_close(got, oracle.window(blocks, ALPHA, **kwargs))
 
 
+@pytest.mark.parametrize("kwargs", CONFIGURATIONS, ids=config_id)
+def test_a_slice_without_neighbours_is_unchanged_though_its_leaf_is_not(kwargs):
+    # The strided leaf holds layers 0 and 3; layer 2 is missing.
+    blocks = oracle.random_blocks(4, shapes={"a": (2, 3), "b": (2, 3)})
+    del blocks[2]["a"]
+    tree = {
+        "strided": stack([blocks[0], blocks[3]], "a"),
+        "single": jnp.asarray(blocks[1]["a"]),
+        "scanned": stack(blocks, "b"),
+    }
+    depths = {
+        "strided": gs.Depth("s", "a", 0, axis=0, stride=3),
+        "single": gs.Depth("s", "a", 1),
+        "scanned": gs.Depth("s", "b", axis=0),
+    }
+    out = step(gs.from_tree(depths), tree, strict=False, **kwargs)
+    got = [{"b": x} for x in out["scanned"]]
+    got[0]["a"], got[3]["a"] = out["strided"]
+    got[1]["a"] = out["single"]
+    oracle.assert_blocks_close(got, oracle.window(blocks, ALPHA, **kwargs))
+    np.testing.assert_array_equal(got[3]["a"], blocks[3]["a"])
+
+
 def test_two_stacks_of_equal_shapes_are_not_coupled():
     dense = oracle.random_blocks(3, shapes=SHAPES, seed=1)
     moe = oracle.random_blocks(4, shapes=SHAPES, seed=2)

@@ -156,8 +156,9 @@ def final_state(run):
 
 
 def test_other_options_than_the_checkpoints_are_an_error_that_lists_them(
-    finished, corpus_option, tmp_path, capsys
+    finished, corpus_option, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
     saved = tmp_path / "checkpoints"
     shutil.copytree(finished.directory / "checkpoints", saved)
     options = [*SMALL, *corpus_option, "--learning-rate", "0.5", "--scope", "proj"]
@@ -166,6 +167,8 @@ def test_other_options_than_the_checkpoints_are_an_error_that_lists_them(
     assert "--layers" not in message.splitlines()[-1]
     message = error_of([*SMALL, "--checkpoint-dir", str(saved)], capsys)
     assert "--corpus was 'sha256" in message
+    # Nothing was trained, and nothing written.
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,7 @@ def test_other_options_than_the_checkpoints_are_an_error_that_lists_them(
         (["--corpus", "nowhere.txt"], "--corpus: there is no corpus file"),
         (["--heads", "5"], "--heads: 5 heads do not divide --width 48; .* --width 50"),
         (["--heads", "16"], "rotary positions turn pairs.*--positions learned"),
-        (["--warmup", "320"], "--warmup: 320 .* use at most --warmup 319"),
+        (["--warmup", "300"], "--warmup: 300 .* use at most --warmup 299"),
         (["--optimizer", "sgd", "--weight-decay", "0.1"], "sgd has no decoupled"),
         (["--alpha", "0", "1.5"], "--alpha: '1.5' is not a number from 0 to 1"),
         (["--alpha", "nan"], "--alpha: 'nan' is not a number from 0 to 1"),
@@ -197,4 +200,4 @@ def test_help_lists_the_options(capsys):
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "--checkpoint-dir" in text
-    assert "(default: 320)" in text
+    assert "(default: 300)" in text
