@@ -175,7 +175,8 @@ def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
         notes.append("single, unchanged")
     if group.ranked:
         notes.append("ranked")
-    beyond = [n for n in of_stack if not group.layers[0] <= n <= group.layers[-1]]
+    first, last = min(group.layers, default=0), max(group.layers, default=0)
+    beyond = [n for n in of_stack if not first <= n <= last]
     if beyond:
         # Right for a role that only some layers have; a wrong axis looks like this too.
         notes.append(f"not in layers {_ranges(beyond)} of the stack")
