@@ -43,6 +43,9 @@ def _arm_result(
     final, base = curves.validation_loss[index, -1], curves.validation_loss[0, -1]
     difference = paired_difference(final, base)
     lengths = np.diff(plan.rounds, prepend=0)
+    # The first round warms caches and clocks up; it counts only where it is alone.
+    timed = slice(min(1, len(lengths) - 1), None)
+    seconds, base_seconds = curves.seconds[index, timed], curves.seconds[0, timed]
     steps, train_loss = thinned(curves.train_loss[index], points)
     return {
         "name": name,
@@ -50,8 +53,8 @@ def _arm_result(
         "bits_per_byte": (final * BITS_PER_NAT).tolist(),
         "diverged": (~np.isfinite(final)).tolist(),
         "minus_base": difference._asdict() if index else None,
-        "seconds_per_step": float(np.median(curves.seconds[index] / lengths)),
-        "relative_time": relative_time(curves.seconds[index], curves.seconds[0]),
+        "seconds_per_step": float(np.median(seconds / lengths[timed])),
+        "relative_time": relative_time(seconds, base_seconds),
         "curves": {
             "train_steps": steps.tolist(),
             "train_loss": train_loss.tolist(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -179,14 +180,16 @@ def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
     beyond = [n for n in of_stack if not first <= n <= last]
     if beyond:
         # Right for a role that only some layers have; a wrong axis looks like this too.
-        notes.append(f"not in layers {_ranges(beyond)} of the stack")
+        notes.append(f"not in {_layers(beyond)} of the stack")
+    if re.match(r"\d+(?:/|$)", str(group.role)) and any(m.axes for m in group.members):
+        notes.append("number in the role: one leaf per layer?")
     if group.gaps:
-        notes.append(f"gap at {_ranges(group.gaps)}")
+        notes.append(f"gap at {_layers(group.gaps)}")
     if group.duplicates:
         notes.append(f"twice: {_ranges(group.duplicates)}")
     return (
-        str(group.stack),
-        str(group.role),
+        str(group.stack) or "(root)",
+        str(group.role) or "(leaf)",
         layers,
         str(group.shape),
         str(group.dtype),
@@ -204,6 +207,10 @@ def _over(axes: tuple[int, ...]) -> str:
         return "one per layer"
     named = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
     return f"over {named}"
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"{'layer' if len(numbers) == 1 else 'layers'} {_ranges(numbers)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -274,6 +274,13 @@ def _check_something_matched(grouping: Grouping, strict: bool) -> None:
         return
     paths = [show_path(path) for path in grouping.paths]
     leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
+    matched = sum(a is not None for a in grouping.spec.assign(leaves))
+    if matched:
+        raise ValueError(
+            f"`depth` {grouping.spec!r} matches {matched} of the {len(paths)} leaves, "
+            f"but none of floating or complex dtype, and others pass through: "
+            f"{_some(paths, 12)}. To fix: let it match the parameters."
+        )
     unrestricted = grouping.spec.unrestricted()
     excluded = sum(assignment is not None for assignment in unrestricted.assign(leaves))
     if excluded and unrestricted != grouping.spec:
@@ -321,6 +328,15 @@ def _duplicate_message(group: Group) -> str:
             f"`jax.tree_util.register_pytree_with_keys`, or leave them out with "
             f"`.only(lambda path, leaf: ...)`."
         )
+    holders = [member for member in group.members if (member.layers == layer).any()]
+    if all(member.axes for member in holders):
+        return (
+            f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
+            f"{len(paths)} stacked leaves: {_some(paths)}. They are probably positions "
+            f"in a cycle of layers, or parts of one chain. To fix: give the cycle's "
+            f"length, as in `scanned(r'layers_(\\d+)/', stride=6)`, shift one part "
+            f"with `start=`, or name another `stack=`."
+        )
     return (
         f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
         f"{len(paths)} leaves: {_some(paths)}. The pattern probably drops the part of "
@@ -353,9 +369,9 @@ def _gap_message(group: Group, grouping: Grouping) -> str:
     )
     return (
         f"`depth` {found} ({_some(list(dict.fromkeys(paths)))}): "
-        f"{verb.format(_some(missing))} missing. {reason} To fix: let `depth` match "
-        f"them, smooth inside the mask, pass `strict=False` to treat the gap as a "
-        f"boundary, or `ranked(...)` to close it."
+        f"{verb.format(_some(missing))} missing. {reason} To fix: pass "
+        f"`strict=False` to treat the gap as a boundary, as for layers frozen on "
+        f"purpose, `ranked(...)` to close it, or let `depth` match the missing ones."
     )
 
 

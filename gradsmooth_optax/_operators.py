@@ -304,7 +304,10 @@ def _strength(name: str, value: Any, high: float = math.inf) -> Any:
     if isinstance(value, jax.Array):
         return value  # maybe traced: never looked at
     if not (0 <= float(value) <= high and math.isfinite(value)):
-        raise ValueError(f"`{name}` must be {allowed}, but is {value}.")
+        hint = ""
+        if high == 1 and 1 < value <= 100:
+            hint = f" It is a fraction: write {value / 100:g} for {value} %."
+        raise ValueError(f"`{name}` must be {allowed}, but is {value}.{hint}")
     # A NumPy array could be written to later.
     return float(value) if isinstance(value, np.ndarray) else value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -310,14 +311,17 @@ def as_spec(depth: Any, argument: str = "depth") -> DepthSpec:
         return _DepthFn(cast(DepthFunction, depth))
     hint = "`unrolled(r'layers_(\\d+)/')` or `scanned('blocks/', axis=0)`"
     if isinstance(depth, str):
-        hint = f"`unrolled({raw(depth)})` or `scanned({raw(depth)}, axis=0)`"
+        hint = f"`scanned({raw(depth)}, axis=0)`"
+        if "(" in depth:
+            hint = f"`unrolled({raw(depth)})` or {hint}"
     elif isinstance(depth, Depth):
         hint = "`lambda path, leaf: Depth(...)`, since each leaf needs its own"
     elif isinstance(depth, dict | list | tuple):
         hint = f"`from_tree(...)` for a tree of Depth, else {hint}"
     raise TypeError(
         f"`{argument}` must be a depth spec or a function (path, leaf) -> Depth | "
-        f"None, but is {depth!r} of type {type(depth).__name__}. To fix, write {hint}."
+        f"None, but is {reprlib.repr(depth)} of type {type(depth).__name__}. To fix, "
+        f"write {hint}."
     )
 
 

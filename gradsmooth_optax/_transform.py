@@ -264,6 +264,7 @@ def with_depth_smoothing(
         counted: Any = optax.EmptyState()
         inner_state = state
         if scheduled:
+            _check_counted(state)
             counted, inner_state = DepthSmoothingState(state.count), state.inner_state
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
         updates, counted = smoothing.update(updates, counted)
@@ -272,6 +273,15 @@ def with_depth_smoothing(
         return updates, inner_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_counted(state: Any) -> None:
+    if not (hasattr(state, "count") and hasattr(state, "inner_state")):
+        raise TypeError(
+            f"`state` of `with_depth_smoothing` is a {type(state).__name__}, probably "
+            f"from a run with a constant `alpha`, but `alpha` is a schedule now and "
+            f"needs a step count. Convert it: `WithDepthSmoothingState(count, state)`."
+        )
 
 
 def _check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -156,3 +156,9 @@ def test_it_points_at_a_forgotten_scan_axis_by_the_layers_that_roles_lack():
     assert "not in layers 4-7" in str(wrong)
     right = gs.describe(gs.scanned("layers/", axis=1), {"layers": layers})
     assert "not in" not in str(right)
+
+
+def test_it_points_at_layers_that_are_taken_for_stacked_leaves():
+    unrolled = {"blocks": {str(i): {"kernel": jnp.ones((4, 2))} for i in range(3)}}
+    assert "one leaf per layer?" in str(gs.describe(gs.scanned("blocks/"), unrolled))
+    assert "?" not in str(gs.describe(gs.unrolled(), unrolled))

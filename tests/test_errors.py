@@ -542,3 +542,39 @@ def test_children_without_keys_are_told_to_be_registered_with_keys():
     node.a, node.b = jnp.ones(2), jnp.ones(2)
     with pytest.raises(ValueError, match="register_pytree_with_keys"):
         gs.smooth_over_depth(gs.unrolled()).init({"layers_0": node})
+
+
+# What new users ran into.
+
+
+def test_a_strength_given_in_percent_is_told_to_be_a_fraction():
+    with pytest.raises(ValueError, match=re.escape("write 0.2 for 20 %")):
+        gs.smooth_over_depth(gs.unrolled(), 20)
+
+
+def test_positions_of_a_cycle_without_a_stride_are_told_of_it():
+    cycle = {f"layers_{i}": {"w": jnp.ones((4, 2))} for i in range(3)}
+    with pytest.raises(ValueError, match="stride=") as info:
+        gs.smooth_over_depth(gs.scanned(r"layers_(\d+)/")).init(cycle)
+    assert_says(info, "layers_0/w", "cycle")
+    tx = gs.smooth_over_depth(gs.scanned(r"layers_(\d+)/", stride=3))
+    tx.init(cycle)
+
+
+def test_a_spec_that_matches_only_integers_is_not_told_to_match_them():
+    tree = {"blocks": {"counts": jnp.ones((3,), jnp.int32)}, "w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="none of floating") as info:
+        gs.smooth_over_depth(gs.scanned("blocks/")).init(tree)
+    assert_says(info, "blocks/counts")
+
+
+def test_a_state_without_a_count_is_told_to_be_converted_for_a_schedule():
+    params = {"blocks": {"w": jnp.ones((3, 2))}}
+    depth = gs.scanned("blocks/")
+    state = gs.with_depth_smoothing(optax.scale_by_adam(), depth, 0.1).init(params)
+    schedule = optax.linear_schedule(0.0, 0.1, 10)
+    tx = gs.with_depth_smoothing(optax.scale_by_adam(), depth, schedule)
+    with pytest.raises(TypeError, match="WithDepthSmoothingState"):
+        tx.update(params, state, params)
+    converted = gs.WithDepthSmoothingState(jnp.int32(0), state)
+    tx.update(params, converted, params)
