@@ -32,7 +32,7 @@ def test_every_spec_of_the_depth_table_can_be_written_as_shown():
     import gradsmooth_optax as gs
 
     section = README.split("## Telling it where depth is")[1].split("\n## ")[0]
-    calls = re.findall(r"`(gs\.(?:scanned|unrolled|first_match)\(.*?\))` ", section)
-    assert len(calls) == 5
+    calls = re.findall(r"`(gs\.(?:scanned|unrolled|first_match)\(.*?\))`[ :]", section)
+    assert len(calls) == 6
     for call in calls:
         hash(eval(call, {"gs": gs}))
