@@ -209,11 +209,13 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
 
 
 def inexact_dtype(leaf: Any) -> Any:
-    """The dtype of a floating or complex leaf, None for any other."""
+    """The dtype of a floating or complex leaf as jax computes it, else None."""
     if isinstance(leaf, float | complex):
         return jnp.result_type(leaf)
     dtype = getattr(leaf, "dtype", None)
-    return dtype if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    return jax.dtypes.canonicalize_dtype(dtype)  # float64 is float32 without x64
 
 
 def _member(leaf: int, path: Path, depth: Depth, shape: tuple[int, ...]) -> Member:

@@ -750,3 +750,12 @@ def test_gradients_through_an_update_are_finite_where_a_norm_is_zero(
     gradient = jax.grad(loss)(jnp.ones((3, 4)).at[1].set(0.0))
     assert np.isfinite(gradient).all()
     assert np.any(gradient)
+
+
+def test_numpy_and_jax_leaves_are_neighbors_as_jax_sees_them():
+    # A NumPy float64 leaf is float32 to jax unless x64 is enabled.
+    layers = [np.zeros(2), jnp.ones(2), np.zeros(2)]
+    assert layers[0].dtype == np.float64
+    tx = gs.smooth_over_depth(gs.unrolled(), 0.5)
+    smoothed, _ = tx.update(layers, tx.init(layers))
+    np.testing.assert_allclose(np.stack(smoothed)[:, 0], [0.25, 0.5, 0.25])
