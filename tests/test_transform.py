@@ -345,11 +345,12 @@ def test_gradients_of_integer_parameters_pass_through_jit():
     params = tree_of(blocks)
     for layer in range(3):
         params[f"layers_{layer}"]["index"] = jnp.arange(2)
-    loss = lambda p: sum(  # noqa: E731
-        jnp.sum(x**2) / 2
-        for x in jax.tree.leaves(p)
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    )
+
+    def loss(params):
+        leaves = jax.tree.leaves(params)
+        floating = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum(jnp.sum(x**2) / 2 for x in floating)
+
     grads = jax.grad(loss, allow_int=True)(params)
     assert grads["layers_0"]["index"].dtype == jax.dtypes.float0
     tx = gs.smooth_over_depth(UNROLLED, 0.3)
@@ -420,9 +421,10 @@ def test_inject_hyperparams_takes_every_kind_of_spec_and_operator():
         name: {role: gs.Depth("layers", role, i) for role in SHAPES}
         for i, name in enumerate(k for k in updates if k != "embed")
     }
-    by_hand = lambda path, leaf: (  # noqa: E731
-        gs.Depth("layers", path[-1], int(path[0][-1])) if len(path) > 1 else None
-    )
+
+    def by_hand(path, leaf):
+        return gs.Depth("layers", path[-1], int(path[0][-1])) if len(path) > 1 else None
+
     for spec in (
         gs.first_match(UNROLLED, SCANNED),
         gs.ranked(UNROLLED),
