@@ -316,33 +316,30 @@ def _suggestion(paths: Sequence[str]) -> str:
 def _duplicate_message(group: Group) -> str:
     layer = group.duplicates[0]
     paths = group.paths_of(layer)
+    holders = [member for member in group.members if (member.layers == layer).any()]
+    given = f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to"
     if len(paths) == 1:
         return (
-            f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
-            f"several slices of leaf {paths[0]}: its strides overlap. Write the step "
-            f"along each axis, as in `axis=(0, 1), stride=(4, 1)`."
+            f"{given} several slices of leaf {paths[0]}: its strides overlap. Write "
+            f"the step along each axis, as in `axis=(0, 1), stride=(4, 1)`."
         )
     if len(set(paths)) == 1:
         return (
-            f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
-            f"{len(paths)} leaves with the same path {paths[0]!r}: their container "
-            f"names its children by number only. Register it by "
+            f"{given} {len(paths)} leaves with the same path {paths[0]!r}: their "
+            f"container names its children by number only. Register it by "
             f"`jax.tree_util.register_pytree_with_keys`, or leave them out with "
             f"`.only(lambda path, leaf: ...)`."
         )
-    holders = [member for member in group.members if (member.layers == layer).any()]
     if all(member.axes for member in holders):
         return (
-            f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
-            f"{len(paths)} stacked leaves: {_some(paths)}. They are probably positions "
-            f"in a cycle of layers, or parts of one chain. To fix: give the cycle's "
-            f"length, as in `scanned(r'layers_(\\d+)/', stride=6)`, shift one part "
-            f"with `start=`, or name another `stack=`."
+            f"{given} {len(paths)} stacked leaves: {_some(paths)}. They are probably "
+            f"positions in a cycle of layers, or parts of one chain. To fix: give the "
+            f"cycle's length, as in `scanned(r'layers_(\\d+)/', stride=6)`, shift one "
+            f"part with `start=`, or name another `stack=`."
         )
     return (
-        f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to "
-        f"{len(paths)} leaves: {_some(paths)}. The pattern probably drops the part of "
-        f"the path that tells them apart. To fix: capture it, as in "
+        f"{given} {len(paths)} leaves: {_some(paths)}. The pattern probably drops the "
+        f"part of the path that tells them apart. To fix: capture it, as in "
         f"`(?P<stack>...)` or `(?P<role>...)`, or shift one part with `start=`."
     )
 

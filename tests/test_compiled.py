@@ -7,10 +7,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import export
 
 import gradsmooth_optax as gs
-
-STACKED = {"blocks": {"w": jax.ShapeDtypeStruct((12, 64, 96), jnp.float32)}}
 
 
 def _compiled(tx, tree):
@@ -38,6 +37,19 @@ def test_unrolled_leaves_are_never_stacked():
     jaxpr = jax.make_jaxpr(lambda u: tx.update(u, tx.init(u))[0])(layers)
     primitives = {equation.primitive.name for equation in jaxpr.jaxpr.eqns}
     assert primitives <= {"sub", "mul", "add"}
+
+
+@pytest.mark.parametrize("variant", ["standard", "norm_preserving", "directional"])
+def test_it_lowers_for_every_platform_without_custom_calls(variant):
+    tree = {
+        "blocks": {"w": jax.ShapeDtypeStruct((12, 8, 4), jnp.bfloat16)},
+        "layers": [jax.ShapeDtypeStruct((8, 4), jnp.float32) for _ in range(3)],
+    }
+    depth = gs.first_match(gs.scanned("blocks/"), gs.unrolled(r"layers/(\d+)"))
+    tx = gs.smooth_over_depth(depth, 0.2, variant=variant, norm_scope="block")
+    update = jax.jit(lambda u: tx.update(u, tx.init(u))[0])
+    exported = export.export(update, platforms=["cpu", "cuda", "tpu"])(tree)
+    assert "stablehlo.custom_call" not in exported.mlir_module()
 
 
 _SHARDED = """

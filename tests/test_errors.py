@@ -426,9 +426,9 @@ def test_a_pattern_that_is_no_string_is_refused_at_construction(make, pattern):
 # Operators.
 
 
-def run(operator, depth=None, tree=None):
-    tree = layers(range(3)) if tree is None else tree
-    tx = gs.apply_over_depth(depth or gs.unrolled(), operator)
+def run(operator):
+    tree = layers(range(3))
+    tx = gs.apply_over_depth(gs.unrolled(), operator)
     return tx.update(tree, tx.init(tree))
 
 
