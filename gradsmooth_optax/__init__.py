@@ -24,9 +24,11 @@ from gradsmooth_optax._specs import ranked as ranked
 from gradsmooth_optax._specs import scanned as scanned
 from gradsmooth_optax._specs import unrolled as unrolled
 
-# What a spec does to a tree.
+# What a spec does to a tree, and a proposal of one.
 from gradsmooth_optax._describe import DepthSummary as DepthSummary
 from gradsmooth_optax._describe import describe as describe
+from gradsmooth_optax._detect import Detection as Detection
+from gradsmooth_optax._detect import detect as detect
 
 # What is applied along depth.
 from gradsmooth_optax._operators import Operator as Operator

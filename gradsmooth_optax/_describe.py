@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradsmooth_optax._groups import Group, group_by_depth, inexact_dtype
+from gradsmooth_optax._numbering import names_layers, split_number
 from gradsmooth_optax._paths import show_path
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, Leaves, as_spec
 
@@ -27,7 +27,7 @@ class DepthSummary:
       spec: the spec.
       groups: one per stack, role, per-layer shape and dtype, with `stack`, `role`,
         `shape`, `dtype`, `layers`, `num_layers`, `runs`, `gaps`, `duplicates`.
-      untouched: (path, shape) of every leaf that passes through.
+      untouched: (path, shape, dtype) of every leaf that passes through.
       unmatched: the parts of a composed spec (members of a `first_match`, entries of
         a `from_tree`) that matched nothing.
       smoothed: number of parameters that are coupled with another layer.
@@ -36,7 +36,7 @@ class DepthSummary:
 
     spec: DepthSpec
     groups: tuple[Group, ...]
-    untouched: tuple[tuple[str, tuple[int, ...]], ...]
+    untouched: tuple[tuple[str, tuple[int, ...], Any], ...]
     unmatched: tuple[DepthSpec, ...]
     smoothed: int
     total: int
@@ -89,13 +89,22 @@ class DepthSummary:
         return rows
 
     def _lists(self) -> list[tuple[str, list[str]]]:
+        largest_first = sorted(self.untouched, key=lambda leaf: -math.prod(leaf[1]))
+        size = sum(math.prod(shape) for _, shape, _ in self.untouched)
+        leaves = _count(len(self.untouched), "leaf", "leaves")
         lists = [
             (
-                "untouched",
-                [f"{path} {shape}" for path, shape in self.untouched],
+                f"untouched ({leaves}, {size:,} parameters)",
+                [
+                    f"{path or '(the tree itself)'} {shape}: {math.prod(shape):,} "
+                    f"{dtype}"
+                    for path, shape, dtype in largest_first
+                ],
             ),
             ("parts of the spec that matched nothing", list(map(repr, self.unmatched))),
         ]
+        if not self.groups and self.untouched:
+            lists.append(("to fix", ["`print(detect(params))` proposes a spec"]))
         return [(title, items) for title, items in lists if items]
 
 
@@ -130,9 +139,14 @@ def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
       stack   role  layers     per layer  dtype    leaves         note
       blocks  w     0-11 (12)  (2, 2)     float32  1 over axis 0
       <BLANKLINE>
-      untouched:
-        embed (8, 2)
+      untouched (1 leaf, 16 parameters):
+        embed (8, 2): 16 float32
     """
+    if isinstance(params, DepthSpec):
+        raise TypeError(
+            f"`params` of `describe` is the spec {params!r}: the arguments are "
+            f"swapped. Write `describe(depth, params)`."
+        )
     spec = as_spec(depth)
     grouping = group_by_depth(spec, params)
     sizes = [
@@ -148,8 +162,9 @@ def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
         spec,
         grouping.groups,
         tuple(
-            (show_path(grouping.paths[i]), np.shape(grouping.leaves[i]))
+            (show_path(grouping.paths[i]), np.shape(leaf), _dtype(leaf))
             for i in grouping.untouched
+            for leaf in [grouping.leaves[i]]
         ),
         tuple(_unmatched(spec, leaves)),
         coupled,
@@ -181,8 +196,13 @@ def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
     if beyond:
         # Right for a role that only some layers have; a wrong axis looks like this too.
         notes.append(f"not in {_layers(beyond)} of the stack")
-    if re.match(r"\d+(?:/|$)", str(group.role)) and any(m.axes for m in group.members):
-        notes.append("number in the role: one leaf per layer?")
+    if any(member.axes for member in group.members):
+        # Right for a list inside a scanned block; two mistakes look like this too.
+        first = str(group.role).split("/")[0]
+        if first.isdecimal():
+            notes.append("number in the role: one leaf per layer?")
+        elif split_number(first) and names_layers(first):
+            notes.append(f"{first} in the role: a cycle of layers?")
     if group.gaps:
         notes.append(f"gap at {_layers(group.gaps)}")
     if group.duplicates:
@@ -198,8 +218,12 @@ def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _dtype(leaf: Any) -> Any:
+    return getattr(leaf, "dtype", type(leaf).__name__)
 
 
 def _over(axes: tuple[int, ...]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradsmooth_optax._depth import Depth, as_tuple
-from gradsmooth_optax._paths import Path, plain_path, show_path
-from gradsmooth_optax._specs import DepthSpec
+from gradsmooth_optax._depth import as_tuple
+from gradsmooth_optax._numbering import names_layers, split_number
+from gradsmooth_optax._paths import Path, plain_path, raw, show_path
+from gradsmooth_optax._specs import Assignment, DepthSpec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,12 +30,14 @@ class Member:
       path: its plain path.
       axes: its array axes over depth, ascending; () for a leaf that is one layer.
       layers: the layer number of every slot, an int array of the sizes of `axes`.
+      scan: the `scanned` that placed it, if one did.
     """
 
     leaf: int
     path: Path
     axes: tuple[int, ...]
     layers: np.ndarray
+    scan: DepthSpec | None = None
 
     def along(self, values: Any, ndim: int) -> Any:
         """Values per slot, shaped to broadcast over an array of `ndim` axes."""
@@ -190,7 +194,7 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
         if assignment is None or dtype is None:
             continue
         depth, shape = assignment.depth, np.shape(leaf)
-        member = _member(i, path, depth, shape)
+        member = _member(i, path, assignment, shape)
         layer_shape = tuple(n for k, n in enumerate(shape) if k not in member.axes)
         key = (depth.stack, depth.role, layer_shape, dtype)
         members.setdefault(key, []).append(member)
@@ -218,7 +222,10 @@ def inexact_dtype(leaf: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype)  # float64 is float32 without x64
 
 
-def _member(leaf: int, path: Path, depth: Depth, shape: tuple[int, ...]) -> Member:
+def _member(
+    leaf: int, path: Path, assignment: Assignment, shape: tuple[int, ...]
+) -> Member:
+    depth = assignment.depth
     named = as_tuple(depth.axis)
     for axis in named:
         if not -len(shape) <= axis < len(shape):
@@ -237,7 +244,7 @@ def _member(leaf: int, path: Path, depth: Depth, shape: tuple[int, ...]) -> Memb
         )
     ascending = sorted(range(len(axes)), key=axes.__getitem__)
     layers = np.transpose(depth.layers(shape), ascending)
-    return Member(leaf, path, tuple(sorted(axes)), layers)
+    return Member(leaf, path, tuple(sorted(axes)), layers, assignment.scan)
 
 
 # -- Structure errors ------------------------------------------------------------------
@@ -248,19 +255,48 @@ def check_structure(grouping: Grouping, strict: bool) -> None:
 
     Args:
       grouping: of the tree to be smoothed. A tree without leaves is never an error.
-      strict: whether gaps, and a spec that matches nothing, are errors too.
+      strict: whether gaps, a scan of unequal leaves, and a spec that matches nothing
+        are errors too.
 
     Raises:
       ValueError: for a duplicated layer, a lone array as the whole tree, and under
-        `strict` for gaps and for nothing matched.
+        `strict` for gaps, for leaves of one `scanned` that hold different numbers of
+        layers, and for nothing matched.
     """
     if grouping.paths and not grouping.groups:
         _check_something_matched(grouping, strict)
+    if strict:
+        _check_scans(grouping)
     for group in grouping.groups:
         if group.duplicates:
             raise ValueError(_duplicate_message(group))
         if strict and group.gaps:
             raise ValueError(_gap_message(group, grouping))
+
+
+def warn_of_uncoupled_layers(grouping: Grouping) -> None:
+    """Warns where no run has two layers, but the roles have numbers of layers."""
+    groups = grouping.groups
+    if any(len(run) > 1 for group in groups for run in group.runs):
+        return
+    numbered = {
+        segment: group
+        for group in groups
+        for segment in str(group.role).split("/")
+        if split_number(segment) and names_layers(segment)
+    }
+    if len(numbered) < 2:
+        return
+    segment, group = next(iter(numbered.items()))
+    pattern = segment.rstrip("0123456789") + r"(\d+)/"
+    warnings.warn(
+        f"`depth` {grouping.spec!r} couples nothing: each of its {len(groups)} groups "
+        f"has one layer, as {name_of(group.stack, group.role)} "
+        f"({show_path(group.members[0].path)}). Probably {segment} is the layer, and "
+        f"`depth` takes another number. To fix: write `unrolled({raw(pattern)})`; or "
+        f"pass `strict=False` if nothing is to be coupled here.",
+        stacklevel=3,
+    )
 
 
 def _check_something_matched(grouping: Grouping, strict: bool) -> None:
@@ -310,6 +346,58 @@ def _suggestion(paths: Sequence[str]) -> str:
     return (
         "write `unrolled(r'layers_(\\d+)/')` for one leaf per layer or "
         "`scanned('blocks/', axis=0)` for stacked layers, with names of this tree"
+    )
+
+
+def _check_scans(grouping: Grouping) -> None:
+    """Leaves stacked by one scan hold equally many layers, or the axis is wrong."""
+    scans: dict[tuple, list[Member]] = {}
+    for group in grouping.groups:
+        for member in group.members:
+            if member.scan is not None:
+                scans.setdefault((member.scan, group.stack), []).append(member)
+    for (scan, stack), members in scans.items():
+        sizes = Counter(member.layers.shape for member in members)
+        if len(sizes) > 1:
+            raise ValueError(_unequal_message(scan, stack, members, sizes, grouping))
+
+
+def _unequal_message(
+    scan: DepthSpec,
+    stack: Hashable,
+    members: list[Member],
+    sizes: Counter[tuple[int, ...]],
+    grouping: Grouping,
+) -> str:
+    usual = sizes.most_common(1)[0][0]
+    one = next(m for m in members if m.layers.shape == usual)
+    others = [m for m in members if m.layers.shape != usual]
+
+    def saying(member: Member) -> str:
+        shape = np.shape(grouping.leaves[member.leaf])
+        return f"{member.layers.size} in {show_path(member.path)} {shape}"
+
+    found = (
+        f"`depth` {scan!r} finds different numbers of layers in leaves of stack "
+        f"{stack!r}: {saying(one)}, but {_some([saying(m) for m in others], 3)}. "
+        f"Leaves stacked by one scan hold equally many layers."
+    )
+    shapes = [np.shape(grouping.leaves[member.leaf]) for member in members]
+    right = [
+        axis
+        for axis in range(min(map(len, shapes)))
+        if len({shape[axis] for shape in shapes}) == 1
+    ]
+    if len(right) == 1:
+        return (
+            f"{found} Axis {right[0]} has size {shapes[0][right[0]]} in all of them: "
+            f"it is probably the one. To fix: write `axis={right[0]}`."
+        )
+    return (
+        f"{found} Probably the axis is another one, or the pattern takes leaves that "
+        f"are not stacked. To fix: pass the right `axis=`, let the pattern end in '/', "
+        f"or leave them out with `.only(lambda path, leaf: ...)`; `strict=False` "
+        f"takes them as they are."
     )
 
 

@@ -28,10 +28,17 @@ DepthFunction: TypeAlias = Callable[[Path, Any], Depth | None]
 
 
 class Assignment(NamedTuple):
-    """What a spec says of one leaf; `ranked` closes the gaps of its group."""
+    """What a spec says of one leaf.
+
+    Attributes:
+      depth: the layers that it holds.
+      ranked: whether the gaps of its group are closed.
+      scan: the `scanned` that placed it, whose leaves hold equally many layers.
+    """
 
     depth: Depth
     ranked: bool = False
+    scan: DepthSpec | None = None
 
 
 Assignments: TypeAlias = list[Assignment | None]
@@ -378,7 +385,8 @@ class _Scanned(_ShowsItsCall):
             return None
         stack, role, number = found
         layer = self.start + number
-        return Assignment(Depth(stack, role, layer, self.axis, self.stride))
+        depth = Depth(stack, role, layer, self.axis, self.stride)
+        return Assignment(depth, scan=self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._apply import Variant, apply_operator
-from gradsmooth_optax._groups import check_structure, group_by_depth
+from gradsmooth_optax._groups import (
+    check_structure,
+    group_by_depth,
+    warn_of_uncoupled_layers,
+)
 from gradsmooth_optax._norms import NormScope
 from gradsmooth_optax._operators import Operator, as_operator, window
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
@@ -80,8 +84,10 @@ def smooth_over_depth(
         layer of norm 0 comes back unchanged).
       norm_scope: whether these norms are of one "param" of a layer, or of the whole
         "block" of it: all parameters that `depth` matches in that layer of the stack.
-      strict: whether it is an error if nothing matches or layer numbers have a gap.
-        False makes a gap a boundary that is not coupled across.
+      strict: whether it is an error if nothing matches, if layer numbers have a gap,
+        or if leaves of one `scanned` hold different numbers of layers, and a warning
+        if nothing is coupled while the roles have layer numbers. False makes a gap a
+        boundary that is not coupled across.
 
     Returns:
       A transformation with `optax.EmptyState()`, or `DepthSmoothingState` where
@@ -165,7 +171,10 @@ def apply_over_depth(
 
     def init_fn(params):
         # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.
-        check_structure(group_by_depth(spec, params), strict)
+        grouping = group_by_depth(spec, params)
+        check_structure(grouping, strict)
+        if strict:
+            warn_of_uncoupled_layers(grouping)
         if operator.scheduled:
             return DepthSmoothingState(jnp.zeros([], jnp.int32))
         return optax.EmptyState()

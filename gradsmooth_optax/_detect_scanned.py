@@ -1,0 +1,143 @@
+"""Layers stacked along axes, detected by the axis names in Flax's metadata."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from gradsmooth_optax._axis_names import is_depth_axis
+from gradsmooth_optax._detected import (
+    DetectedStack,
+    common_axes,
+    leaves_by_child,
+    patterns_of,
+    some,
+)
+from gradsmooth_optax._numbering import names_layers
+from gradsmooth_optax._paths import Path, show_path
+from gradsmooth_optax._siblings import children_of, holders_of, numbered_patterns
+from gradsmooth_optax._specs import DepthSpec, Leaves, ranked, scanned
+
+
+def scanned_stacks(
+    node: Path, leaves: Leaves, names: dict[Path, tuple]
+) -> Iterator[DetectedStack]:
+    """The highest nodes whose leaves all run over layers on the same axes."""
+    if not any(_depth_axes(path, names) for path, _ in leaves):
+        return
+    axes = next(a for path, _ in leaves if (a := _depth_axes(path, names)))
+    # A leaf without axis names belongs to the stack if its shape fits.
+    fits = all(
+        _depth_axes(path, names) == axes if path in names else np.ndim(leaf) > max(axes)
+        for path, leaf in leaves
+    )
+    sizes = {tuple(np.shape(leaf)[a] for a in axes) for _, leaf in leaves if fits}
+    if node and len(sizes) == 1 and not _holds_named_stacks(node, leaves):
+        yield _scanned_stack(node, leaves, axes, names)
+        return
+    for child, of_child in leaves_by_child(node, leaves).items():
+        yield from scanned_stacks((*node, child), of_child, names)
+
+
+def _depth_axes(path: Path, names: dict[Path, tuple]) -> tuple[int, ...]:
+    return tuple(i for i, n in enumerate(names.get(path, ())) if is_depth_axis(n))
+
+
+def _holds_named_stacks(node: Path, leaves: Leaves) -> bool:
+    """Whether the leaves rather belong to nodes below that are called layers."""
+    return not names_layers(node[-1]) and all(
+        any(map(names_layers, path[len(node) : -1])) for path, _ in leaves
+    )
+
+
+def _scanned_stack(
+    node: Path, leaves: Leaves, axes: tuple[int, ...], names: dict[Path, tuple]
+) -> DetectedStack:
+    called = next([names[path][a] for a in axes] for path, _ in leaves if path in names)
+    size = np.shape(leaves[0][1])[axes[0]]
+    on = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
+    reason = (
+        f"{show_path(node)}: {on} named {some(called)} in "
+        f"{sum(path in names for path, _ in leaves)} of its {len(leaves)} leaves"
+    )
+    axis = axes[0] if len(axes) == 1 else axes
+    doubts = []
+    if len(axes) > 1:
+        doubts.append(
+            f"{show_path(node)}: several axes are named after layers "
+            f"({some(called)}). Does depth run over them in this order?"
+        )
+    families, others = children_of(node, leaves)
+    cycle = next((f for f in families if names_layers(f.word)), None)
+    if cycle and not others and len(families) == len(axes) == 1:
+        length = len(cycle.children)
+        doubts.append(
+            f"{cycle}: taken for a cycle of {length} layers, repeated {size} times"
+        )
+        spec = functools.partial(scanned, axis=axis, stride=length)
+        if any(len(numbers) < length for numbers in holders_of(cycle).values()):
+            doubts.append(
+                f"{cycle}: not all of them have the same parameters, and `ranked` "
+                f"couples those of the same shape over the others"
+            )
+            spec = _ranked(spec)
+        return DetectedStack(
+            spec, numbered_patterns(cycle), leaves, reason, tuple(doubts)
+        )
+    if cycle:
+        doubts.append(f"{cycle}: each holds layers of the stack. Is this a cycle?")
+    elif twins := _twins(node, leaves, len(axes)):
+        doubts.append(
+            f"{show_path(node)}: {some(twins)} are built alike. Are they two layers "
+            f"of a cycle? Then write one `scanned(pattern, axis={axis}, start=..., "
+            f"stride=2)` for each"
+        )
+    ending = "(?:/|$)" if any(path == node for path, _ in leaves) else "/"
+    patterns = patterns_of(node[:-1], re.escape(str(node[-1])) + ending)
+    spec = functools.partial(scanned, axis=axis)
+    return DetectedStack(spec, patterns, leaves, reason, tuple(doubts))
+
+
+def _ranked(spec: Callable[[str], DepthSpec]) -> Callable[[str], DepthSpec]:
+    return lambda pattern: ranked(spec(pattern))
+
+
+def _twins(node: Path, leaves: Leaves, num_axes: int) -> list[str | int]:
+    """The children with several matrices, if each of them has a twin."""
+    by_structure = defaultdict(list)
+    for child, of_child in leaves_by_child(node, leaves).items():
+        roles = [(path[len(node) + 1 :], np.shape(leaf)) for path, leaf in of_child]
+        if sum(len(shape) - num_axes >= 2 for _, shape in roles) >= 2:
+            by_structure[tuple(sorted(roles, key=repr))].append(child)
+    if any(len(children) < 2 for children in by_structure.values()):
+        return []
+    return [child for children in by_structure.values() for child in children]
+
+
+# -- Without axis names: nobody can tell -----------------------------------------------
+
+_VECTORS = ("b", "beta", "bias", "gain", "gamma", "g", "offset", "scale")
+
+
+def perhaps_scanned(node: Path, leaves: Leaves) -> Iterator[str]:
+    """Nodes that may be stacked layers by their name or their vectors of rank 2."""
+    children = leaves_by_child(node, leaves)
+    axes = common_axes(leaves)
+    if node and axes and not _holds_named_stacks(node, leaves):
+        vectors = [path for path, _ in leaves if str(path[-1]) in _VECTORS]
+        num_modules = len({path[:-1] for path, _ in leaves})
+        if names_layers(node[-1]) or (vectors and num_modules > 1):
+            pattern = f"{show_path(node)}/"
+            yield (
+                f"{pattern}: all {len(leaves)} leaves have one size on axis "
+                f"{some(axes)}. Layers stacked by a scan look like that, and so do "
+                f"experts or heads. If they are layers, write "
+                f"`scanned({pattern!r}, axis={axes[0]})`"
+            )
+            return
+    for child, of_child in children.items():
+        yield from perhaps_scanned((*node, child), of_child)
