@@ -24,6 +24,9 @@ from gradsmooth_optax._specs import ranked as ranked
 from gradsmooth_optax._specs import scanned as scanned
 from gradsmooth_optax._specs import unrolled as unrolled
 
+# Where it is in common stacks.
+from gradsmooth_optax import layouts as layouts
+
 # What a spec does to a tree, and a proposal of one.
 from gradsmooth_optax._describe import DepthSummary as DepthSummary
 from gradsmooth_optax._describe import describe as describe

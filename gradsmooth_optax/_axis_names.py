@@ -1,4 +1,4 @@
-"""Axis names in the metadata of Flax's boxes and variables, read without Flax."""
+"""Axis names in the metadata of Flax's and haliax's arrays, read without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from gradsmooth_optax._paths import Path, plain_path
 
-# Where `nnx.Variable` keeps them, by version of Flax; `nn.Partitioned` has `names`.
+# Where `nnx.Variable` keeps them, by version of Flax; `nn.Partitioned` has `names`, and
+# a haliax `NamedArray` has `axes` with a name each.
 _NNX_METADATA = ("out_sharding", "sharding_names", "sharding")
 
 # "layers", "dense_layers", "layers_per_stage": what nn.PARTITION_NAME is set to.
@@ -44,6 +45,8 @@ def _names(node: Any) -> tuple[Any, ...]:
     if hasattr(node, "get_metadata"):
         metadata = node.get_metadata()
         found = next((metadata[k] for k in _NNX_METADATA if metadata.get(k)), ())
+    elif hasattr(node, "array") and hasattr(node, "axes"):
+        found = tuple(getattr(axis, "name", None) for axis in node.axes)
     else:
         found = getattr(node, "names", ()) if hasattr(node, "value") else ()
     found = getattr(found, "spec", found)  # of a NamedSharding

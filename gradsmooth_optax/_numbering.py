@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 # How real stacks name their repeated blocks: layers_3, encoderblock_3, h/3, ...
-_LAYER_NAME = re.compile(r"(?:layers?|blocks?|(?<![a-z])h)$", re.IGNORECASE)
+# Haiku numbers whole stacks: __layer_stack_no_per_layer_1.
+_LAYER_NAME = re.compile(
+    r"(?:(?<!per_)(?<!conv_)layers?|blocks?|(?<![a-z])h)$", re.IGNORECASE
+)
 
 # How they name what is numbered inside a block: Dense_1, LayerNorm_0, experts/3, wi_0.
 _PART_NAME = re.compile(

@@ -1,0 +1,405 @@
+r"""Depth specs for common JAX training stacks.
+
+Each function returns a spec for the argument `depth`, made of `unrolled`, `scanned` and
+`first_match`; `repr` shows it. The patterns end paths, so that prefixes such as
+`params/` do not matter. A preset is a start, not a proof: look at
+`describe(spec, params)` once.
+
+>>> import gradsmooth_optax as gs
+>>> gs.layouts.maxtext()
+scanned('decoder/layers/', axis=1)
+>>> gs.layouts.maxtext(scan_axis=None)
+unrolled(r'decoder/layers_(\d+)/')
+"""
+
+from __future__ import annotations
+
+from gradsmooth_optax._specs import DepthSpec, first_match, ranked, scanned, unrolled
+
+
+def flax_linen(
+    block: str = r"\w*(?:[Bb]lock|[Ll]ayer)s?", *, scan_axis: int | None = None
+) -> DepthSpec:
+    r"""Flax Linen: a loop of numbered modules, or `nn.scan` over one.
+
+    Such as `encoderdecoderblock_3` of Flax's own examples, `Block_3`, `layers_3`; or,
+    stacked, `ScanBlock_0`, `blocks`. Numbers inside a block (`Dense_1`) are roles.
+
+    Args:
+      block: regular expression for the name of the block, without its number.
+      scan_axis: None for one leaf per layer, else the axis that `nn.scan` stacks
+        parameters on (its `variable_axes={"params": scan_axis}`).
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> block = {"Dense_0": {"kernel": jnp.ones((2, 2))}}
+      >>> params = {"encoder": {"encoderblock_0": block, "encoderblock_1": block}}
+      >>> group, = gs.describe(gs.layouts.flax_linen(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('encoder/encoderblock', 'Dense_0/kernel', (0, 1))
+    """
+    if scan_axis is None:
+        return unrolled(rf"(?:^|/){block}[._]?(\d+)/")
+    return scanned(rf"(?:^|/){block}(?:_\d+)?/", axis=scan_axis)
+
+
+def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
+    r"""Flax NNX: a list of modules, or `nnx.vmap` and `nnx.scan` over one.
+
+    Also for tunix, bonsai and EasyDeL, which keep their layers in such a list. Close
+    the gaps of an `nnx.Sequential` with `ranked(flax_nnx())`.
+
+    Args:
+      layers: regular expression for the name of the attribute with the layers.
+      scan_axis: None for a list, else the axis that `nnx.vmap` stacks parameters on.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"layers": {"fc": {"kernel": jnp.ones((3, 2, 2))}}}  # three layers
+      >>> group, = gs.describe(gs.layouts.flax_nnx(scan_axis=0), params).groups
+      >>> group.stack, group.role, group.layers
+      ('layers', 'fc/kernel', (0, 1, 2))
+    """
+    if scan_axis is None:
+        return unrolled(rf"(?:^|/){layers}/(\d+)/")
+    return scanned(rf"(?:^|/){layers}/", axis=scan_axis)
+
+
+def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
+    r"""Equinox: a list of modules, or `eqx.filter_vmap` over their construction.
+
+    Args:
+      layers: regular expression for the name of the field with the layers.
+      scan_axis: None for a list, else the axis of the stacked layers (0 as
+        `eqx.filter_vmap` makes it).
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"layers": [{"weight": jnp.ones((2, 2))} for _ in range(3)]}
+      >>> group, = gs.describe(gs.layouts.equinox(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('layers', 'weight', (0, 1, 2))
+    """
+    return flax_nnx(layers, scan_axis=scan_axis)
+
+
+def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
+    r"""Haiku: a loop of modules, the first without a number, or `hk.layer_stack`.
+
+    Args:
+      block: regular expression for the name of the block, without its number.
+      layer_stack: whether the layers are stacked by `hk.layer_stack`.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> names = ["net/block/linear", "net/block_1/linear", "net/block_2/linear"]
+      >>> params = {name: {"w": jnp.ones((2, 2))} for name in names}
+      >>> group, = gs.describe(gs.layouts.haiku(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('net/block', 'linear/w', (0, 1, 2))
+    """
+    if layer_stack:
+        # A number at its end counts stacks, not layers.
+        return scanned(r"__layer_stack_(?:no|with)_per_layer(?:_\d+)?/")
+    return unrolled(rf"(?:^|/){block}(?:_(\d+))?/")
+
+
+def hf_flax() -> DepthSpec:
+    r"""Hugging Face's Flax models, and EasyLM: digits as keys, `h/3`, `layers/3`.
+
+    Takes the outer number of T5 (`block/3/layer/1`), whose inner ones are sublayers.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> layer = {"ln_1": {"scale": jnp.ones(2)}}
+      >>> params = {"transformer": {"h": {"0": layer, "1": layer}, "ln_f": jnp.ones(2)}}
+      >>> group, = gs.describe(gs.layouts.hf_flax(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('transformer/h', 'ln_1/scale', (0, 1))
+    """
+    return unrolled(r"(?:^|/)(?:h|layers?|block)/(\d+)/")
+
+
+def big_vision() -> DepthSpec:
+    r"""big_vision: ViT, SigLIP, CapPa, GIVT, PaliGemma, unrolled or scanned.
+
+    Encoder blocks are stacked on axis 0, CapPa's and GIVT's decoder blocks on axis 1.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {
+      ...     "encoder": {"encoderblock": {"bias": jnp.ones((12, 4))}},
+      ...     "decoder": {"EncDecBlock": {"bias": jnp.ones((4, 6))}},
+      ... }
+      >>> groups = gs.describe(gs.layouts.big_vision(), params).groups
+      >>> [(group.stack, group.num_layers) for group in groups]
+      [('decoder/EncDecBlock', 6), ('encoder/encoderblock', 12)]
+    """
+    return first_match(
+        unrolled(r"(?:encoderblock_|EncDecBlock|llm/layers/)(\d+)/"),
+        scanned(r"(?:encoderblock|llm/layers)/"),
+        scanned("EncDecBlock/", axis=1),
+    )
+
+
+def gemma(*, interleaved: bool = False) -> DepthSpec:
+    r"""google-deepmind/gemma: `layer_3` at the root.
+
+    Args:
+      interleaved: whether layers of two kinds alternate whose attention differs in
+        shape, as in Gemma 4. Each kind is then coupled over the other (`ranked`).
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> layer = {"attn": {"q_einsum": {"w": jnp.ones((2, 4, 2))}}}
+      >>> params = {"embedder": jnp.ones((8, 4)), "layer_0": layer, "layer_1": layer}
+      >>> group, = gs.describe(gs.layouts.gemma(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('layer', 'attn/q_einsum/w', (0, 1))
+    """
+    layers = unrolled(r"(?:^|/)layer_(\d+)/")
+    return ranked(layers) if interleaved else layers
+
+
+def levanter() -> DepthSpec:
+    r"""levanter and haliax: `Stacked` layers on axis 0, or a `BlockSeq` of them.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> layers = {"stacked": {"mlp": {"weight": jnp.ones((3, 2, 2))}}}
+      >>> params = {"transformer": {"layers": layers}}
+      >>> group, = gs.describe(gs.layouts.levanter(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('transformer/layers/stacked', 'mlp/weight', (0, 1, 2))
+    """
+    return first_match(scanned("(?:^|/)stacked/"), unrolled(r"(?:^|/)blocks/(\d+)/"))
+
+
+def t5x(*, scan_axis: int = 1) -> DepthSpec:
+    r"""T5X and flaxformer: `layers_3` in encoder and decoder, or scanned in both.
+
+    Args:
+      scan_axis: axis of the scanned layers.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"encoder": {
+      ...     "encoder": {"mlp": {"wo": {"kernel": jnp.ones((8, 3, 4))}}},
+      ...     "encoder_norm": {"scale": jnp.ones(4)},
+      ... }}
+      >>> group, = gs.describe(gs.layouts.t5x(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('encoder/encoder', 'mlp/wo/kernel', (0, 1, 2))
+    """
+    return first_match(
+        unrolled(r"(?:^|/)layers_(\d+)/"),
+        scanned("(?:encoder/encoder|decoder/decoder)/", axis=scan_axis),
+    )
+
+
+def uvit(*, join_at: int | None = None) -> DepthSpec:
+    r"""U-ViT, the paper's: `in_blocks` and `out_blocks`, and `mid_block` alone.
+
+    Args:
+      join_at: None for two stacks, `in_blocks` and `out_blocks`; else the number of
+        `in_blocks`, whose last is then coupled with the first of `out_blocks` in the
+        roles that both have.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> names = ["in_blocks_0", "in_blocks_1", "mid_block", "out_blocks_0"]
+      >>> params = {name: {"qkv": {"kernel": jnp.ones((2, 6))}} for name in names}
+      >>> group, = gs.describe(gs.layouts.uvit(join_at=2), params).groups
+      >>> group.stack, group.role, group.layers
+      ('blocks', 'qkv/kernel', (0, 1, 2))
+    """
+    if join_at is None:
+        return unrolled(r"(?:^|/)(?:in|out)_blocks[_/.](\d+)/")
+    return first_match(
+        unrolled(r"(?:^|/)in_blocks[_/.](\d+)/", stack="blocks"),
+        unrolled(r"(?:^|/)out_blocks[_/.](\d+)/", start=join_at, stack="blocks"),
+    )
+
+
+def maxtext(
+    *, scan_axis: int | None = 1, cycle: int = 1, num_cycles: int | None = None
+) -> DepthSpec:
+    r"""MaxText: the decoder's layers.
+
+    Llama, Mistral, Qwen, Gemma, Mixtral and others with `cycle=1`; Gemma 3 with
+    `cycle=6`, gpt-oss with 2, Llama 4 and Qwen3-Next with 4, which scan over a cycle
+    of layers `layers_0`, `layers_1`, …. Where layers of two kinds alternate, wrap it in
+    `ranked` to couple each kind over the other. See `maxtext_gemma2`,
+    `maxtext_gemma4`, `maxtext_deepseek`, `maxtext_pipeline` for other decoders.
+
+    Args:
+      scan_axis: the configuration's `param_scan_axis`; None for `scan_layers=false`.
+      cycle: how many layers one step of the scan has.
+      num_cycles: how many steps the scan has, where layers remain after it
+        (`layers_remainder`), for them to go on at `cycle * num_cycles`. Without it
+        they are a stack of their own.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> def scale(*shape):
+      ...     return {"norm": {"scale": jnp.ones(shape)}}
+      >>> params = {"decoder": {  # two cycles of six layers, and one more
+      ...     "layers": {f"layers_{i}": scale(4, 2) for i in range(6)},
+      ...     "layers_remainder": {"layers_0": scale(4)},
+      ... }}
+      >>> spec = gs.layouts.maxtext(cycle=6, num_cycles=2)
+      >>> group, = gs.describe(spec, params).groups
+      >>> group.role, group.layers
+      ('norm/scale', (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12))
+    """
+    if scan_axis is None:
+        return unrolled(r"decoder/layers_(\d+)/")
+    if cycle == 1:
+        return scanned("decoder/layers/", axis=scan_axis)
+    remainder = r"decoder/layers_remainder/layers_(\d+)/"
+    return first_match(
+        scanned(
+            r"decoder/layers/layers?_(\d+)/",
+            axis=scan_axis,
+            stride=cycle,
+            stack="decoder",
+        ),
+        unrolled(remainder)
+        if num_cycles is None
+        else unrolled(remainder, start=cycle * num_cycles, stack="decoder"),
+    )
+
+
+def maxtext_gemma2(*, scan_axis: int = 1) -> DepthSpec:
+    r"""MaxText's Gemma 2: pairs of a local and a global layer, scanned.
+
+    Args:
+      scan_axis: the configuration's `param_scan_axis`.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> norm = {"scale": jnp.ones((4, 3))}
+      >>> params = {"decoder": {
+      ...     "layers": {"pre_ffw_norm_local": norm, "pre_ffw_norm_global": norm}
+      ... }}
+      >>> group, = gs.describe(gs.layouts.maxtext_gemma2(), params).groups
+      >>> group.role, group.layers
+      ('pre_ffw_norm/scale', (0, 1, 2, 3, 4, 5))
+    """
+    return first_match(
+        *(
+            scanned(
+                rf"decoder/layers/(?P<role>\w+)_{kind}/",
+                axis=scan_axis,
+                start=position,
+                stride=2,
+                stack="decoder",
+            )
+            for position, kind in enumerate(("local", "global"))
+        )
+    )
+
+
+def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
+    r"""MaxText's Gemma 4: scanned blocks of scanned local layers and a global one.
+
+    Attention differs in shape between the two kinds, so each is coupled over the other
+    (`ranked`); what has one shape in both is one chain.
+
+    Args:
+      scan_axis: the configuration's `param_scan_axis`.
+      num_local: how many local layers come before the global one.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"decoder": {"scanned_blocks": {  # two blocks of 5 + 1 layers
+      ...     "local_layers": {"norm": {"scale": jnp.ones((4, 2, 5))}},
+      ...     "global_layer": {"norm": {"scale": jnp.ones((4, 2))}},
+      ... }}}
+      >>> group, = gs.describe(gs.layouts.maxtext_gemma4(), params).groups
+      >>> group.role, group.layers
+      ('norm/scale', (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11))
+    """
+    cycle = num_local + 1
+    return ranked(
+        first_match(
+            scanned(
+                "scanned_blocks/local_layers/",
+                axis=(scan_axis, scan_axis + 1),
+                stride=(cycle, 1),
+                stack="decoder",
+            ),
+            scanned(
+                "scanned_blocks/global_layer/",
+                axis=scan_axis,
+                start=num_local,
+                stride=cycle,
+                stack="decoder",
+            ),
+        )
+    )
+
+
+def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
+    r"""MaxText's DeepSeek: dense layers, then layers with experts, as one stack.
+
+    Args:
+      num_dense: the configuration's `first_num_dense_layers`.
+      scan_axis: the configuration's `param_scan_axis`; None for `scan_layers=false`.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"decoder": {
+      ...     "dense_layers": {"norm": {"scale": jnp.ones((4, 1))}},
+      ...     "moe_layers": {"norm": {"scale": jnp.ones((4, 3))}},
+      ... }}
+      >>> spec = gs.layouts.maxtext_deepseek(num_dense=1)
+      >>> group, = gs.describe(spec, params).groups
+      >>> group.role, group.layers
+      ('norm/scale', (0, 1, 2, 3))
+    """
+    if scan_axis is None:
+        return first_match(
+            unrolled(r"decoder/dense_layers_(\d+)/", stack="decoder"),
+            unrolled(r"decoder/moe_layers_(\d+)/", start=num_dense, stack="decoder"),
+        )
+    return first_match(
+        scanned("decoder/dense_layers/", axis=scan_axis, stack="decoder"),
+        scanned(
+            "decoder/moe_layers/", axis=scan_axis, start=num_dense, stack="decoder"
+        ),
+    )
+
+
+def maxtext_pipeline(axis: int | tuple[int, ...] = (0, 1)) -> DepthSpec:
+    r"""MaxText with pipeline parallelism: repeats, stages, layers per stage.
+
+    Args:
+      axis: the depth axes in this order: `(0, 1)` for repeats and stages, `0` without
+        repeats, `(0, 1, 3)` and `(0, 2)` with `scan_layers_per_stage` and the default
+        `param_scan_axis` of 1.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> layers = {"mlp": {"wo": {"kernel": jnp.ones((2, 4, 8, 4))}}}
+      >>> params = {"decoder": {"pipeline_module": {"layers": layers}}}
+      >>> group, = gs.describe(gs.layouts.maxtext_pipeline(), params).groups
+      >>> group.role, group.num_layers
+      ('mlp/wo/kernel', 8)
+    """
+    return scanned("pipeline_module/layers/(?:scanned_layers/)?", axis=axis)
