@@ -37,7 +37,16 @@ from gradsmooth_optax._detect import detect as detect
 from gradsmooth_optax._operators import Operator as Operator
 from gradsmooth_optax._operators import dense as dense
 from gradsmooth_optax._operators import operator_fn as operator_fn
-from gradsmooth_optax._operators import window as window
+from gradsmooth_optax._smoothers import ema as ema
+from gradsmooth_optax._smoothers import gaussian as gaussian
+from gradsmooth_optax._smoothers import laplacian as laplacian
+from gradsmooth_optax._smoothers import mean_over_depth as mean_over_depth
+from gradsmooth_optax._smoothers import tikhonov as tikhonov
+from gradsmooth_optax._smoothers import window as window
+from gradsmooth_optax._composed import compose as compose
+from gradsmooth_optax._composed import repeat as repeat
+from gradsmooth_optax._similarity import similarity_window as similarity_window
+from gradsmooth_optax import controls as controls
 
 # The transformations and their states.
 from gradsmooth_optax._transform import DepthSmoothingState as DepthSmoothingState
@@ -47,6 +56,13 @@ from gradsmooth_optax._transform import (
 from gradsmooth_optax._transform import apply_over_depth as apply_over_depth
 from gradsmooth_optax._transform import smooth_over_depth as smooth_over_depth
 from gradsmooth_optax._transform import with_depth_smoothing as with_depth_smoothing
+from gradsmooth_optax._learn_alpha import LearnAlphaState as LearnAlphaState
+from gradsmooth_optax._learn_alpha import learn_alpha as learn_alpha
+from gradsmooth_optax._learn_operator import LearnOperatorState as LearnOperatorState
+from gradsmooth_optax._learn_operator import learn_operator as learn_operator
+
+# What it does, in numbers.
+from gradsmooth_optax import diagnostics as diagnostics
 
 # Ready optimizers.
 from gradsmooth_optax._recipes import adamw as adamw

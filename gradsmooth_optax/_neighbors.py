@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._groups import Group, Member
+from gradsmooth_optax._precision import widened
 
 Index: TypeAlias = tuple[int, ...]
 
@@ -60,6 +61,30 @@ def _boxed(source: int, slots: list[tuple[Index, Index]]) -> list[Piece]:
         box = (start, stop, to.min(axis=0))
         return [Piece(source, *(tuple(corner.tolist()) for corner in box))]
     return [Piece(source, j, tuple(k + 1 for k in j), i) for i, j in slots]
+
+
+def scaled(xs: list[jax.Array], scales: list[jax.Array] | None, m: int) -> jax.Array:
+    """scale · u of member m, in the dtype of the arithmetic."""
+    u = widened(xs[m])
+    return u if scales is None else scales[m].astype(u.dtype) * u
+
+
+def neighbor(
+    group: Group,
+    m: int,
+    offset: int,
+    xs: list[jax.Array],
+    scales: list[jax.Array] | None,
+) -> jax.Array | None:
+    """(scale · u)_{l+offset} for every slot l of member m, None where there is none."""
+    pieces = neighbor_pieces(group, m, offset)
+    if not pieces:
+        return None
+    # Put together in the leaf's own dtype: under sharding that crosses devices.
+    other = widened(assemble(group, m, pieces, xs))
+    if scales is not None:
+        other *= assemble(group, m, pieces, scales).astype(other.dtype)
+    return other
 
 
 def assemble(

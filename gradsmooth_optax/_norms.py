@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Literal, TypeAlias
 
 import jax
@@ -15,73 +15,112 @@ from gradsmooth_optax._precision import num_bits, widened
 
 NormScope: TypeAlias = Literal["param", "block"]
 Arrays: TypeAlias = list[list[jax.Array]]  # one per member, per group
-# Some layers of one stack: those that a leaf holds, in the order of its slots.
-LayerSet: TypeAlias = tuple[Hashable, tuple[int, ...]]
+Names: TypeAlias = tuple[Hashable | None, ...]  # one per slot of a member, in order
+
+
+def map_arrays(function: Callable[..., jax.Array], *arrays: Arrays) -> Arrays:
+    """`function` of the arrays of every member."""
+    return [
+        [function(*of_member) for of_member in zip(*of_group, strict=True)]
+        for of_group in zip(*arrays, strict=True)
+    ]
 
 
 def squared_norms(
     groups: Sequence[Group], arrays: Arrays, norm_scope: NormScope
 ) -> Arrays:
     """‖u‖² of every slot, with size 1 on all axes but those over depth."""
-    norms = [
-        [_sum_of_squares(x, m.axes) for m, x in zip(group.members, xs, strict=True)]
-        for group, xs in zip(groups, arrays, strict=True)
+    norms = inner_products(groups, arrays, arrays)
+    if norm_scope == "param":
+        return norms
+    # A layer without neighbors is in no block.
+    blocks = [
+        [
+            tuple(
+                layer if in_run else None
+                for layer, in_run in zip(
+                    member.layers.ravel().tolist(), group.in_run(m).ravel(), strict=True
+                )
+            )
+            for m, member in enumerate(group.members)
+        ]
+        for group in groups
     ]
-    return norms if norm_scope == "param" else _summed_over_blocks(groups, norms)
+    return summed_by_name(groups, norms, blocks)
 
 
-def _sum_of_squares(x: jax.Array, depth_axes: tuple[int, ...]) -> jax.Array:
-    x = widened(x)
-    squares = x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+def inner_products(groups: Sequence[Group], xs: Arrays, ys: Arrays) -> Arrays:
+    """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
+    return [
+        [
+            inner_product(x, y, member.axes)
+            for member, x, y in zip(group.members, of_x, of_y, strict=True)
+        ]
+        for group, of_x, of_y in zip(groups, xs, ys, strict=True)
+    ]
+
+
+def inner_product(x: jax.Array, y: jax.Array, depth_axes: tuple[int, ...]) -> jax.Array:
+    """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
+    x, y = widened(x), widened(y)
+    product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
     other = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
-    return jnp.sum(squares, axis=other, keepdims=True)
+    return jnp.sum(product, axis=other, keepdims=True)
 
 
-def _summed_over_blocks(groups: Sequence[Group], norms: Arrays) -> Arrays:
-    """Sums over all roles of a layer; a layer without neighbors is in no block."""
-    widest = max((norm.dtype for row in norms for norm in row), key=num_bits)
-    totals: dict[LayerSet, jax.Array] = {}
-    keys: list[list[LayerSet]] = []
-    for group, of_group in zip(groups, norms, strict=True):
-        keys.append([])
-        for m, (member, norm) in enumerate(zip(group.members, of_group, strict=True)):
-            key = (group.stack, tuple(member.layers.ravel().tolist()))
-            vector = norm.astype(widest).reshape(len(key[1]))
-            in_run = group.in_run(m).ravel()
-            if not in_run.all():
-                vector = jnp.where(in_run, vector, jnp.zeros_like(vector))
+def summed_by_name(
+    groups: Sequence[Group], arrays: Arrays, names: Sequence[Sequence[Names]]
+) -> Arrays:
+    """Sums over the slots of all roles of a stack that have the same name.
+
+    Args:
+      arrays: a number for every slot, with size 1 on all axes but those over depth.
+      names: for every member, the names of its slots in order, such as the layer; None
+        for a slot that is in no sum.
+    """
+    widest = max((array.dtype for row in arrays for array in row), key=num_bits)
+    totals: dict[tuple[Hashable, Names], jax.Array] = {}
+    for group, of_group, named in zip(groups, arrays, names, strict=True):
+        for array, of_member in zip(of_group, named, strict=True):
+            vector = array.astype(widest).reshape(len(of_member))
+            is_in = np.array([name is not None for name in of_member])
+            if not is_in.all():
+                vector = jnp.where(is_in, vector, jnp.zeros_like(vector))
+            key = (group.stack, of_member)
             totals[key] = totals[key] + vector if key in totals else vector
-            keys[-1].append(key)
     totals = _with_overlaps(totals)
     return [
         [
-            totals[k].astype(n.dtype).reshape(n.shape)
-            for k, n in zip(ks, ns, strict=True)
+            totals[group.stack, of_member].astype(array.dtype).reshape(array.shape)
+            for array, of_member in zip(of_group, named, strict=True)
         ]
-        for ks, ns in zip(keys, norms, strict=True)
+        for group, of_group, named in zip(groups, arrays, names, strict=True)
     ]
 
 
-def _with_overlaps(totals: dict[LayerSet, jax.Array]) -> dict[LayerSet, jax.Array]:
-    """Adds to each set's vector what other sets hold of the same layers.
+def _with_overlaps(
+    totals: dict[tuple[Hashable, Names], jax.Array],
+) -> dict[tuple[Hashable, Names], jax.Array]:
+    """Adds to each vector what others of the stack hold under the same names.
 
     Nothing to do where all roles are laid out alike, the usual case.
     """
-    holders: dict[tuple[Hashable, int], list[tuple[LayerSet, int]]] = defaultdict(list)
-    for key in totals:
-        for i, layer in enumerate(key[1]):
-            holders[key[0], layer].append((key, i))
+    holders: dict[tuple[Hashable, Hashable], list] = defaultdict(list)
+    for stack, names in totals:
+        for i, name in enumerate(names):
+            if name is not None:
+                holders[stack, name].append((names, i))
     joined = {}
-    for key, total in totals.items():
-        shared: dict[LayerSet, list[tuple[int, int]]] = defaultdict(list)
-        for i, layer in enumerate(key[1]):
-            for other, j in holders[key[0], layer]:
-                if other != key:
+    for (stack, names), total in totals.items():
+        shared: dict[Names, list[tuple[int, int]]] = defaultdict(list)
+        for i, name in enumerate(names):
+            for other, j in holders[stack, name]:
+                if other != names:
                     shared[other].append((i, j))
         for other, pairs in shared.items():
             here, there = np.array(pairs).T
-            total = total.at[here].add(totals[other][there])
-        joined[key] = total
+            total = total.at[here].add(totals[stack, other][there])
+        joined[stack, names] = total
     return joined
 
 

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from gradsmooth_optax._naming import reduce_by_name
@@ -23,8 +22,27 @@ Matrix: TypeAlias = np.ndarray | jax.Array
 class Operator:
     """A linear operator along depth: row l of its matrix says what layer l receives.
 
-    Made by `window`, `dense` and `operator_fn`. Frozen, hashable, equal by value and
-    not callable (`optax.inject_hyperparams` takes a callable for a schedule).
+    Made by `window`, `dense`, `compose` and their likes. Frozen, hashable, equal by
+    value and not callable (`optax.inject_hyperparams` takes a callable for a schedule).
+
+    Subclass it for an operator of your own: a frozen dataclass (`eq=False`, equality is
+    by value here) with a `matrix`, and the names of fields that may be schedules in
+    `strengths`. For one without fields `operator_fn` is shorter.
+
+    Example:
+      >>> import dataclasses
+      >>> import gradsmooth_optax as gs
+      >>> import numpy as np
+      >>> @dataclasses.dataclass(frozen=True, eq=False)
+      ... class TowardsMean(gs.Operator):
+      ...     weight: float
+      ...     strengths = ("weight",)
+      ...     def matrix(self, num_layers):
+      ...         mean = np.full((num_layers, num_layers), 1 / num_layers)
+      ...         return (1 - self.weight) * np.eye(num_layers) + self.weight * mean
+      >>> TowardsMean(0.5).matrix(2)
+      array([[0.75, 0.25],
+             [0.25, 0.75]])
     """
 
     # Names of the fields that may be schedules or traced arrays.
@@ -44,6 +62,15 @@ class Operator:
         None for an operator that has no such form.
         """
         return None
+
+    def offsets(self, num_layers: int) -> range:
+        """The offsets d at which S[l, l+d] may be other than 0."""
+        return range(1 - num_layers, num_layers)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it has a matrix; else it depends on the updates."""
+        return True
 
     @property
     def is_identity(self) -> bool:
@@ -74,89 +101,6 @@ class Operator:
         return hash(self._key())
 
 
-def window(
-    alpha: optax.ScalarOrSchedule,
-    radius: int = 1,
-    decay: optax.ScalarOrSchedule | None = None,
-) -> Operator:
-    """Window Smoothing: each layer shares a part α of its weight with its neighbors.
-
-    A layer keeps 1 - α; each side shares α/2 among its neighbors within `radius`, in
-    proportion to exp(-decay · distance). The weight of a neighbor that does not exist
-    goes to the layer itself, so S is symmetric and its rows and columns sum to 1. For
-    `radius=1`:
-
-        interior   u'_l = (1-α) u_l + α/2 (u_{l-1} + u_{l+1})
-        ends       u'_1 = (1-α/2) u_1 + α/2 u_2       (and the mirror image at L)
-
-    Args:
-      alpha: scalar in [0, 1] or a schedule of it. Only Python and NumPy numbers are
-        range-checked.
-      radius: how many neighbors on each side, an int ≥ 1.
-      decay: scalar ≥ 0 or a schedule; None shares equally.
-
-    Returns:
-      An operator for `apply_over_depth`.
-
-    Raises:
-      TypeError, ValueError: at construction, for a strength or radius of the wrong
-        kind or out of range.
-
-    Example:
-      >>> import gradsmooth_optax as gs
-      >>> gs.window(0.2).matrix(3)
-      array([[0.9, 0.1, 0. ],
-             [0.1, 0.8, 0.1],
-             [0. , 0.1, 0.9]])
-
-    Differs from the authors' code:
-      A single layer passes through unchanged; there it is shrunk by 1 - α/2.
-
-    References:
-      Meng, Sugolov, Papyan, "Gradient Smoothing", arXiv 2606.30813, section 3.
-    """
-    return Window(alpha, radius, decay)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Window(Operator):
-    strengths: ClassVar[tuple[str, ...]] = ("alpha", "decay")
-
-    alpha: optax.ScalarOrSchedule
-    radius: int = 1
-    decay: optax.ScalarOrSchedule | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "alpha", _strength("alpha", self.alpha, high=1.0))
-        object.__setattr__(self, "radius", _radius(self.radius))
-        if self.decay is not None:
-            object.__setattr__(self, "decay", _strength("decay", self.decay))
-
-    def side_weights(self) -> tuple[Any, ...]:
-        alpha = _number(self.alpha)
-        decay = 0.0 if self.decay is None else _number(self.decay)
-        if isinstance(alpha, jax.Array) and isinstance(decay, jax.Array):
-            widest = max(alpha.dtype, decay.dtype, key=num_bits)
-            alpha, decay = alpha.astype(widest), decay.astype(widest)
-        # Relative to distance 1, so that a large decay cannot make all of them 0.
-        share = [_exp(-decay * (j - 1)) for j in range(1, self.radius + 1)]
-        return tuple(alpha / 2 * (weight / sum(share)) for weight in share)
-
-    def matrix(self, num_layers: int) -> Matrix:
-        weights = self.side_weights()
-        dtype = getattr(weights[0], "dtype", np.float64)
-        matrix: Any = np.eye(num_layers, dtype=dtype)
-        for j, weight in enumerate(weights, start=1):
-            neighbors = np.eye(num_layers, k=j) + np.eye(num_layers, k=-j)
-            difference = neighbors - np.diag(neighbors.sum(1))
-            matrix = matrix + weight * difference.astype(dtype)
-        return matrix
-
-    @property
-    def is_identity(self) -> bool:
-        return not isinstance(self.alpha, jax.Array) and self.alpha == 0
-
-
 def dense(matrix: Any) -> Operator:
     """A given S. It fits runs of its own size only, and every run of one layer.
 
@@ -185,7 +129,7 @@ class Dense(Operator):
     values: Matrix
 
     def __post_init__(self):
-        values = _real_matrix(self.values, "`matrix` of `dense`")
+        values = real_matrix(self.values, "`matrix` of `dense`")
         if values.ndim != 2 or values.shape[0] != values.shape[1]:
             raise ValueError(
                 f"`matrix` of `dense` must be square, one row and one column per "
@@ -253,7 +197,7 @@ class OperatorFn(Operator):
         if num_layers == 1:
             return np.ones((1, 1))
         source = f"the function {getattr(self.function, '__qualname__', self.function)}"
-        matrix = _real_matrix(self.function(num_layers), source)
+        matrix = real_matrix(self.function(num_layers), source)
         if matrix.shape != (num_layers, num_layers):
             raise ValueError(
                 f"{source} given to `operator_fn` returned shape {matrix.shape} for "
@@ -286,7 +230,7 @@ def as_operator(value: Any) -> Operator:
 # -- Small checks ----------------------------------------------------------------------
 
 
-def _strength(name: str, value: Any, high: float = math.inf) -> Any:
+def strength_in(name: str, value: Any, high: float = math.inf) -> Any:
     """The value, if it is a schedule, a scalar array or a number in range."""
     allowed = ">= 0 and finite" if high == math.inf else f"between 0 and {high:g}"
     if callable(value):
@@ -321,27 +265,32 @@ def _is_real(value: Any) -> bool:
     return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
 
 
-def _radius(value: Any) -> int:
+def check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises for a value that is not one of the `allowed` words."""
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"`{argument}` must be one of {choices}, but is {value!r}.")
+
+
+def positive_int(name: str, value: Any, hint: str = "") -> int:
+    """The value, if it is a Python int of at least 1."""
     if isinstance(value, np.ndarray | jax.Array):
         raise TypeError(
-            f"`radius` must be a Python int, since it decides what is compiled, but is "
+            f"`{name}` must be a Python int, since it decides what is compiled, but is "
             f"an array: {value!r}. Inside `optax.inject_hyperparams` write "
-            f'`inject_hyperparams(..., static_args=("radius",))`.'
+            f'`inject_hyperparams(..., static_args=("{name}",))`.'
         )
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
-            f"`radius` must be an int >= 1, but is {value!r} of type "
+            f"`{name}` must be an int >= 1, but is {value!r} of type "
             f"{type(value).__name__}."
         )
     if operator.index(value) < 1:
-        raise ValueError(
-            f"`radius` must be an int >= 1, but is {value}. For no coupling at all "
-            f"pass `alpha=0.0`."
-        )
+        raise ValueError(f"`{name}` must be an int >= 1, but is {value}.{hint}")
     return operator.index(value)
 
 
-def _real_matrix(value: Any, source: str) -> Matrix:
+def real_matrix(value: Any, source: str) -> Matrix:
     """A read-only float64 copy, or the array itself where it is traced."""
     if jnp.issubdtype(getattr(value, "dtype", np.float64), jnp.complexfloating):
         raise TypeError(f"{source} must hold real numbers, but is complex.")
@@ -359,7 +308,7 @@ def _real_matrix(value: Any, source: str) -> Matrix:
     return matrix
 
 
-def _number(value: Any) -> Any:
+def resolved(value: Any) -> Any:
     """A float where the value is concrete, else an array of at least float32."""
     if callable(value):
         raise TypeError(
@@ -370,10 +319,6 @@ def _number(value: Any) -> Any:
         wide = jnp.issubdtype(value.dtype, jnp.floating) and num_bits(value.dtype) > 32
         return value if wide else value.astype(jnp.float32)
     return float(value)
-
-
-def _exp(value: Any) -> Any:
-    return math.exp(value) if isinstance(value, float) else jnp.exp(value)
 
 
 def _by_value(value: Any) -> Hashable:

@@ -16,7 +16,8 @@ from gradsmooth_optax._groups import (
     warn_of_uncoupled_layers,
 )
 from gradsmooth_optax._norms import NormScope
-from gradsmooth_optax._operators import Operator, as_operator, window
+from gradsmooth_optax._operators import Operator, as_operator, check_choice
+from gradsmooth_optax._smoothers import window
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
 
 
@@ -165,8 +166,8 @@ def apply_over_depth(
     """
     spec = as_spec(depth)
     operator = as_operator(operator)
-    _check_choice("variant", variant, get_args(Variant))
-    _check_choice("norm_scope", norm_scope, get_args(NormScope))
+    check_choice("variant", variant, get_args(Variant))
+    check_choice("norm_scope", norm_scope, get_args(NormScope))
     _check_flag("strict", strict)
 
     def init_fn(params):
@@ -291,12 +292,6 @@ def _check_counted(state: Any) -> None:
             f"from a run with a constant `alpha`, but `alpha` is a schedule now and "
             f"needs a step count. Convert it: `WithDepthSmoothingState(count, state)`."
         )
-
-
-def _check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"`{argument}` must be one of {choices}, but is {value!r}.")
 
 
 def _check_flag(argument: str, value: Any) -> None:

@@ -1,0 +1,204 @@
+"""`learn_alpha`: the strength of the window, learned while training."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradsmooth_optax._apply import arrays_of, coupled, rounded, with_neighbors
+from gradsmooth_optax._groups import (
+    check_structure,
+    group_by_depth,
+    warn_of_uncoupled_layers,
+)
+from gradsmooth_optax._learning import (
+    Direction,
+    Signal,
+    arrays_in,
+    cosine_of,
+    followed,
+    number_in,
+    share_of,
+    tree_of,
+    with_extra_args,
+)
+from gradsmooth_optax._norms import Arrays, map_arrays
+from gradsmooth_optax._operators import check_choice
+from gradsmooth_optax._precision import widened
+from gradsmooth_optax._smoothers import window
+from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._units import Per, Units
+
+
+class LearnAlphaState(NamedTuple):
+    """State of `learn_alpha`.
+
+    Attributes:
+      alpha: {unit: α}, float32 scalars, or one value per layer in ascending order.
+      signal: {unit: running mean of the cosine that α follows}, shaped as `alpha`.
+      change: a tree as the parameters, with what more coupling would have added to the
+        last update, and `optax.MaskedNode()` where nothing is coupled.
+      inner_state: state of the wrapped transformation.
+    """
+
+    alpha: dict[str, jax.Array]
+    signal: dict[str, jax.Array]
+    change: Any
+    inner_state: optax.OptState
+
+
+def learn_alpha(
+    inner: optax.GradientTransformation,
+    depth: DepthSpec | DepthFunction,
+    alpha: Any = 0.1,
+    *,
+    direction: Direction = "ascent",
+    signal: Signal = "coupling",
+    learning_rate: Any = 0.05,
+    alpha_max: float = 0.5,
+    per: Per = "stack",
+    decay: float = 0.9,
+    dtype: Any = None,
+    strict: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Smooths what `inner` produces, with an α that the gradients themselves teach.
+
+    With u the update of `inner`, S(α) u = u + α v the window's coupling of it, v =
+    (dS/dα) u, and θ ← θ + c S(α) u, the loss of the next batch has dL/dα = c ⟨g, v⟩, g
+    its gradient. So each step looks back: α follows ± cos(g, v), with the gradient of
+    this step and the v of the last,
+
+        signal ← decay · signal + (1 - decay) · (± cos(g, v))
+        α      ← clip(α + learning_rate · signal, 0, alpha_max)
+
+    and rises where coupling more would have descended on a fresh batch. Smoothing also
+    shrinks the update, which helps wherever the learning rate is too large. So the
+    signal "coupling" takes only the part of v that is orthogonal to S(α) u.
+
+    It needs memory for one more copy of the coupled updates. Place it as
+    `with_depth_smoothing`: around the preconditioner.
+
+    Args:
+      inner: the transformation whose updates are smoothed.
+      depth: where depth is, as in `smooth_over_depth`.
+      alpha: coupling strength of the first step, a scalar in [0, alpha_max].
+      direction: "ascent" if the updates of `inner` point up the gradient, as after a
+        preconditioner and before the learning rate; "descent" for a whole optimizer.
+      signal: "coupling", or "full" for the raw v.
+      learning_rate: change of α per step at a cosine of 1, scalar ≥ 0.
+      alpha_max: upper bound of α, in [0, 1].
+      per: whether α is one number per "stack", per "role" of a stack, or per "layer" of
+        it, over all its roles. Norms and cosines are taken over the same parameters.
+      decay: of the running mean, in [0, 1).
+      dtype: of the kept copy, None for that of the updates.
+      strict: as in `smooth_over_depth`.
+
+    Returns:
+      A transformation with a `LearnAlphaState`. For logging,
+      `optax.tree_utils.tree_get(state, "alpha")` finds α in the state of a chain.
+
+    Raises:
+      TypeError, ValueError: as `with_depth_smoothing`; and at construction for an
+        argument out of range. An update that is 0 or not finite leaves α as it is.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> params = {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> tx = optax.chain(
+      ...     gs.learn_alpha(optax.scale_by_adam(), gs.scanned("blocks/"), alpha=0.2),
+      ...     optax.scale_by_learning_rate(1e-3),
+      ... )
+      >>> print(optax.tree_utils.tree_get(tx.init(params), "alpha"))
+      {'blocks': Array(0.2, dtype=float32)}
+
+    References:
+      arXiv 2606.30813 leaves the adaptation of α open. Hypergradients: Baydin et al.,
+      "Online Learning Rate Adaptation with Hypergradient Descent", arXiv 1703.04782.
+    """
+    inner = with_extra_args(inner, "learn_alpha")
+    spec = as_spec(depth)
+    check_choice("direction", direction, get_args(Direction))
+    check_choice("signal", signal, get_args(Signal))
+    check_choice("per", per, get_args(Per))
+    alpha_max = number_in("alpha_max", alpha_max, high=1.0)
+    alpha = number_in("alpha", alpha, high=alpha_max)
+    learning_rate = number_in("learning_rate", learning_rate)
+    decay = number_in("decay", decay, high=1.0)
+    sign = 1.0 if direction == "ascent" else -1.0
+
+    def init_fn(params):
+        grouping = group_by_depth(spec, params)
+        check_structure(grouping, strict)
+        if strict:
+            warn_of_uncoupled_layers(grouping)
+        groups = with_neighbors(grouping.groups)
+        units = Units.of(groups, per)
+        xs = arrays_of(groups, grouping.leaves)
+        zeros = [[jnp.zeros_like(x, dtype) for x in of_group] for of_group in xs]
+        return LearnAlphaState(
+            {unit: jnp.full(n, alpha, jnp.float32) for unit, n in units.shapes.items()},
+            {unit: jnp.zeros(n, jnp.float32) for unit, n in units.shapes.items()},
+            tree_of(grouping, groups, zeros),
+            inner.init(params),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        grouping = group_by_depth(spec, updates)
+        check_structure(grouping, strict)
+        groups = with_neighbors(grouping.groups)
+        units = Units.of(groups, per)
+        gradients = arrays_of(groups, grouping.leaves)
+        changes = arrays_in(state.change, groups)
+        alphas, means = {}, {}
+        for unit, cosine in _cosines(units, gradients, changes).items():
+            alphas[unit], means[unit] = followed(
+                state.alpha[unit],
+                state.signal[unit],
+                sign * cosine,
+                decay,
+                learning_rate,
+                alpha_max,
+            )
+
+        updates, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        grouping = group_by_depth(spec, updates)
+        groups = with_neighbors(grouping.groups)
+        units = Units.of(groups, per)
+        xs = arrays_of(groups, grouping.leaves)
+        us = [[widened(x) for x in of_group] for of_group in xs]
+        ends = coupled(window(1.0), groups, xs, [None] * len(groups), "param")
+        vs = map_arrays(lambda u, end: end - u, us, ends)
+        ys = map_arrays(lambda u, v, a: u + a * v, us, vs, units.spread(alphas, us))
+        if signal == "coupling":
+            vs = _orthogonal(units, vs, ys)
+        leaves = list(grouping.leaves)
+        for i, leaf in rounded(groups, xs, ys).items():
+            leaves[i] = leaf
+        change = tree_of(
+            grouping, groups, map_arrays(lambda v, c: v.astype(c.dtype), vs, changes)
+        )
+        updates = jax.tree.unflatten(grouping.treedef, leaves)
+        return updates, LearnAlphaState(alphas, means, change, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _cosines(units: Units, xs: Arrays, ys: Arrays) -> dict[str, jax.Array]:
+    """cos(x, y) of every unit."""
+    products = units.inner_products(xs, ys)
+    of_x, of_y = (units.inner_products(arrays, arrays) for arrays in (xs, ys))
+    return {name: cosine_of(products[name], of_x[name], of_y[name]) for name in of_x}
+
+
+def _orthogonal(units: Units, vs: Arrays, ys: Arrays) -> Arrays:
+    """v without its component along y, in every unit."""
+    products, squares = units.inner_products(vs, ys), units.inner_products(ys, ys)
+    share = {name: share_of(products[name], squares[name]) for name in squares}
+    return map_arrays(lambda v, y, b: v - b * y, vs, ys, units.spread(share, vs))

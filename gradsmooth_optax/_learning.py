@@ -1,0 +1,93 @@
+"""What the wrappers that learn an operator have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradsmooth_optax._groups import Group, Grouping
+from gradsmooth_optax._norms import Arrays
+from gradsmooth_optax._operators import strength_in
+
+Direction: TypeAlias = Literal["ascent", "descent"]
+Signal: TypeAlias = Literal["coupling", "full"]
+
+
+def followed(
+    value: jax.Array,
+    mean: jax.Array,
+    cosine: jax.Array,
+    decay: Any,
+    learning_rate: Any,
+    highest: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The value after a step along the running mean of the cosine, and that mean.
+
+    Both stay as they are where the cosine is NaN: nothing was learned.
+    """
+    new_mean = decay * mean + (1 - decay) * cosine
+    new = jnp.clip(value + learning_rate * new_mean, 0.0, highest)
+    known = jnp.isfinite(cosine)
+    return jnp.where(known, new, value), jnp.where(known, new_mean, mean)
+
+
+def cosine_of(product: jax.Array, of_x: jax.Array, of_y: jax.Array) -> jax.Array:
+    """⟨x, y⟩ / ‖x‖‖y‖ from the squared norms; NaN where one is 0 or not finite."""
+    known = (of_x > 0) & (of_y > 0) & jnp.isfinite(of_x) & jnp.isfinite(of_y)
+    cosine = product * jax.lax.rsqrt(of_x) * jax.lax.rsqrt(of_y)
+    return jnp.where(known, cosine, jnp.nan)
+
+
+def share_of(product: jax.Array, square: jax.Array) -> jax.Array:
+    """⟨v, y⟩ / ⟨y, y⟩, and 0 where y is 0."""
+    zero = square == 0
+    return jnp.where(zero, 0.0, product / jnp.where(zero, 1.0, square))
+
+
+def tree_of(grouping: Grouping, groups: Sequence[Group], arrays: Arrays) -> Any:
+    """The arrays in the places of their leaves, and `MaskedNode` in the others."""
+    leaves: list[Any] = [optax.MaskedNode()] * len(grouping.leaves)
+    for group, of_group in zip(groups, arrays, strict=True):
+        for member, array in zip(group.members, of_group, strict=True):
+            leaves[member.leaf] = array
+    return jax.tree.unflatten(grouping.treedef, leaves)
+
+
+def arrays_in(tree: Any, groups: Sequence[Group]) -> Arrays:
+    """What `tree_of` put into a tree."""
+    leaves = jax.tree.leaves(tree)
+    places = sorted(member.leaf for group in groups for member in group.members)
+    if len(leaves) != len(places):
+        raise ValueError(
+            f"the state holds {len(leaves)} leaves of the last update, "
+            f"but {len(places)} leaves are coupled now. It was probably made for other "
+            f"parameters or another `depth`: make it anew by `init(params)`."
+        )
+    at = dict(zip(places, leaves, strict=True))
+    return [[at[member.leaf] for member in group.members] for group in groups]
+
+
+def with_extra_args(inner: Any, wrapper: str) -> optax.GradientTransformationExtraArgs:
+    """`inner` with support for extra arguments, or an error if it is none."""
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"`inner` must be an optax.GradientTransformation, but is {inner!r} of "
+            f"type {type(inner).__name__}. Write `{wrapper}(optax.scale_by_adam(), "
+            f"depth)`."
+        )
+    return optax.with_extra_args_support(inner)
+
+
+def number_in(name: str, value: Any, high: float = math.inf) -> Any:
+    """The value, if it is an array or a number from 0 to `high`, and no schedule."""
+    if callable(value):
+        raise TypeError(
+            f"`{name}` must be a number, but is the schedule {value!r}. For a schedule "
+            f"of α write `with_depth_smoothing(inner, depth, schedule)`."
+        )
+    return strength_in(name, value, high)

@@ -1,0 +1,160 @@
+"""Coupling by similarity: an operator that looks at the updates, and how it acts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradsmooth_optax._groups import Group
+from gradsmooth_optax._neighbors import scaled
+from gradsmooth_optax._norms import (
+    Arrays,
+    Names,
+    NormScope,
+    inner_products,
+    inverse_norm,
+    summed_by_name,
+)
+from gradsmooth_optax._operators import (
+    Matrix,
+    Operator,
+    check_choice,
+    resolved,
+    strength_in,
+)
+from gradsmooth_optax._pairs import at_distance, coupled_by_pairs
+
+
+def similarity_window(
+    alpha: optax.ScalarOrSchedule,
+    norm_scope: NormScope = "block",
+    sharpness: optax.ScalarOrSchedule = 1.0,
+) -> Operator:
+    """A window that couples two neighbors the more, the more their updates agree.
+
+        u'_l = u_l + Σ_k w_lk (u_k - u_l),  w_lk = α/2 · max(0, cos(u_l, u_k))^sharpness
+
+    over the neighbors k = l-1 and l+1. The weights are symmetric and leave 1 - Σ_k w_lk
+    to the layer itself, so the rows of S sum to 1; updates that point apart, and those
+    of norm 0, are not coupled. For equal updates it is `window(alpha)`. It depends on
+    the updates, so it has no matrix, and cannot be composed.
+
+    Args:
+      alpha: scalar in [0, 1] or a schedule of it.
+      norm_scope: whether the cosine is of one "param" of two layers, or of their whole
+        "block": of all parameters in which they are neighbors.
+      sharpness: scalar ≥ 0 or a schedule; larger values couple similar updates only.
+
+    Returns:
+      An operator for `apply_over_depth`.
+
+    Raises:
+      TypeError, ValueError: at construction, for an argument of the wrong kind or out
+        of range.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = [jnp.array(u) for u in ([2.0, 0.0], [1.0, 0.0], [0.0, 1.0])]
+      >>> tx = gs.apply_over_depth(gs.unrolled(), gs.similarity_window(0.5))
+      >>> smoothed, _ = tx.update(updates, tx.init(updates))
+      >>> [u.tolist() for u in smoothed]  # the third is orthogonal to the second
+      [[1.75, 0.0], [1.25, 0.0], [0.0, 1.0]]
+
+    References:
+      arXiv 2606.30813 names similarity-based coupling as open; this form is ours.
+    """
+    return SimilarityWindow(alpha, norm_scope, sharpness)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SimilarityWindow(Operator):
+    strengths: ClassVar[tuple[str, ...]] = ("alpha", "sharpness")
+
+    alpha: optax.ScalarOrSchedule
+    norm_scope: NormScope = "block"
+    sharpness: optax.ScalarOrSchedule = 1.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "alpha", strength_in("alpha", self.alpha, high=1.0))
+        sharpness = strength_in("sharpness", self.sharpness)
+        object.__setattr__(self, "sharpness", sharpness)
+        check_choice("norm_scope", self.norm_scope, get_args(NormScope))
+
+    @property
+    def is_linear(self) -> bool:
+        return False
+
+    def matrix(self, num_layers: int) -> Matrix:
+        raise TypeError(
+            "`similarity_window` has no matrix: its weights depend on the updates. "
+            "`window(alpha)` is what it does to equal updates."
+        )
+
+    @property
+    def is_identity(self) -> bool:
+        return not isinstance(self.alpha, jax.Array) and self.alpha == 0
+
+
+def couple_by_similarity(
+    operator: SimilarityWindow,
+    groups: Sequence[Group],
+    xs: Arrays,
+    scales: Sequence[list[jax.Array] | None],
+) -> Arrays:
+    """u + Σ_k w_lk (u_k - u_l) of all groups, or that of scale · u."""
+    us = [
+        [scaled(of_group, scale, m) for m in range(len(of_group))]
+        for of_group, scale in zip(xs, scales, strict=True)
+    ]
+    return coupled_by_pairs(groups, us, [_weights_to_next(operator, groups, us)])
+
+
+def _weights_to_next(
+    operator: SimilarityWindow, groups: Sequence[Group], us: Arrays
+) -> Arrays:
+    """The weight between each slot and the next layer, 0 where there is none."""
+    others = at_distance(groups, us, 1)
+    dots = inner_products(groups, us, others)
+    squares = inner_products(groups, us, us)
+    of_next = at_distance(groups, squares, 1)
+    if operator.norm_scope == "block":
+        pairs = [
+            [_pairs(group, m) for m in range(len(group.members))] for group in groups
+        ]
+        squares, dots, of_next = (
+            summed_by_name(groups, arrays, pairs) for arrays in (squares, dots, of_next)
+        )
+    half, sharpness = resolved(operator.alpha) / 2, resolved(operator.sharpness)
+
+    def weight(dot: jax.Array, square: jax.Array, square_of_next: jax.Array):
+        cosine = dot * inverse_norm(square) * inverse_norm(square_of_next)
+        agrees = cosine > 0
+        # Replaced before the power, whose derivative at 0 would make gradients NaN.
+        cosine = jnp.where(agrees, jnp.minimum(cosine, 1.0), 1.0)
+        power = cosine ** _in_dtype(sharpness, cosine.dtype)
+        return jnp.where(agrees, _in_dtype(half, cosine.dtype) * power, 0.0)
+
+    return [
+        [weight(*of_member) for of_member in zip(*of_group, strict=True)]
+        for of_group in zip(dots, squares, of_next, strict=True)
+    ]
+
+
+def _pairs(group: Group, m: int) -> Names:
+    """(layer, next layer) of every slot of member m, None where there is no next."""
+    position, length = group.positions(m)
+    has_next = (position + 1 < length).ravel()
+    return tuple(
+        (group.layers[rank], group.layers[rank + 1]) if has else None
+        for rank, has in zip(group.ranks[m].ravel(), has_next, strict=True)
+    )
+
+
+def _in_dtype(value: Any, dtype: Any) -> Any:
+    return value.astype(dtype) if isinstance(value, jax.Array) else value

@@ -1,0 +1,104 @@
+"""Stacks, roles or layers as units: sums over their parameters, values spread back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradsmooth_optax._groups import Group
+from gradsmooth_optax._neighbors import has_neighbor
+from gradsmooth_optax._norms import Arrays, inner_products
+
+Per: TypeAlias = Literal["stack", "role", "layer"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Units:
+    """How the layers of some groups are divided into units.
+
+    Attributes:
+      groups: with neighbors.
+      names: for every group, the name of its units.
+      shapes: (), or (number of layers,) where every layer is a unit of its own.
+    """
+
+    groups: Sequence[Group]
+    names: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    _layers: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], per: Per) -> Units:
+        """The units of these groups."""
+        names = tuple(_name(group, per) for group in groups)
+        layers: dict[str, set[int]] = {name: set() for name in names}
+        for group, name in zip(groups, names, strict=True):
+            for run in group.runs:
+                layers[name].update(run if len(run) > 1 else ())
+        ordered = {name: sorted(of_name) for name, of_name in layers.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (len(of_name),) if per == "layer" else ()
+            for name, of_name in ordered.items()
+        }
+        return cls(groups, names, shapes, ordered)
+
+    def inner_products(self, xs: Arrays, ys: Arrays) -> dict[str, jax.Array]:
+        """Re⟨x, y⟩ over all parameters of a unit whose layer has a neighbor."""
+        products = inner_products(self.groups, xs, ys)
+        return self._totals(products, lambda group, m: group.in_run(m))
+
+    def pair_totals(self, numbers: Arrays, distance: int) -> dict[str, jax.Array]:
+        """Totals of a number per slot, over slots with a neighbor at this distance."""
+        return self._totals(numbers, lambda group, m: has_neighbor(group, m, distance))
+
+    def _totals(
+        self, numbers: Arrays, is_in: Callable[[Group, int], np.ndarray]
+    ) -> dict[str, jax.Array]:
+        totals = {n: jnp.zeros(shape, jnp.float32) for n, shape in self.shapes.items()}
+        for group, name, of_group in zip(self.groups, self.names, numbers, strict=True):
+            for m, number in enumerate(of_group):
+                slots = number.reshape(-1).astype(jnp.float32)
+                slots = jnp.where(is_in(group, m).ravel(), slots, jnp.zeros_like(slots))
+                if self.shapes[name]:
+                    index = self._index(name, group, m)
+                    totals[name] = totals[name].at[index].add(slots)
+                else:
+                    totals[name] = totals[name] + jnp.sum(slots)
+        return totals
+
+    def spread(self, values: dict[str, jax.Array], like: Arrays) -> Arrays:
+        """The unit's value for every slot, to broadcast over the arrays of `like`."""
+        return [
+            [self._at(values[name], name, group, m, x) for m, x in enumerate(xs)]
+            for group, name, xs in zip(self.groups, self.names, like, strict=True)
+        ]
+
+    def _at(
+        self, value: jax.Array, name: str, group: Group, m: int, like: jax.Array
+    ) -> jax.Array:
+        if self.shapes[name]:
+            member = group.members[m]
+            value = value[self._index(name, group, m)].reshape(member.layers.shape)
+            value = member.along(value, like.ndim)
+        return value.astype(jnp.finfo(like.dtype).dtype)
+
+    def _index(self, name: str, group: Group, m: int) -> np.ndarray:
+        """Positions of a member's slots among the unit's layers."""
+        place = {layer: i for i, layer in enumerate(self._layers[name])}
+        # A layer without neighbors has no place: what is at 0 is not used there.
+        layers = group.members[m].layers.ravel().tolist()
+        return np.array([place.get(layer, 0) for layer in layers], int)
+
+
+def _name(group: Group, per: Per) -> str:
+    stack, role = (_text(name) for name in (group.stack, group.role))
+    return f"{stack}/{role}" if per == "role" else stack
+
+
+def _text(name: Hashable) -> str:
+    return name if isinstance(name, str) else repr(name)
