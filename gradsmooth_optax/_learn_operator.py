@@ -28,7 +28,7 @@ from gradsmooth_optax._learning import (
     tree_of,
     with_extra_args,
 )
-from gradsmooth_optax._norms import Arrays, map_arrays
+from gradsmooth_optax._norms import Arrays, inner_products, map_arrays
 from gradsmooth_optax._operators import check_choice, positive_int
 from gradsmooth_optax._pairs import at_distance, coupled_by_pairs
 from gradsmooth_optax._precision import widened
