@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._operators import Matrix, Operator, as_operator, positive_int
+from gradsmooth_optax._precision import num_bits
 
 
 def compose(*operators: Any) -> Operator:
@@ -139,7 +140,10 @@ def matmul(a: Matrix, b: Matrix) -> Matrix:
     """a @ b, in float64 where both are NumPy arrays."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a @ b
-    dtype = next(m.dtype for m in (a, b) if isinstance(m, jax.Array))
+    # In float32 at least, also where a user's traced matrix is of bfloat16 or ints.
+    dtypes = [m.dtype for m in (a, b) if isinstance(m, jax.Array)]
+    wide = [d for d in dtypes if jnp.issubdtype(d, jnp.floating) and num_bits(d) > 32]
+    dtype = wide[0] if wide else jnp.float32
     a, b = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 

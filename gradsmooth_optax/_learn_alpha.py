@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._apply import arrays_of, coupled, rounded, with_neighbors
@@ -18,12 +17,15 @@ from gradsmooth_optax._learning import (
     Direction,
     Signal,
     arrays_in,
+    below_one,
     cosine_of,
+    filled,
     followed,
     number_in,
     share_of,
     tree_of,
     with_extra_args,
+    zeros_of,
 )
 from gradsmooth_optax._norms import Arrays, map_arrays
 from gradsmooth_optax._operators import check_choice
@@ -128,7 +130,7 @@ def learn_alpha(
     alpha_max = number_in("alpha_max", alpha_max, high=1.0)
     alpha = number_in("alpha", alpha, high=alpha_max)
     learning_rate = number_in("learning_rate", learning_rate)
-    decay = number_in("decay", decay, high=1.0)
+    decay = below_one("decay", decay)
     sign = 1.0 if direction == "ascent" else -1.0
 
     def init_fn(params):
@@ -138,11 +140,10 @@ def learn_alpha(
             warn_of_uncoupled_layers(grouping)
         groups = with_neighbors(grouping.groups)
         units = Units.of(groups, per)
-        xs = arrays_of(groups, grouping.leaves)
-        zeros = [[jnp.zeros_like(x, dtype) for x in of_group] for of_group in xs]
+        zeros = zeros_of(groups, grouping.leaves, dtype)
         return LearnAlphaState(
-            {unit: jnp.full(n, alpha, jnp.float32) for unit, n in units.shapes.items()},
-            {unit: jnp.zeros(n, jnp.float32) for unit, n in units.shapes.items()},
+            filled(units.shapes, alpha, grouping),
+            filled(units.shapes, 0.0, grouping),
             tree_of(grouping, groups, zeros),
             inner.init(params),
         )
@@ -151,6 +152,11 @@ def learn_alpha(
         grouping = group_by_depth(spec, updates)
         check_structure(grouping, strict)
         groups = with_neighbors(grouping.groups)
+        if not groups:
+            new, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+            return new, state._replace(inner_state=inner_state)
         units = Units.of(groups, per)
         gradients = arrays_of(groups, grouping.leaves)
         changes = arrays_in(state.change, groups)

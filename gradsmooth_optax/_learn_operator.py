@@ -21,12 +21,15 @@ from gradsmooth_optax._learning import (
     Direction,
     Signal,
     arrays_in,
+    below_one,
     cosine_of,
+    filled,
     followed,
     number_in,
     share_of,
     tree_of,
     with_extra_args,
+    zeros_of,
 )
 from gradsmooth_optax._norms import Arrays, inner_products, map_arrays
 from gradsmooth_optax._operators import check_choice, positive_int
@@ -70,7 +73,7 @@ def learn_operator(
     depth: DepthSpec | DepthFunction,
     alpha: Any = 0.1,
     *,
-    radius: int = 1,
+    radius: int | None = None,
     direction: Direction = "ascent",
     signal: Signal = "coupling",
     learning_rate: Any = 0.05,
@@ -97,7 +100,7 @@ def learn_operator(
       inner: the transformation whose updates are smoothed.
       depth: where depth is, as in `smooth_over_depth`.
       alpha: strength of the window to start from, a scalar in [0, alpha_max].
-      radius: neighbors on each side, an int ≥ 1.
+      radius: neighbors on each side, an int ≥ 1; None means 1.
       direction, signal, learning_rate, alpha_max, decay, dtype: as in `learn_alpha`;
         `learning_rate` is that of α = 2 · radius · w.
       strict: as in `smooth_over_depth`.
@@ -125,13 +128,13 @@ def learn_operator(
     """
     inner = with_extra_args(inner, "learn_operator")
     spec = as_spec(depth)
-    radius = positive_int("radius", radius)
+    width = 1 if radius is None else positive_int("radius", radius)
     check_choice("direction", direction, get_args(Direction))
     check_choice("signal", signal, get_args(Signal))
     alpha_max = number_in("alpha_max", alpha_max, high=1.0)
     alpha = number_in("alpha", alpha, high=alpha_max)
     learning_rate = number_in("learning_rate", learning_rate)
-    decay = number_in("decay", decay, high=1.0)
+    decay = below_one("decay", decay)
     sign = 1.0 if direction == "ascent" else -1.0
 
     def init_fn(params):
@@ -141,17 +144,13 @@ def learn_operator(
             warn_of_uncoupled_layers(grouping)
         groups = with_neighbors(grouping.groups)
         shapes = {
-            stack: (radius, *shape)
+            stack: (width, *shape)
             for stack, shape in Units.of(groups, "layer").shapes.items()
         }
-        xs = arrays_of(groups, grouping.leaves)
-        zeros = map_arrays(lambda x: jnp.zeros_like(x, dtype), xs)
+        zeros = zeros_of(groups, grouping.leaves, dtype)
         return LearnOperatorState(
-            {
-                k: jnp.full(n, alpha / (2 * radius), jnp.float32)
-                for k, n in shapes.items()
-            },
-            {k: jnp.zeros(n, jnp.float32) for k, n in shapes.items()},
+            filled(shapes, alpha / (2 * width), grouping),
+            filled(shapes, 0.0, grouping),
             tree_of(grouping, groups, zeros),
             inner.init(params),
         )
@@ -160,6 +159,11 @@ def learn_operator(
         grouping = group_by_depth(spec, updates)
         check_structure(grouping, strict)
         groups = with_neighbors(grouping.groups)
+        if not groups:
+            new, inner_state = inner.update(
+                updates, state.inner_state, params, **extra_args
+            )
+            return new, state._replace(inner_state=inner_state)
         units = Units.of(groups, "layer")
         gradients = [
             [widened(x) for x in of_group]
@@ -167,7 +171,7 @@ def learn_operator(
         ]
         kept = arrays_in(state.update, groups)
         last = map_arrays(widened, kept)
-        cosines = _cosines(units, gradients, last, state.weights, radius, signal)
+        cosines = _cosines(units, gradients, last, state.weights, width, signal)
         weights, means = {}, {}
         for stack, cosine in cosines.items():
             weights[stack], means[stack] = followed(
@@ -175,8 +179,8 @@ def learn_operator(
                 state.signal[stack],
                 sign * cosine,
                 decay,
-                learning_rate / (2 * radius),
-                alpha_max / (2 * radius),
+                learning_rate / (2 * width),
+                alpha_max / (2 * width),
             )
 
         updates, inner_state = inner.update(
@@ -187,7 +191,7 @@ def learn_operator(
         units = Units.of(groups, "layer")
         xs = arrays_of(groups, grouping.leaves)
         us = map_arrays(widened, xs)
-        ys = coupled_by_pairs(groups, us, _spread(units, weights, us, radius))
+        ys = coupled_by_pairs(groups, us, _spread(units, weights, us, width))
         leaves = list(grouping.leaves)
         for i, leaf in rounded(groups, xs, ys).items():
             leaves[i] = leaf

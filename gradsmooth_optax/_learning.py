@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradsmooth_optax._groups import Group, Grouping
+from gradsmooth_optax._groups import Group, Grouping, inexact_dtype
 from gradsmooth_optax._norms import Arrays
 from gradsmooth_optax._operators import strength_in
 
@@ -33,7 +33,11 @@ def followed(
     new_mean = decay * mean + (1 - decay) * cosine
     new = jnp.clip(value + learning_rate * new_mean, 0.0, highest)
     known = jnp.isfinite(cosine)
-    return jnp.where(known, new, value), jnp.where(known, new_mean, mean)
+    # In the dtype of the state, whatever that of the settings is.
+    return (
+        jnp.where(known, new.astype(value.dtype), value),
+        jnp.where(known, new_mean.astype(mean.dtype), mean),
+    )
 
 
 def cosine_of(product: jax.Array, of_x: jax.Array, of_y: jax.Array) -> jax.Array:
@@ -47,6 +51,30 @@ def share_of(product: jax.Array, square: jax.Array) -> jax.Array:
     """⟨v, y⟩ / ⟨y, y⟩, and 0 where y is 0."""
     zero = square == 0
     return jnp.where(zero, 0.0, product / jnp.where(zero, 1.0, square))
+
+
+def filled(shapes: dict[str, tuple[int, ...]], value: Any, grouping: Grouping) -> Any:
+    """A float32 array for every unit; a scalar in their place for a leafless tree.
+
+    `optax.tree_map_params` compares the state with that of a leafless placeholder, in
+    which one leaf may stand for all units.
+    """
+    if not grouping.paths:
+        return jnp.full((), value, jnp.float32)
+    return {unit: jnp.full(shape, value, jnp.float32) for unit, shape in shapes.items()}
+
+
+def zeros_of(groups: Sequence[Group], leaves: Sequence[Any], dtype: Any) -> Arrays:
+    """Zeros for the leaves of every group, in `dtype` if that can hold them."""
+
+    def zeros(leaf: Any) -> jax.Array:
+        own = inexact_dtype(leaf)
+        loses = jnp.issubdtype(own, jnp.complexfloating) and not jnp.issubdtype(
+            dtype or own, jnp.complexfloating
+        )
+        return jnp.zeros_like(leaf, own if loses else dtype)
+
+    return [[zeros(leaves[m.leaf]) for m in group.members] for group in groups]
 
 
 def tree_of(grouping: Grouping, groups: Sequence[Group], arrays: Arrays) -> Any:
@@ -83,11 +111,21 @@ def with_extra_args(inner: Any, wrapper: str) -> optax.GradientTransformationExt
     return optax.with_extra_args_support(inner)
 
 
-def number_in(name: str, value: Any, high: float = math.inf) -> Any:
+def number_in(name: str, value: Any, high: Any = math.inf) -> Any:
     """The value, if it is an array or a number from 0 to `high`, and no schedule."""
+    if isinstance(high, jax.Array):
+        high = math.inf  # maybe traced: never looked at
     if callable(value):
         raise TypeError(
             f"`{name}` must be a number, but is the schedule {value!r}. For a schedule "
             f"of α write `with_depth_smoothing(inner, depth, schedule)`."
         )
     return strength_in(name, value, high)
+
+
+def below_one(name: str, value: Any) -> Any:
+    """The value, if it is an array or a number in [0, 1)."""
+    value = number_in(name, value, high=1.0)
+    if not isinstance(value, jax.Array) and value == 1:
+        raise ValueError(f"`{name}` must be below 1, or nothing is ever learned.")
+    return value

@@ -159,11 +159,14 @@ class Gaussian(Operator):
     def side_weights(self) -> tuple[Any, ...]:
         sigma, radius = resolved(self.sigma), range(1, (self.radius or 1) + 1)
         if isinstance(sigma, float):
-            kernel = [
-                math.exp(-0.5 * (j / sigma) ** 2) if sigma else 0.0 for j in radius
-            ]
+            distances = [min(j / sigma, 1e3) if sigma else 1e3 for j in radius]
+            kernel = [math.exp(-0.5 * distance**2) for distance in distances]
         else:
-            kernel = [jnp.exp(-0.5 * (j / sigma) ** 2) for j in radius]
+            # Replaced before the division, whose derivative at 0 would be NaN.
+            zero = sigma == 0
+            safe = jnp.where(zero, jnp.ones_like(sigma), sigma)
+            kernel = [jnp.exp(-0.5 * (j / safe) ** 2) for j in radius]
+            kernel = [jnp.where(zero, jnp.zeros_like(k), k) for k in kernel]
         total = 1 + 2 * sum(kernel)
         return tuple(weight / total for weight in kernel)
 
@@ -283,8 +286,12 @@ class Ema(Operator):
             powers = np.where(is_before, rho ** np.maximum(distance, 0), 0.0)
             matrix = powers * np.where(is_first, 1.0, 1 - rho)
         else:
-            exponents = jnp.asarray(np.maximum(distance, 0), rho.dtype)
-            powers = jnp.where(is_before, rho**exponents, jnp.zeros_like(rho))
+            # By products: the derivative of a power at 0 would be NaN.
+            by_distance = [jnp.ones_like(rho)]
+            for _ in layers[1:]:
+                by_distance.append(by_distance[-1] * rho)
+            powers = jnp.stack(by_distance)[np.maximum(distance, 0)]
+            powers = jnp.where(is_before, powers, jnp.zeros_like(rho))
             matrix = powers * jnp.where(is_first, jnp.ones_like(rho), 1 - rho)
         return matrix[::-1, ::-1] if self.reverse else matrix
 

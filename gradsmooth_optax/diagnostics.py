@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradsmooth_optax._composed import with_matrix
+from gradsmooth_optax._operators import positive_int
 
 
 def contraction_factor(operator: Any, num_layers: int) -> float:
@@ -38,12 +39,12 @@ def contraction_factor(operator: Any, num_layers: int) -> float:
     References:
       arXiv 2606.30813, section 4.
     """
-    if num_layers == 1:
+    operator = with_matrix(operator, "contraction_factor")
+    if positive_int("num_layers", num_layers) == 1:
         return 0.0
-    s = np.asarray(with_matrix(operator, "contraction_factor").matrix(num_layers))
-    precision = 1e-9 if s.dtype == np.float64 else 1e-5
-    s = s.astype(np.float64)
+    s = np.asarray(operator.matrix(num_layers), np.float64)
     difference = np.diff(np.eye(num_layers), axis=0)
-    if np.abs(difference @ s.sum(1)).max() > precision * max(1, np.abs(s).max()):
+    # A user's function may compute in float32.
+    if np.abs(difference @ s.sum(1)).max() > 1e-5 * max(1, np.abs(s).max()):
         return float("inf")
     return float(np.linalg.norm(difference @ s @ np.linalg.pinv(difference), 2))
