@@ -14,10 +14,8 @@ from gradsmooth_optax._paths import Path, plain_path
 # a haliax `NamedArray` has `axes` with a name each.
 _NNX_METADATA = ("out_sharding", "sharding_names", "sharding")
 
-# "layers", "dense_layers", "layers_per_stage": what nn.PARTITION_NAME is set to.
-_DEPTH_AXIS = re.compile(
-    r"(?:^|_)(?:layers?|blocks?|depth|repeats?)(?:_|$)", re.IGNORECASE
-)
+# What nn.PARTITION_NAME is set to: "layers", "dense_layers", "layers_per_stage", …
+_DEPTH_AXIS = re.compile(r"(?:.*_)?layers(?:_.*)?|scanned_blocks|circular_repeats")
 
 
 def named_axes(tree: Any) -> dict[Path, tuple[Any, ...]]:
@@ -33,8 +31,13 @@ def named_axes(tree: Any) -> dict[Path, tuple[Any, ...]]:
 
 
 def is_depth_axis(name: Any) -> bool:
-    """Whether an axis of this name runs over layers."""
-    return isinstance(name, str) and _DEPTH_AXIS.search(name) is not None
+    """Whether an axis of this name runs, or may run, over layers."""
+    return names_depth(name) or name == "blocks"
+
+
+def names_depth(name: Any) -> bool:
+    """Whether it surely does: "blocks" is also what a block-diagonal matrix has."""
+    return isinstance(name, str) and _DEPTH_AXIS.fullmatch(name) is not None
 
 
 def _carries_names(node: Any) -> bool:

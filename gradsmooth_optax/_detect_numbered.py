@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from gradsmooth_optax._detected import DetectedStack, common_axes, some
+from gradsmooth_optax._detected import DetectedStack, common_axes, layer_kinds, some
 from gradsmooth_optax._numbering import names_layers, names_parts
 from gradsmooth_optax._paths import Path, show_path
 from gradsmooth_optax._siblings import (
@@ -112,11 +112,21 @@ def _doubts(siblings: Siblings, holders: dict[Role, list[int]]) -> Iterator[str]
         )
     inside, _ = children_of(siblings.path(numbers[0]), siblings.children[numbers[0]])
     for inner in inside:
-        if names_layers(inner.word) and are_equal(inner):
+        modules = {path[:-1] for path, _ in inner.leaves}
+        is_layers = names_layers(inner.word) or (
+            not names_parts(inner.word) and len(modules) > len(inner.children)
+        )
+        if is_layers and are_equal(inner):
             yield (
                 f"{siblings}: each holds layers again ({inner}), and only the outer "
                 f"number is taken for depth"
             )
+    one = siblings.path(numbers[0])
+    if kinds := layer_kinds(one, siblings.children[numbers[0]], 0):
+        yield (
+            f"{siblings}: all parts of each are there as {some(kinds)}. Are they "
+            f"{len(kinds)} layers? Then write a function that numbers them"
+        )
 
 
 def _is_consecutive(numbers: Sequence[int]) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gradsmooth_optax._axis_names import is_depth_axis
+from gradsmooth_optax._axis_names import is_depth_axis, names_depth
 from gradsmooth_optax._detected import (
     DetectedStack,
     common_axes,
+    layer_kinds,
     leaves_by_child,
     patterns_of,
     some,
@@ -21,6 +21,8 @@ from gradsmooth_optax._numbering import names_layers
 from gradsmooth_optax._paths import Path, show_path
 from gradsmooth_optax._siblings import children_of, holders_of, numbered_patterns
 from gradsmooth_optax._specs import DepthSpec, Leaves, ranked, scanned
+
+_VECTORS = ("b", "beta", "bias", "gain", "gamma", "g", "offset", "scale")
 
 
 def scanned_stacks(
@@ -66,6 +68,16 @@ def _scanned_stack(
     )
     axis = axes[0] if len(axes) == 1 else axes
     doubts = []
+    if not all(map(names_depth, called)):
+        doubts.append(
+            f"{show_path(node)}: an axis named {some(called)} may be of layers or of "
+            f"a block-diagonal matrix"
+        )
+    if strangers := _strangers(leaves, names):
+        doubts.append(
+            f"{some(strangers)}: no leaf of the module has axis names; its size on "
+            f"{on} may be that of the layers by chance"
+        )
     if len(axes) > 1:
         doubts.append(
             f"{show_path(node)}: several axes are named after layers "
@@ -90,11 +102,11 @@ def _scanned_stack(
         )
     if cycle:
         doubts.append(f"{cycle}: each holds layers of the stack. Is this a cycle?")
-    elif twins := _twins(node, leaves, len(axes)):
+    elif kinds := layer_kinds(node, leaves, len(axes)):
         doubts.append(
-            f"{show_path(node)}: {some(twins)} are built alike. Are they two layers "
+            f"{show_path(node)}: all parts are there as {some(kinds)}. Are they layers "
             f"of a cycle? Then write one `scanned(pattern, axis={axis}, start=..., "
-            f"stride=2)` for each"
+            f"stride={len(kinds)})` for each"
         )
     ending = "(?:/|$)" if any(path == node for path, _ in leaves) else "/"
     patterns = patterns_of(node[:-1], re.escape(str(node[-1])) + ending)
@@ -102,25 +114,22 @@ def _scanned_stack(
     return DetectedStack(spec, patterns, leaves, reason, tuple(doubts))
 
 
+def _strangers(leaves: Leaves, names: dict[Path, tuple]) -> list[str]:
+    """Leaves in modules without axis names, except vectors that a scan stacked."""
+    known = {path[:-1] for path, _ in leaves if path in names}
+    return [
+        show_path(path)
+        for path, leaf in leaves
+        if path[:-1] not in known
+        and not (str(path[-1]) in _VECTORS and np.ndim(leaf) == 2)
+    ]
+
+
 def _ranked(spec: Callable[[str], DepthSpec]) -> Callable[[str], DepthSpec]:
     return lambda pattern: ranked(spec(pattern))
 
 
-def _twins(node: Path, leaves: Leaves, num_axes: int) -> list[str | int]:
-    """The children with several matrices, if each of them has a twin."""
-    by_structure = defaultdict(list)
-    for child, of_child in leaves_by_child(node, leaves).items():
-        roles = [(path[len(node) + 1 :], np.shape(leaf)) for path, leaf in of_child]
-        if sum(len(shape) - num_axes >= 2 for _, shape in roles) >= 2:
-            by_structure[tuple(sorted(roles, key=repr))].append(child)
-    if any(len(children) < 2 for children in by_structure.values()):
-        return []
-    return [child for children in by_structure.values() for child in children]
-
-
 # -- Without axis names: nobody can tell -----------------------------------------------
-
-_VECTORS = ("b", "beta", "bias", "gain", "gamma", "g", "offset", "scale")
 
 
 def perhaps_scanned(node: Path, leaves: Leaves) -> Iterator[str]:

@@ -84,6 +84,30 @@ def common_axes(leaves: Leaves) -> list[int]:
     ]
 
 
+def layer_kinds(node: Path, leaves: Leaves, num_axes: int) -> list[str]:
+    """The kinds of layers that a node holds: "local" and "global" of Gemma 2.
+
+    Its modules are `<part>_<kind>`, and every part with matrices is there in each kind,
+    built alike.
+    """
+    kinds: dict[str, dict[str, list]] = defaultdict(dict)
+    for child, of_child in leaves_by_child(node, leaves).items():
+        roles = [(path[len(node) + 1 :], np.shape(leaf)) for path, leaf in of_child]
+        if any(len(shape) - num_axes >= 2 for _, shape in roles):
+            part, _, kind = str(child).rpartition("_")
+            kinds[part][kind] = sorted(roles, key=repr)
+    found = {frozenset(of_part) for of_part in kinds.values()}
+    alike = all(
+        all(roles == first for roles in of_part.values())
+        for of_part in kinds.values()
+        for first in [next(iter(of_part.values()))]
+    )
+    if len(kinds) < 2 or len(found) > 1 or not alike:
+        return []
+    (of_every_part,) = found
+    return sorted(of_every_part) if len(of_every_part) > 1 else []
+
+
 def some(items: Sequence[Any], limit: int = 4) -> str:
     more = len(items) - limit
     shown = ", ".join(map(str, items[:limit]))

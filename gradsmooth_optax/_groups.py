@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import re
-import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -16,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._depth import as_tuple
-from gradsmooth_optax._numbering import names_layers, split_number
-from gradsmooth_optax._paths import Path, plain_path, raw, show_path
+from gradsmooth_optax._paths import Path, plain_path, show_path
 from gradsmooth_optax._specs import Assignment, DepthSpec
 
 
@@ -272,31 +270,6 @@ def check_structure(grouping: Grouping, strict: bool) -> None:
             raise ValueError(_duplicate_message(group))
         if strict and group.gaps:
             raise ValueError(_gap_message(group, grouping))
-
-
-def warn_of_uncoupled_layers(grouping: Grouping) -> None:
-    """Warns where no run has two layers, but the roles have numbers of layers."""
-    groups = grouping.groups
-    if any(len(run) > 1 for group in groups for run in group.runs):
-        return
-    numbered = {
-        segment: group
-        for group in groups
-        for segment in str(group.role).split("/")
-        if split_number(segment) and names_layers(segment)
-    }
-    if len(numbered) < 2:
-        return
-    segment, group = next(iter(numbered.items()))
-    pattern = segment.rstrip("0123456789") + r"(\d+)/"
-    warnings.warn(
-        f"`depth` {grouping.spec!r} couples nothing: each of its {len(groups)} groups "
-        f"has one layer, as {name_of(group.stack, group.role)} "
-        f"({show_path(group.members[0].path)}). Probably {segment} is the layer, and "
-        f"`depth` takes another number. To fix: write `unrolled({raw(pattern)})`; or "
-        f"pass `strict=False` if nothing is to be coupled here.",
-        stacklevel=3,
-    )
 
 
 def _check_something_matched(grouping: Grouping, strict: bool) -> None:

@@ -11,7 +11,6 @@ from gradsmooth_optax._apply import arrays_of, coupled, rounded, with_neighbors
 from gradsmooth_optax._groups import (
     check_structure,
     group_by_depth,
-    warn_of_uncoupled_layers,
 )
 from gradsmooth_optax._learning import (
     Direction,
@@ -32,6 +31,7 @@ from gradsmooth_optax._operators import check_choice
 from gradsmooth_optax._precision import widened
 from gradsmooth_optax._smoothers import window
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._suspicions import warn_of_suspicions
 from gradsmooth_optax._units import Per, Units
 
 
@@ -137,7 +137,7 @@ def learn_alpha(
         grouping = group_by_depth(spec, params)
         check_structure(grouping, strict)
         if strict:
-            warn_of_uncoupled_layers(grouping)
+            warn_of_suspicions(grouping)
         groups = with_neighbors(grouping.groups)
         units = Units.of(groups, per)
         zeros = zeros_of(groups, grouping.leaves, dtype)

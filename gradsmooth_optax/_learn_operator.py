@@ -15,7 +15,6 @@ from gradsmooth_optax._groups import (
     Group,
     check_structure,
     group_by_depth,
-    warn_of_uncoupled_layers,
 )
 from gradsmooth_optax._learning import (
     Direction,
@@ -36,6 +35,7 @@ from gradsmooth_optax._operators import check_choice, positive_int
 from gradsmooth_optax._pairs import at_distance, coupled_by_pairs
 from gradsmooth_optax._precision import widened
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._suspicions import warn_of_suspicions
 from gradsmooth_optax._units import Units
 
 
@@ -141,7 +141,7 @@ def learn_operator(
         grouping = group_by_depth(spec, params)
         check_structure(grouping, strict)
         if strict:
-            warn_of_uncoupled_layers(grouping)
+            warn_of_suspicions(grouping)
         groups = with_neighbors(grouping.groups)
         shapes = {
             stack: (width, *shape)

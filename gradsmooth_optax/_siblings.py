@@ -63,11 +63,16 @@ def children_of(
     """The children of `node` with their leaves: numbered siblings, and the others."""
     children = leaves_by_child(node, leaves)
     by_stem: dict[str, dict[int, str | int]] = defaultdict(dict)
+    ambiguous = set()
     for child in children:
         if (split := split_number(child)) is not None:
-            by_stem[split[0]].setdefault(split[1], child)
+            if split[1] in by_stem[split[0]]:
+                ambiguous.add(split[0])  # layer_1 and layer_01
+            by_stem[split[0]][split[1]] = child
     families = []
     for stem, numbered in by_stem.items():
+        if stem in ambiguous:
+            continue
         bare = stem.removesuffix("_")
         first_is_bare = bare != stem and bare in children and 0 not in numbered
         if first_is_bare:

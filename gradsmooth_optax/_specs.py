@@ -534,7 +534,8 @@ def layer_rank(depth: Depth | None, leaf: Any) -> int:
 
 
 _WEIGHT_NAME = re.compile(
-    r"(?:^|_)(?:kernels?|weights?|w[a-z]{0,3}|lora_[ab])(?:_?\d+)?$", re.IGNORECASE
+    r"(?:^|_)(?:kernels?|weights?|w[a-z]{0,3}|lora_[ab]|einsum|linear)(?:_?\d+)?$",
+    re.IGNORECASE,
 )
 _TABLE_NAME = re.compile(r"embed|position|^pos(?:_|$)|^w[tp]e$", re.IGNORECASE)
 

@@ -13,12 +13,12 @@ from gradsmooth_optax._apply import Variant, apply_operator
 from gradsmooth_optax._groups import (
     check_structure,
     group_by_depth,
-    warn_of_uncoupled_layers,
 )
 from gradsmooth_optax._norms import NormScope
 from gradsmooth_optax._operators import Operator, as_operator, check_choice
 from gradsmooth_optax._smoothers import window
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._suspicions import warn_of_suspicions
 
 
 class DepthSmoothingState(NamedTuple):
@@ -87,8 +87,8 @@ def smooth_over_depth(
         "block" of it: all parameters that `depth` matches in that layer of the stack.
       strict: whether it is an error if nothing matches, if layer numbers have a gap,
         or if leaves of one `scanned` hold different numbers of layers, and a warning
-        if nothing is coupled while the roles have layer numbers. False makes a gap a
-        boundary that is not coupled across.
+        if layers are probably not coupled, or not with their neighbors. False makes a
+        gap a boundary that is not coupled across.
 
     Returns:
       A transformation with `optax.EmptyState()`, or `DepthSmoothingState` where
@@ -175,7 +175,7 @@ def apply_over_depth(
         grouping = group_by_depth(spec, params)
         check_structure(grouping, strict)
         if strict:
-            warn_of_uncoupled_layers(grouping)
+            warn_of_suspicions(grouping)
         if operator.scheduled:
             return DepthSmoothingState(jnp.zeros([], jnp.int32))
         return optax.EmptyState()

@@ -14,11 +14,25 @@ unrolled(r'decoder/layers_(\d+)/')
 
 from __future__ import annotations
 
-from gradsmooth_optax._specs import DepthSpec, first_match, ranked, scanned, unrolled
+import re
+from typing import Any
+
+from gradsmooth_optax._depth import Depth
+from gradsmooth_optax._paths import Path, show_path
+from gradsmooth_optax._specs import (
+    DepthSpec,
+    depth_fn,
+    first_match,
+    ranked,
+    scanned,
+    unrolled,
+)
 
 
 def flax_linen(
-    block: str = r"\w*(?:[Bb]lock|[Ll]ayer)s?", *, scan_axis: int | None = None
+    block: str = r"\w*(?:[Bb]lock|[Ll]ayer)s?",
+    *,
+    scan_axis: int | tuple[int, ...] | None = None,
 ) -> DepthSpec:
     r"""Flax Linen: a loop of numbered modules, or `nn.scan` over one.
 
@@ -28,7 +42,8 @@ def flax_linen(
     Args:
       block: regular expression for the name of the block, without its number.
       scan_axis: None for one leaf per layer, else the axis that `nn.scan` stacks
-        parameters on (its `variable_axes={"params": scan_axis}`).
+        parameters on (its `variable_axes={"params": scan_axis}`), or the axes, such as
+        `(0, 1)` for `nn.remat_scan` with two lengths.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -281,11 +296,11 @@ def maxtext(
     )
 
 
-def maxtext_gemma2(*, scan_axis: int = 1) -> DepthSpec:
-    r"""MaxText's Gemma 2: pairs of a local and a global layer, scanned.
+def maxtext_gemma2(*, scan_axis: int | None = 1) -> DepthSpec:
+    r"""MaxText's Gemma 2: pairs of a local and a global layer.
 
     Args:
-      scan_axis: the configuration's `param_scan_axis`.
+      scan_axis: the configuration's `param_scan_axis`; None for `scan_layers=false`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -298,6 +313,8 @@ def maxtext_gemma2(*, scan_axis: int = 1) -> DepthSpec:
       >>> group.role, group.layers
       ('pre_ffw_norm/scale', (0, 1, 2, 3, 4, 5))
     """
+    if scan_axis is None:
+        return _gemma2_pairs
     return first_match(
         *(
             scanned(
@@ -307,9 +324,24 @@ def maxtext_gemma2(*, scan_axis: int = 1) -> DepthSpec:
                 stride=2,
                 stack="decoder",
             )
-            for position, kind in enumerate(("local", "global"))
+            for position, kind in enumerate(_GEMMA2_KINDS)
         )
     )
+
+
+_GEMMA2_KINDS = ("local", "global")
+
+
+@depth_fn
+def _gemma2_pairs(path: Path, leaf: Any) -> Depth | None:
+    found = re.search(
+        r"decoder/layers_(\d+)/(\w+)_(local|global)/(.*)", show_path(path)
+    )
+    if found is None:
+        return None
+    pair, module, kind, rest = found.groups()
+    layer = 2 * int(pair) + _GEMMA2_KINDS.index(kind)
+    return Depth("decoder", f"{module}/{rest}", layer)
 
 
 def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
@@ -385,13 +417,22 @@ def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
     )
 
 
-def maxtext_pipeline(axis: int | tuple[int, ...] = (0, 1)) -> DepthSpec:
+def maxtext_pipeline(
+    axis: int | tuple[int, ...] = (0, 1),
+    *,
+    layers_per_stage: int = 1,
+    num_stages: int | None = None,
+) -> DepthSpec:
     r"""MaxText with pipeline parallelism: repeats, stages, layers per stage.
 
     Args:
       axis: the depth axes in this order: `(0, 1)` for repeats and stages, `0` without
         repeats, `(0, 1, 3)` and `(0, 2)` with `scan_layers_per_stage` and the default
         `param_scan_axis` of 1.
+      layers_per_stage: the configuration's `num_layers_per_pipeline_stage`, where they
+        are not scanned but are `layers_0`, `layers_1`, … of a stage.
+      num_stages: how many stages there are; needed for repeats and several layers per
+        stage, where the next repeat goes on after all of them.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -402,4 +443,16 @@ def maxtext_pipeline(axis: int | tuple[int, ...] = (0, 1)) -> DepthSpec:
       >>> group.role, group.num_layers
       ('mlp/wo/kernel', 8)
     """
-    return scanned("pipeline_module/layers/(?:scanned_layers/)?", axis=axis)
+    if layers_per_stage == 1:
+        return scanned("pipeline_module/layers/(?:scanned_layers/)?", axis=axis)
+    if axis == 0:
+        stride: int | tuple[int, ...] = layers_per_stage
+    elif num_stages is None:
+        raise ValueError(
+            "`num_stages` of `maxtext_pipeline` is needed with repeats and several "
+            "layers per stage: `maxtext_pipeline((0, 1), layers_per_stage=2, "
+            "num_stages=4)`."
+        )
+    else:
+        stride = (num_stages * layers_per_stage, layers_per_stage)
+    return scanned(r"pipeline_module/layers/layers_(\d+)/", axis=axis, stride=stride)

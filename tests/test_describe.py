@@ -1,9 +1,11 @@
 """`describe` says everything about what a spec finds in a tree."""
 
+import html
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import gradsmooth_optax as gs
@@ -112,20 +114,20 @@ def test_leaves_of_different_shapes_are_told_apart():
 
 def test_notebooks_get_html():
     summary = gs.describe(SPEC, model())
-    html = summary._repr_html_()
-    assert isinstance(html, str)
-    assert "<" in html
+    page = summary._repr_html_()
+    assert isinstance(page, str)
+    assert "<" in page
     for part in ("encoder/layers", "decoder/blocks", "attn/kernel", "embed/table"):
-        assert part in html
+        assert part in page
 
 
 def test_notebooks_get_escaped_names():
     tree = {f"layers_{i}": {"<script>": jnp.ones(2)} for i in range(2)}
     tree["<b>head"] = jnp.ones(3)
-    html = gs.describe(gs.unrolled(), tree)._repr_html_()
-    assert "<script>" not in html
-    assert "<b>head" not in html
-    assert "&lt;script&gt;" in html
+    page = gs.describe(gs.unrolled(), tree)._repr_html_()
+    assert "<script>" not in page
+    assert "<b>head" not in page
+    assert "&lt;script&gt;" in page
 
 
 @pytest.mark.parametrize("depth", ["layers_", None])
@@ -162,3 +164,88 @@ def test_it_points_at_layers_that_are_taken_for_stacked_leaves():
     unrolled = {"blocks": {str(i): {"kernel": jnp.ones((4, 2))} for i in range(3)}}
     assert "one leaf per layer?" in str(gs.describe(gs.scanned("blocks/"), unrolled))
     assert "?" not in str(gs.describe(gs.unrolled(), unrolled))
+
+
+# Sizes, and how much is shown.
+
+
+def untouched_lines(shown):
+    """The lines below "untouched"."""
+    lines = shown.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("untouched"))
+    return [line.strip() for line in lines[start + 1 :] if line.startswith("  ")]
+
+
+def test_untouched_leaves_come_with_their_sizes_the_largest_first():
+    tree = model()
+    tree["scalar"] = jnp.ones(())
+    tree["vocabulary"] = jnp.ones((1000, 3))
+    tree["step"] = jnp.arange(4)
+    shown = text(SPEC, tree)
+    assert "untouched (5 leaves, 3,047 parameters):" in shown
+    assert untouched_lines(shown) == [
+        "vocabulary (1000, 3): 3,000 float32",
+        "embed/table (7, 3): 21 float32",
+        "head/kernel (3, 7): 21 float32",
+        "step (4,): 4 int32",
+        "scalar (): 1 float32",
+    ]
+
+
+def test_the_share_that_is_smoothed_adds_up_with_the_sizes():
+    tree = {"embed": jnp.ones((1000, 3)), **{f"h_{i}": jnp.ones(250) for i in range(4)}}
+    summary = gs.describe(gs.unrolled(), tree)
+    assert (summary.smoothed, summary.total) == (1000, 4000)
+    assert "smoothed: 1,000 of 4,000 parameters (25.0%)" in str(summary)
+    assert "untouched (1 leaf, 3,000 parameters)" in str(summary)
+
+
+def test_long_lists_are_cut_and_say_how_much_is_left():
+    tree = {
+        f"layers_{i}": {f"w{k:02d}": jnp.ones(2) for k in range(53)} for i in (0, 1)
+    }
+    tree |= {f"extra_{k:02d}": np.ones(k + 1, "f4") for k in range(54)}
+    shown = text(gs.unrolled(r"layers_(\d+)/"), tree)
+    assert "… and 3 more groups" in shown
+    assert "w49" in shown
+    assert "w50" not in shown
+    lines = untouched_lines(shown)
+    assert lines[0] == "extra_53 (54,): 54 float32"
+    assert len(lines) == 51
+    assert lines[-1] == "… and 4 more"
+
+
+def test_ranges_of_layers_are_cut_too():
+    tree = {f"layers_{i}": jnp.ones(2) for i in range(0, 20, 2)}
+    assert "0, 2, 4, 6, 8, 10, … and 4 more (10)" in text(gs.unrolled(), tree)
+
+
+def test_it_points_at_a_cycle_that_is_taken_for_one_layer():
+    cycle = {f"layers_{p}": {"w": jnp.ones((4, 3, 2))} for p in range(2)}
+    shown = text(gs.scanned("decoder/", axis=1), {"decoder": cycle})
+    for p in range(2):
+        assert f"layers_{p} in the role: a cycle of layers?" in shown
+    right = gs.scanned(r"decoder/layers_(\d+)/", axis=1, stride=2)
+    assert "?" not in text(right, {"decoder": cycle})
+
+
+def test_where_nothing_is_found_it_names_detect():
+    assert "detect(params)" in text(gs.scanned("no_such_blocks/"), model())
+    assert "detect(" not in text(SPEC, model())
+
+
+def test_notebooks_get_what_the_text_says():
+    tree = model() | {f"extra_{k}": np.ones(k + 1, "f4") for k in range(60)}
+    tree |= {f"a<b>/layers_{i}": {"w": jnp.ones((2, 2))} for i in (0, 2)}
+    spec = gs.first_match(SPEC, gs.scanned("no_such_blocks/"))
+    summary = gs.describe(spec, tree)
+    page = re.sub(r"<[^>]*>", "\n", summary._repr_html_())
+    words = [word.strip(":") for word in html.unescape(page).split()]
+    assert sorted(words) == sorted(word.strip(":") for word in str(summary).split())
+
+
+def test_swapped_arguments_are_told_to_be_swapped():
+    for function in (gs.describe, gs.detect):
+        arguments = [model(), SPEC] if function is gs.describe else [SPEC]
+        with pytest.raises(TypeError, match=r"`params`.*`describe\(\w+, params\)`"):
+            function(*arguments)

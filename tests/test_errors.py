@@ -578,3 +578,158 @@ def test_a_state_without_a_count_is_told_to_be_converted_for_a_schedule():
         tx.update(params, state, params)
     converted = gs.WithDepthSmoothingState(jnp.int32(0), state)
     tx.update(params, converted, params)
+
+
+# Leaves of one scan that hold different numbers of layers.
+
+
+def maxtext(num_layers=4):
+    """Layers on axis 1."""
+    shapes = {
+        "wi": (3, num_layers, 5),
+        "wo": (5, num_layers, 3),
+        "norm": (3, num_layers),
+    }
+    layers = {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
+    return {"decoder": {"layers": layers}, "embed": jnp.ones((7, 3))}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda spec: spec,
+        gs.ranked,
+        gs.first_match,
+        lambda spec: spec.only(lambda path, leaf: True),
+    ],
+    ids=["", "ranked", "first_match", "only"],
+)
+def test_a_wrong_scan_axis_is_an_error_that_suggests_the_right_one(wrap):
+    check_init_and_update(
+        ValueError,
+        wrap(gs.scanned("decoder/layers/")),
+        maxtext(),
+        r"\bdepth\b",
+        r"different numbers of layers",
+        r"decoder/layers",
+        r"\b3 in decoder/layers/wi/kernel \(3, 4, 5\)|3 in decoder/layers/norm/kernel",
+        r"\b5 in decoder/layers/wo/kernel \(5, 4, 3\)",
+        r"axis 1 has size 4 in all of them",
+        r"to fix: write `axis=1`",
+    )
+    gs.smooth_over_depth(gs.scanned("decoder/layers/", axis=1)).init(maxtext())
+
+
+def test_where_no_axis_fits_the_other_ways_out_are_said():
+    tree = {"layers": {"w": jnp.ones((4, 3))}, "layers_norm": {"w": jnp.ones((2, 5))}}
+    check_init_and_update(
+        ValueError,
+        gs.scanned("layers", stack="layers"),
+        tree,
+        r"4 in layers/w \(4, 3\)",
+        r"2 in layers_norm/w \(2, 5\)",
+        r"`axis=`",
+        r"\.only\(",
+        r"strict=False",
+    )
+
+
+def test_where_several_axes_fit_none_is_suggested():
+    tree = {"layers": {"a": jnp.ones((2, 3, 3)), "b": jnp.ones((4, 3, 3))}}
+    with pytest.raises(ValueError, match="different numbers of layers") as info:
+        gs.smooth_over_depth(gs.scanned("layers/")).init(tree)
+    assert_says(info, r"`axis=`", r"strict=False")
+    assert "it is probably the one" not in str(info.value)
+
+
+def test_unequal_scans_are_taken_as_they_are_when_not_strict():
+    tx = gs.smooth_over_depth(gs.scanned("layers/"), 0.3, strict=False)
+    tree = {"layers": {"a": jnp.ones((2, 3)), "b": jnp.ones((4, 3))}}
+    out, _ = tx.update(tree, tx.init(tree))
+    assert out["layers"]["a"].shape == (2, 3)
+
+
+def test_scans_of_two_stacks_may_have_different_lengths():
+    tree = {name: {"w": jnp.ones((n, 3))} for name, n in (("enc", 2), ("dec", 4))}
+    for spec in (
+        gs.scanned(r"(?:enc|dec)/"),
+        gs.first_match(
+            gs.scanned("enc/", stack="joined"),
+            gs.scanned("dec/", start=2, stack="joined"),
+        ),
+    ):
+        gs.smooth_over_depth(spec).init(tree)
+
+
+def test_the_rows_of_one_scan_may_differ_in_which_positions_hold_a_role():
+    cycle = {f"layers_{p}": {"norm": jnp.ones((4, 3))} for p in range(2)}
+    cycle["layers_1"]["moe"] = jnp.ones((4, 2, 3))
+    spec = gs.ranked(gs.scanned(r"layers_(\d+)/", stride=2))
+    gs.smooth_over_depth(spec).init(cycle)
+
+
+# A warning where nothing is coupled, though there are layers.
+
+
+def vit(num_layers=3):
+    blocks = {
+        f"EncoderBlock_{i}": {"Dense_0": {"kernel": X}} for i in range(num_layers)
+    }
+    return {"Transformer_0": blocks, "head": {"kernel": X}}
+
+
+def test_taking_the_wrong_number_for_the_layer_is_a_warning_with_the_right_pattern():
+    tx = gs.smooth_over_depth(gs.unrolled())
+    with pytest.warns(UserWarning, match="couples nothing") as record:
+        tx.init(vit())
+    (warning,) = record
+    message = str(warning.message)
+    assert warning.filename == __file__
+    for part in (
+        "`depth` unrolled()",
+        "3 groups",
+        "Transformer_0/EncoderBlock_0/Dense_0/kernel",
+        r"`unrolled(r'EncoderBlock_(\d+)/')`",
+        "`strict=False`",
+    ):
+        assert part in message
+    suggested = eval(
+        re.search(r"unrolled\(r'.*?'\)", message)[0], {"unrolled": gs.unrolled}
+    )
+    groups = gs.describe(suggested, vit()).groups
+    assert [group.layers for group in groups] == [(0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda depth: gs.apply_over_depth(depth, gs.window(0.1)),
+        lambda depth: gs.with_depth_smoothing(optax.scale_by_adam(), depth),
+        lambda depth: gs.adamw(1e-3, depth),
+    ],
+    ids=["apply_over_depth", "with_depth_smoothing", "adamw"],
+)
+def test_every_transformation_warns_of_layers_that_nothing_couples(make):
+    with pytest.warns(UserWarning, match=r"EncoderBlock_\(\\d\+\)"):
+        make(gs.unrolled()).init(vit())
+
+
+@pytest.mark.parametrize(
+    ("depth", "tree", "strict"),
+    [
+        (gs.unrolled(), vit(), False),
+        (gs.unrolled(r"EncoderBlock_(\d+)/"), vit(), True),
+        (gs.unrolled(r"EncoderBlock_(\d+)/"), vit(1), True),
+        (gs.unrolled(), vit(1), True),
+        (gs.unrolled(), {"model_0": {"Dense_0": X, "Dense_1": X}}, True),
+    ],
+    ids=["not strict", "right", "one layer", "one layer in a role", "no layers"],
+)
+def test_there_is_no_such_warning_where_it_is_meant(depth, tree, strict):
+    tx = gs.smooth_over_depth(depth, strict=strict)
+    tx.update(tree, tx.init(tree))
+
+
+def test_update_does_not_repeat_the_warning():
+    out, _ = gs.smooth_over_depth(gs.unrolled()).update(vit(), optax.EmptyState())
+    assert out["head"]["kernel"] is X

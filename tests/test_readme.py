@@ -1,10 +1,12 @@
 """Everything that the README shows is executed or checked."""
 
 import doctest
+import json
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def _blocks(language: str, text: str = README) -> list[str]:
@@ -12,9 +14,9 @@ def _blocks(language: str, text: str = README) -> list[str]:
 
 
 def test_the_examples_of_the_readme_print_what_they_show():
-    (example,) = _blocks("python")
+    example = "\n".join(_blocks("python"))  # each goes on where the last one ended
     test = doctest.DocTestParser().get_doctest(example, {}, "README.md", None, 0)
-    assert len(test.examples) >= 8
+    assert len(test.examples) >= 16
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
@@ -36,3 +38,16 @@ def test_every_spec_of_the_depth_table_can_be_written_as_shown():
     assert len(calls) == 6
     for call in calls:
         hash(eval(call, {"gs": gs}))
+
+
+def test_the_costs_in_the_operator_table_are_those_of_the_committed_measurement():
+    report = json.loads((ROOT / "results" / "operator_cost.json").read_text())
+    measured = {
+        " / ".join(f"{of_layout[name]['median']:.1f}×" for of_layout in layouts)
+        for layouts in [report["operators"].values()]
+        for name in report["operators"]["stacked"]
+    }
+    section = README.split("## Which operator")[1].split("\n## ")[0]
+    shown = re.findall(r"\| (\d+\.\d× / \d+\.\d×) \|", section)
+    assert len(shown) == 10
+    assert set(shown) <= measured

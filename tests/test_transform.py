@@ -1,4 +1,7 @@
-"""The optax face: states, schedules, and life inside other transformations."""
+"""The optax face: states, schedules, wrapping, shardings.
+
+Life inside the transformations of jax and optax is in test_wrappers.py.
+"""
 
 import json
 import os
@@ -20,7 +23,6 @@ import gradsmooth_optax as gs
 VARIANTS = ("standard", "norm_preserving", "directional")
 NORM_SCOPES = ("param", "block")
 UNROLLED = gs.unrolled()
-SCANNED = gs.scanned("blocks/")
 SHAPES = {"kernel": (2, 3), "bias": (3,)}
 
 
@@ -198,35 +200,7 @@ def test_wrapping_passes_extra_arguments_and_parameters_on():
     plain.update(params, plain.init(params), params, value=1.0)
 
 
-def test_extra_arguments_and_keywords_are_accepted():
-    blocks = blocks_of()
-    updates = tree_of(blocks)
-    tx = gs.smooth_over_depth(UNROLLED, 0.3)
-    state = tx.init(updates)
-    for out, _ in (
-        tx.update(updates, state),
-        tx.update(updates, state, updates),
-        tx.update(updates=updates, state=state, params=updates),
-        tx.update(updates, state, None, value=1.0, obj_fn=len, loss=0.0),
-    ):
-        assert_smoothed(out, blocks, 0.3)
-
-
 # Under jax's transformations.
-
-
-def test_jit_gives_the_same_numbers_and_does_not_retrace():
-    traced = chex.assert_max_traces(n=1)
-    for alpha in (0.3, by_count):
-        tx = gs.smooth_over_depth(UNROLLED, alpha, variant="norm_preserving")
-        chex.clear_trace_counter()
-        update = jax.jit(traced(lambda u, s, tx=tx: tx.update(u, s)))
-        state = tx.init(tree_of(blocks_of()))
-        for seed in range(3):
-            blocks = blocks_of(seed)
-            value = (0.1, 0.5, 0.9)[seed] if callable(alpha) else alpha
-            out, state = update(tree_of(blocks), state)
-            assert_smoothed(out, blocks, value, variant="norm_preserving")
 
 
 def test_specs_operators_and_transformations_can_be_static_arguments():
@@ -245,18 +219,6 @@ def test_specs_operators_and_transformations_can_be_static_arguments():
         assert_smoothed(out, blocks, 0.3, radius=2)
 
 
-def test_vmap_over_an_ensemble_smooths_every_member():
-    members = [blocks_of(seed) for seed in range(4)]
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tree_of, members))
-    for kwargs in ({}, {"variant": "directional", "norm_scope": "block"}):
-        tx = gs.smooth_over_depth(UNROLLED, 0.3, **kwargs)
-        out = jax.vmap(lambda u, tx=tx: tx.update(u, tx.init(u))[0])(stacked)
-        for i, blocks in enumerate(members):
-            assert_smoothed(
-                jax.tree.map(lambda x, i=i: x[i], out), blocks, 0.3, **kwargs
-            )
-
-
 def test_vmap_over_alpha_runs_a_sweep():
     blocks = blocks_of()
     updates = tree_of(blocks)
@@ -270,46 +232,6 @@ def test_vmap_over_alpha_runs_a_sweep():
     for i, alpha in enumerate(alphas):
         one = jax.tree.map(lambda x, i=i: x[i], out)
         assert_smoothed(one, blocks, alpha, variant="norm_preserving")
-
-
-def test_scan_over_steps_carries_the_state():
-    grads = [blocks_of(seed) for seed in range(3)]
-    tx = optax.chain(optax.scale(-1.0), gs.smooth_over_depth(UNROLLED, by_count))
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *map(tree_of, grads))
-
-    def body(state, updates):
-        out, state = tx.update(updates, state)
-        return state, out
-
-    state, out = jax.lax.scan(body, tx.init(tree_of(grads[0])), stacked)
-    assert state[1].count == 3
-    for i, (blocks, alpha) in enumerate(zip(grads, (0.1, 0.5, 0.9), strict=True)):
-        assert_smoothed(
-            jax.tree.map(lambda x, i=i: x[i], out), blocks, alpha, scale=-1.0
-        )
-
-
-def test_shapes_alone_are_enough_for_init_and_for_eval_shape():
-    params = tree_of(blocks_of(dtype=jnp.bfloat16))
-    shapes = jax.eval_shape(lambda: params)
-    for alpha in (0.3, by_count):
-        for tx in (
-            gs.smooth_over_depth(UNROLLED, alpha, variant="directional"),
-            gs.with_depth_smoothing(optax.scale_by_adam(), UNROLLED, alpha),
-        ):
-            state = jax.eval_shape(tx.init, shapes)
-            out, new_state = jax.eval_shape(tx.update, shapes, state, shapes)
-            chex.assert_trees_all_equal_shapes_and_dtypes(out, shapes)
-            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
-    tx = gs.smooth_over_depth(UNROLLED, 0.3)
-    assert tx.init(shapes) == optax.EmptyState()
-
-
-def test_donated_updates_can_be_smoothed():
-    blocks = blocks_of()
-    tx = gs.smooth_over_depth(UNROLLED, 0.3)
-    update = jax.jit(lambda u: tx.update(u, optax.EmptyState())[0], donate_argnums=0)
-    assert_smoothed(update(tree_of(blocks)), blocks, 0.3)
 
 
 # Leaves that are not updates.
@@ -369,295 +291,6 @@ def test_trees_without_leaves_are_never_an_error(alpha):
         for tree in ({}, None, (), {"a": None}, {"a": optax.MaskedNode()}):
             out, _ = tx.update(tree, tx.init(tree))
             assert jax.tree.structure(out) == jax.tree.structure(tree)
-
-
-# Inside optax's wrappers.
-
-
-def test_inject_hyperparams_makes_alpha_a_live_hyperparameter():
-    blocks = blocks_of()
-    updates = tree_of(blocks)
-    tx = optax.inject_hyperparams(gs.smooth_over_depth)(UNROLLED, alpha=0.3)
-    state = tx.init(updates)
-    assert set(state.hyperparams) == {"alpha"}
-    chex.clear_trace_counter()
-    update = jax.jit(chex.assert_max_traces(lambda u, s: tx.update(u, s, u), n=1))
-    for alpha in (0.3, 0.7):
-        state.hyperparams["alpha"] = jnp.asarray(alpha)
-        out, state = update(updates, state)
-        assert_smoothed(out, blocks, alpha)
-    out, state = tx.update(updates, state, updates)
-    assert_smoothed(out, blocks, 0.7)
-
-
-def test_inject_hyperparams_runs_a_schedule_of_alpha():
-    blocks = blocks_of()
-    updates = tree_of(blocks)
-    schedule = optax.linear_schedule(0.2, 0.6, 2)
-    tx = optax.inject_hyperparams(gs.smooth_over_depth)(
-        UNROLLED, schedule, variant="directional", norm_scope="block", strict=True
-    )
-    state = tx.init(updates)
-    for alpha in (0.2, 0.4, 0.6):
-        out, state = tx.update(updates, state, updates)
-        assert_smoothed(out, blocks, alpha, variant="directional", norm_scope="block")
-        np.testing.assert_allclose(state.hyperparams["alpha"], alpha, rtol=1e-6)
-
-
-def test_inject_hyperparams_takes_a_radius_as_a_static_argument():
-    blocks = blocks_of(num_layers=5)
-    updates = tree_of(blocks)
-    tx = optax.inject_hyperparams(gs.smooth_over_depth, static_args=("radius",))(
-        UNROLLED, alpha=0.3, radius=2
-    )
-    out, _ = tx.update(updates, tx.init(updates), updates)
-    assert_smoothed(out, blocks, 0.3, radius=2)
-
-
-def test_inject_hyperparams_takes_every_kind_of_spec_and_operator():
-    blocks = blocks_of()
-    updates = tree_of(blocks)
-    depths = {
-        name: {role: gs.Depth("layers", role, i) for role in SHAPES}
-        for i, name in enumerate(k for k in updates if k != "embed")
-    }
-
-    def by_hand(path, leaf):
-        return gs.Depth("layers", path[-1], int(path[0][-1])) if len(path) > 1 else None
-
-    for spec in (
-        gs.first_match(UNROLLED, SCANNED),
-        gs.ranked(UNROLLED),
-        gs.from_tree({"embed": None, **depths}),
-        gs.depth_fn(by_hand),
-        UNROLLED.only(lambda path, leaf: True),
-    ):
-        tx = optax.inject_hyperparams(gs.smooth_over_depth)(spec, alpha=0.3)
-        out, _ = tx.update(updates, tx.init(updates), updates)
-        assert_smoothed(out, blocks, 0.3)
-    matrix = oracle.window_matrix(3, 0.3)
-    for operator in (
-        gs.window(0.3),
-        gs.dense(matrix),
-        gs.operator_fn(lambda n: oracle.window_matrix(n, 0.3)),
-    ):
-        tx = optax.inject_hyperparams(gs.apply_over_depth)(UNROLLED, operator)
-        out, _ = tx.update(updates, tx.init(updates), updates)
-        assert_smoothed(out, blocks, 0.3)
-
-
-@pytest.mark.parametrize("alpha", [0.3, by_count], ids=["constant", "schedule"])
-def test_masked_leaves_are_left_alone(alpha):
-    blocks = blocks_of()
-    updates = tree_of(blocks)
-    mask = jax.tree.map(lambda _: True, updates)
-    mask["embed"] = False
-    tx = optax.masked(gs.smooth_over_depth(UNROLLED, alpha), mask)
-    out, _ = tx.update(updates, tx.init(updates), updates)
-    assert out["embed"] is updates["embed"]
-    assert_smoothed(out, blocks, 0.1 if callable(alpha) else alpha)
-
-
-def test_frozen_layers_inside_the_trainable_mask_are_boundaries_when_not_strict():
-    blocks = blocks_of(num_layers=6)
-    params = tree_of(blocks)
-    frozen = "layers_2"
-    labels = {k: "freeze" if k == frozen else "train" for k in params}
-    train = optax.chain(
-        optax.scale(-1.0), gs.smooth_over_depth(UNROLLED, 0.3, strict=False)
-    )
-    tx = optax.partition({"train": train, "freeze": optax.set_to_zero()}, labels)
-    out, _ = tx.update(params, tx.init(params), params)
-    chex.assert_trees_all_equal(
-        out[frozen], jax.tree.map(jnp.zeros_like, params[frozen])
-    )
-    del out[frozen]
-    expected = oracle.window([*blocks[:2], {}, *blocks[3:]], 0.3)
-    expected = [{r: -x for r, x in b.items()} for b in expected if b]
-    oracle.assert_blocks_close(layers_of(out), expected)
-
-    strict = optax.chain(optax.scale(-1.0), gs.smooth_over_depth(UNROLLED, 0.3))
-    tx = optax.partition({"train": strict, "freeze": optax.set_to_zero()}, labels)
-    with pytest.raises(ValueError, match=r"layers? 2\b"):
-        tx.init(params)
-
-
-def test_partition_with_a_label_that_no_parameter_has():
-    blocks = blocks_of()
-    params = tree_of(blocks)
-    smooth = gs.smooth_over_depth(UNROLLED, 0.3)
-    tx = optax.partition({"a": smooth, "unused": smooth}, lambda p: "a")
-    labels = jax.tree.map(lambda _: "a", params)
-    tx = optax.partition({"a": smooth, "unused": smooth}, labels)
-    out, _ = tx.update(params, tx.init(params), params)
-    assert_smoothed(out, blocks, 0.3)
-
-
-def test_multi_steps_smooths_the_accumulated_gradient():
-    first, second = blocks_of(1), blocks_of(2)
-    mean = [
-        {r: (a[r] + b[r]) / 2 for r in a} for a, b in zip(first, second, strict=True)
-    ]
-    inner = optax.chain(gs.smooth_over_depth(UNROLLED, by_count), optax.scale(-1.0))
-    tx = optax.MultiSteps(inner, every_k_schedule=2)
-    params = tree_of(first)
-    state = tx.init(params)
-    for alpha in (0.1, 0.5):
-        out, state = tx.update(tree_of(first), state, params)
-        chex.assert_trees_all_equal(out, jax.tree.map(jnp.zeros_like, out))
-        out, state = tx.update(tree_of(second), state, params)
-        expected = oracle.window(mean, alpha)
-        expected = [{r: -x for r, x in b.items()} for b in expected]
-        oracle.assert_blocks_close(layers_of(out), expected)
-
-
-@pytest.mark.parametrize("alpha", [0.3, by_count], ids=["constant", "schedule"])
-def test_tree_map_params_finds_the_moments(alpha):
-    params = tree_of(blocks_of())
-    for tx in (
-        optax.chain(optax.scale_by_adam(), gs.smooth_over_depth(UNROLLED, alpha)),
-        gs.with_depth_smoothing(optax.scale_by_adam(), UNROLLED, alpha),
-        gs.adamw(1e-3, UNROLLED, alpha),
-    ):
-        state = tx.init(params)
-        mapped = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
-        mu = optax.tree_utils.tree_get(mapped, "mu")
-        chex.assert_trees_all_equal(mu, jax.tree.map(jnp.ones_like, params))
-        assert jax.tree.structure(mapped) == jax.tree.structure(state)
-
-
-def test_apply_if_finite_before_it_stops_a_nan():
-    good, bad = blocks_of(1), blocks_of(2)
-    bad[1]["kernel"] = bad[1]["kernel"] * np.nan
-    params = tree_of(good)
-    inner = optax.chain(optax.trace(0.0), gs.smooth_over_depth(UNROLLED, 0.3))
-    tx = optax.apply_if_finite(inner, max_consecutive_errors=5)
-    out, state = tx.update(tree_of(bad), tx.init(params), params)
-    chex.assert_tree_all_finite(out)
-    out, _ = tx.update(tree_of(good), state, params)
-    assert_smoothed(out, good, 0.3)
-
-
-def test_states_survive_flattening_and_named_chains():
-    params = tree_of(blocks_of())
-    tx = optax.named_chain(
-        ("adam", optax.scale_by_adam()),
-        ("smooth", gs.smooth_over_depth(UNROLLED, by_count)),
-    )
-    state = tx.init(params)
-    leaves, treedef = jax.tree.flatten(state)
-    assert jax.tree.unflatten(treedef, leaves)["smooth"].count == 0
-
-
-# Training loops of other libraries.
-
-
-def quadratic(params):
-    return sum(jnp.sum(x**2) / 2 for x in jax.tree.leaves(params))
-
-
-def test_a_flax_train_state_trains():
-    train_state = pytest.importorskip("flax.training.train_state")
-    blocks = blocks_of()
-    state = train_state.TrainState.create(
-        apply_fn=None, params=tree_of(blocks), tx=gs.sgd(0.5, UNROLLED, by_count)
-    )
-
-    @jax.jit
-    def train(state):
-        return state.apply_gradients(grads=jax.grad(quadratic)(state.params))
-
-    moving = blocks
-    for alpha in (0.1, 0.5):
-        state = train(state)
-        smoothed = oracle.window(moving, alpha)
-        moving = [
-            {r: b[r] - 0.5 * s[r] for r in b}
-            for b, s in zip(moving, smoothed, strict=True)
-        ]
-        oracle.assert_blocks_close(layers_of(state.params), moving)
-    assert state.step == 2
-
-
-@pytest.mark.parametrize("form", ["spec", "function"])
-def test_an_nnx_optimizer_trains_though_its_paths_differ_in_init_and_update(form):
-    nnx = pytest.importorskip("flax.nnx")
-    blocks = blocks_of()
-
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            layers = [nnx.Linear(2, 3, rngs=rngs) for _ in blocks]
-            self.layers = nnx.List(layers) if hasattr(nnx, "List") else layers
-            self.head = nnx.Linear(3, 1, rngs=rngs)
-
-    model = Net(nnx.Rngs(0))
-    for layer, block in zip(model.layers, blocks, strict=True):
-        nnx.update(layer, jax.tree.map(jnp.asarray, block))
-
-    seen = set()
-
-    def by_hand(path, leaf):
-        seen.add(path)
-        if path[0] != "layers":
-            return None
-        return gs.Depth("layers", path[2], path[1])
-
-    depth = UNROLLED if form == "spec" else by_hand
-    optimizer = nnx.Optimizer(model, gs.sgd(0.5, depth, 0.3), wrt=nnx.Param)
-
-    @nnx.jit
-    def train(model, optimizer):
-        def loss(model):
-            return quadratic(nnx.state(model, nnx.Param))
-
-        optimizer.update(model, nnx.grad(loss)(model))
-
-    train(model, optimizer)
-    expected = [
-        {r: b[r] - 0.5 * s[r] for r in b}
-        for b, s in zip(blocks, oracle.window(blocks, 0.3), strict=True)
-    ]
-    got = [
-        {"kernel": layer.kernel[...], "bias": layer.bias[...]} for layer in model.layers
-    ]
-    oracle.assert_blocks_close(got, expected)
-    if form == "function":
-        assert seen == {
-            *(("layers", i, r) for i in range(3) for r in SHAPES),
-            ("head", "kernel"),
-            ("head", "bias"),
-        }
-
-
-def test_an_equinox_model_trains():
-    eqx = pytest.importorskip("equinox")
-    keys = jax.random.split(jax.random.key(0), 4)
-
-    class Net(eqx.Module):
-        layers: list
-        name: str
-
-    net = Net([eqx.nn.Linear(3, 2, key=key) for key in keys], "net")
-    params, static = eqx.partition(net, eqx.is_inexact_array)
-    tx = gs.sgd(0.5, UNROLLED, 0.3, variant="directional")
-    state = tx.init(params)
-
-    @eqx.filter_jit
-    def train(net, state):
-        grads = eqx.filter_grad(lambda n: quadratic(eqx.filter(n, eqx.is_array)))(net)
-        updates, state = tx.update(grads, state, eqx.filter(net, eqx.is_array))
-        return eqx.apply_updates(net, updates), state
-
-    before = [
-        {"weight": np.asarray(x.weight), "bias": np.asarray(x.bias)} for x in net.layers
-    ]
-    net, state = train(eqx.combine(params, static), state)
-    smoothed = oracle.window(before, 0.3, variant="directional")
-    expected = [
-        {r: b[r] - 0.5 * s[r] for r in b} for b, s in zip(before, smoothed, strict=True)
-    ]
-    got = [{"weight": x.weight, "bias": x.bias} for x in net.layers]
-    oracle.assert_blocks_close(got, expected)
 
 
 # Sharding.

@@ -1,0 +1,115 @@
+"""Groupings that are allowed, but probably not what was meant: warnings."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+
+import jax
+
+from gradsmooth_optax._detected import common_axes, layer_kinds, some
+from gradsmooth_optax._groups import Group, Grouping, name_of
+from gradsmooth_optax._numbering import names_layers, split_number
+from gradsmooth_optax._paths import raw, show_path
+
+
+def warn_of_suspicions(grouping: Grouping) -> None:
+    """Warns of layers that are probably not coupled, or not with their neighbors."""
+    stacks: dict[Hashable, list[Group]] = defaultdict(list)
+    for group in grouping.groups:
+        stacks[group.stack].append(group)
+    for groups in stacks.values():
+        for suspicion in (
+            *_uncoupled(groups, grouping),
+            *_cycles(groups),
+            *_kinds(groups),
+        ):
+            warnings.warn(
+                f"`depth` {grouping.spec!r} {suspicion}; or pass `strict=False` if it "
+                f"is meant.",
+                stacklevel=3,
+            )
+
+
+def _uncoupled(groups: Sequence[Group], grouping: Grouping) -> Iterator[str]:
+    """A stack in which no run has two layers, though it seems to have several."""
+    if any(len(run) > 1 for group in groups for run in group.runs):
+        return
+    one = groups[0]
+    found = (
+        f"couples nothing in stack {one.stack!r}: each of its {len(groups)} groups has "
+        f"one layer, as {name_of(one.stack, one.role)} "
+        f"({show_path(one.members[0].path)})"
+    )
+    numbered = list(
+        dict.fromkeys(
+            segment
+            for group in groups
+            for segment in str(group.role).split("/")
+            if split_number(segment) and names_layers(segment)
+        )
+    )
+    if len(numbered) > 1:
+        pattern = re.escape(numbered[0].rstrip("0123456789")) + r"(\d+)/"
+        yield (
+            f"{found}. Probably {numbered[0]} is the layer, and `depth` takes another "
+            f"number. To fix: write `unrolled({raw(pattern)})`"
+        )
+        return
+    leaves = [
+        (member.path, grouping.leaves[member.leaf])
+        for group in groups
+        for member in group.members
+        if not member.axes
+    ]
+    if axes := common_axes(leaves):
+        start = show_path(one.members[0].path).removesuffix(str(one.role))
+        yield (
+            f"{found}. But all its leaves have one size on axis {axes[0]}: they are "
+            f"probably stacked layers. To fix: write `scanned({start!r}, "
+            f"axis={axes[0]})`"
+        )
+
+
+def _cycles(groups: Sequence[Group]) -> Iterator[str]:
+    """Stacked leaves whose roles are alike but for the number of a layer."""
+    positions: dict[str, dict[int, set]] = defaultdict(lambda: defaultdict(set))
+    for group in groups:
+        first, _, rest = str(group.role).partition("/")
+        split = split_number(first)
+        if split and names_layers(first) and any(m.axes for m in group.members):
+            positions[split[0]][split[1]].add((rest, group.shape))
+    for stem, roles in positions.items():
+        alike = [n for n in roles if any(roles[n] & roles[k] for k in roles if k != n)]
+        if not alike:
+            continue
+        axes = groups[0].members[0].axes
+        pattern = re.escape(stem) + r"(\d+)/"
+        yield (
+            f"couples each of {stem}{min(alike)} … {stem}{max(alike)} of stack "
+            f"{groups[0].stack!r} with itself in the next step of the scan, "
+            f"{len(roles)} layers on. They are probably the layers of a cycle. To fix: "
+            f"write "
+            f"`scanned({raw(pattern)}, axis={axes[0] if len(axes) == 1 else axes}, "
+            f"stride={len(roles)})`"
+        )
+
+
+def _kinds(groups: Sequence[Group]) -> Iterator[str]:
+    """Roles that all are there for each of several kinds of layers."""
+    if all(group.num_layers == 1 for group in groups):
+        return
+    roles = [
+        (tuple(str(g.role).split("/")), jax.ShapeDtypeStruct(g.shape, g.dtype))
+        for g in groups
+    ]
+    if kinds := layer_kinds((), roles, 0):
+        yield (
+            f"couples layers of one kind of stack {groups[0].stack!r} with each other: "
+            f"all its parts are there as {some(kinds)}, which are probably layers "
+            f"that follow each other. To fix: give each its number, as in "
+            f"`scanned(r'(?P<role>\\w+)_{kinds[0]}/', start=0, stride={len(kinds)}, "
+            f"stack='decoder')` inside a `first_match`"
+        )
