@@ -619,6 +619,7 @@ MAXTEXT_STACKS = [
         )
         + MAXTEXT_OUTSIDE,
         gs.depth_fn(gemma2_unscanned),
+        gs.layouts.maxtext_gemma2(scan_axis=None),
     ),
     Stack(
         "maxtext-gemma3-cycles-and-remainder",
@@ -790,6 +791,7 @@ MAXTEXT_STACKS = [
         ]
         + MAXTEXT_OUTSIDE,
         gs.scanned(r"pipeline_module/layers/layers_(\d+)/", axis=(0, 1), stride=(6, 2)),
+        gs.layouts.maxtext_pipeline((0, 1), layers_per_stage=2, num_stages=3),
     ),
 ]
 
