@@ -227,7 +227,7 @@ class Tikhonov(Operator):
         cosines, eigenvalues = (
             jnp.asarray(a, strength.dtype) for a in (cosines, eigenvalues)
         )
-        shrunk = cosines / (1 + strength * eigenvalues)
+        shrunk = cosines / (1 + strength * eigenvalues)[None, :]
         return jnp.matmul(shrunk, cosines.T, precision=lax.Precision.HIGHEST)
 
     @property
@@ -292,7 +292,8 @@ class Ema(Operator):
                 by_distance.append(by_distance[-1] * rho)
             powers = jnp.stack(by_distance)[np.maximum(distance, 0)]
             powers = jnp.where(is_before, powers, jnp.zeros_like(rho))
-            matrix = powers * jnp.where(is_first, jnp.ones_like(rho), 1 - rho)
+            own = jnp.where(is_first, jnp.ones_like(rho), 1 - rho)
+            matrix = powers * own[None, :]
         return matrix[::-1, ::-1] if self.reverse else matrix
 
     def offsets(self, num_layers: int) -> range:
