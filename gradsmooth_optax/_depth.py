@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+LARGEST_LAYER = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
@@ -58,7 +60,13 @@ class Depth:
                     f"`{name}` of a Depth must be hashable, such as a string or a "
                     f"tuple of strings, but is {getattr(self, name)!r}."
                 ) from None
-        object.__setattr__(self, "layer", integer("layer", self.layer))
+        layer = integer("layer", self.layer)
+        if abs(layer) > LARGEST_LAYER:
+            raise ValueError(
+                f"`layer` of a Depth must fit into 32 bits, but is {layer}. It is "
+                f"probably a hash and no layer number: take another one."
+            )
+        object.__setattr__(self, "layer", layer)
         axis, stride = self.axis, self.stride
         if axis is not None:
             axis = integers("axis", axis)

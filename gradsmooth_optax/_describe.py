@@ -203,8 +203,11 @@ def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
             notes.append("number in the role: one leaf per layer?")
         elif split_number(first) and names_layers(first):
             notes.append(f"{first} in the role: a cycle of layers?")
-    if group.gaps:
-        notes.append(f"gap at {_layers(group.gaps)}")
+    if group.missing:
+        gaps = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in group.missing]
+        one = len(gaps) == 1 and len(group.missing[0]) == 1
+        shown = ", ".join(_shortened(gaps, 6))
+        notes.append(f"gap at {'layer' if one else 'layers'} {shown}")
     if group.duplicates:
         notes.append(f"twice: {_ranges(group.duplicates)}")
     return (

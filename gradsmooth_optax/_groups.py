@@ -127,12 +127,17 @@ class Group:
         return self.run_lengths[self.ranks[m]] > 1
 
     @property
-    def gaps(self) -> tuple[int, ...]:
-        """Layer numbers that are missing between the first and the last."""
-        if self.ranked or not self.layers:
+    def missing(self) -> tuple[range, ...]:
+        """Layer numbers that are missing between the first and the last, by gap."""
+        if self.ranked:
             return ()
         pairs = itertools.pairwise(self.layers)
-        return tuple(layer for a, b in pairs for layer in range(a + 1, b))
+        return tuple(range(a + 1, b) for a, b in pairs if b > a + 1)
+
+    @property
+    def gaps(self) -> tuple[int, ...]:
+        """Layer numbers that are missing between the first and the last."""
+        return tuple(itertools.chain.from_iterable(self.missing))
 
     @property
     def duplicates(self) -> tuple[int, ...]:
@@ -268,7 +273,7 @@ def check_structure(grouping: Grouping, strict: bool) -> None:
     for group in grouping.groups:
         if group.duplicates:
             raise ValueError(_duplicate_message(group))
-        if strict and group.gaps:
+        if strict and group.missing:
             raise ValueError(_gap_message(group, grouping))
 
 
@@ -406,12 +411,16 @@ def _duplicate_message(group: Group) -> str:
 
 
 def _gap_message(group: Group, grouping: Grouping) -> str:
-    missing = group.gaps
+    # Numbers may be far apart, as hashes are: never all of them.
+    num_missing = sum(map(len, group.missing))
+    missing = _first_missing(group)
     paths = [path for layer in group.layers for path in group.paths_of(layer)]
     found = (
         f"matched layers {_some(group.layers)} of {name_of(group.stack, group.role)}"
     )
-    verb = "layer {} is" if len(missing) == 1 else "layers {} are"
+    more = f" and {num_missing - len(missing)} more" * (num_missing > len(missing))
+    numbers = ", ".join(map(str, missing)) + more
+    are_missing = f"layer {numbers} is" if num_missing == 1 else f"layers {numbers} are"
     elsewhere = _unmatched_leaves(group, grouping) + [
         f"layer {layer} has shape {other.shape} and dtype {other.dtype} "
         f"({other.paths_of(layer)[0]}) where the others have {group.shape} and "
@@ -429,17 +438,21 @@ def _gap_message(group: Group, grouping: Grouping) -> str:
     )
     return (
         f"`depth` {found} ({_some(list(dict.fromkeys(paths)))}): "
-        f"{verb.format(_some(missing))} missing. {reason} To fix: pass "
+        f"{are_missing} missing. {reason} To fix: pass "
         f"`strict=False` to treat the gap as a boundary, as for layers frozen on "
         f"purpose, `ranked(...)` to close it, or let `depth` match the missing ones."
     )
+
+
+def _first_missing(group: Group, limit: int = 6) -> list[int]:
+    return list(itertools.islice(itertools.chain.from_iterable(group.missing), limit))
 
 
 def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
     """Untouched leaves whose paths read like those of the missing layers."""
     untouched = {show_path(grouping.paths[i]) for i in grouping.untouched}
     sayings = []
-    for layer in group.gaps:
+    for layer in _first_missing(group):
         for neighbor in group.members:
             if not neighbor.layers.size:
                 continue

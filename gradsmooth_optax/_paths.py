@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from gradsmooth_optax._depth import LARGEST_LAYER
+
 Path: TypeAlias = tuple[str | int, ...]
 
 # How Flax's boxes and haliax's named arrays end the path of the array they hold.
@@ -127,4 +129,10 @@ def _number(match: re.Match[str], group: int) -> int:
             f"and takes {digits!r} for the layer. Match the whole number: write "
             f"`(\\d+)` instead of `(\\d)`, and no `.*` right before it."
         )
-    return int(digits)
+    if abs(number := int(digits)) > LARGEST_LAYER:
+        raise ValueError(
+            f"`pattern` {raw(match.re.pattern)} takes {digits} for the layer number of "
+            f"leaf {text}, which is too large for one and probably a hash. Let the "
+            f"pattern take another number, or none of this leaf."
+        )
+    return number

@@ -286,11 +286,9 @@ class Ema(Operator):
             powers = np.where(is_before, rho ** np.maximum(distance, 0), 0.0)
             matrix = powers * np.where(is_first, 1.0, 1 - rho)
         else:
-            # By products: the derivative of a power at 0 would be NaN.
-            by_distance = [jnp.ones_like(rho)]
-            for _ in layers[1:]:
-                by_distance.append(by_distance[-1] * rho)
-            powers = jnp.stack(by_distance)[np.maximum(distance, 0)]
+            # Without a power of 0, whose derivative at 0 would be NaN.
+            exponents = jnp.asarray(np.maximum(distance, 1), rho.dtype)
+            powers = jnp.where(distance == 0, jnp.ones_like(rho), rho**exponents)
             powers = jnp.where(is_before, powers, jnp.zeros_like(rho))
             own = jnp.where(is_first, jnp.ones_like(rho), 1 - rho)
             matrix = powers * own[None, :]
