@@ -1,8 +1,6 @@
 """The same layers give the same numbers, whatever tree holds them."""
 
 import chex
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -350,96 +348,3 @@ def test_stacks_on_different_axes_of_one_model():
     oracle.assert_blocks_close(got, oracle.window(encoder, ALPHA))
     got = oracle.unstacked(out["decoder"]["block"], 1)
     oracle.assert_blocks_close(got, oracle.window(decoder, ALPHA))
-
-
-# Any structure at all.
-
-RANDOM_SHAPES = ((), (2, 3))
-RANDOM_DTYPES = (np.dtype("float32"), np.dtype(jnp.bfloat16))
-
-
-@st.composite
-def structures(draw):
-    """Blocks with gaps, cut into scanned (strided) and unrolled leaves at random.
-
-    Returns the blocks and a list of (role, axis, layers), one per leaf.
-    """
-    num_layers = draw(st.integers(1, 5))
-    rng = np.random.default_rng(draw(st.integers(0, 99)))
-    blocks = [{} for _ in range(num_layers)]
-    leaves = []
-    for role in ("a", "b")[: draw(st.integers(1, 2))]:
-        shape = draw(st.sampled_from(RANDOM_SHAPES))
-        dtype = draw(st.sampled_from(RANDOM_DTYPES))
-        layers = set(range(num_layers)) - draw(st.sets(st.integers(0, 4), max_size=2))
-        if not layers:
-            continue
-        for layer in layers:
-            blocks[layer][role] = rng.normal(size=shape).astype(dtype)
-        while layers:
-            start, stride = min(layers), draw(st.integers(1, 2))
-            length = 1
-            while start + length * stride in layers:
-                length += 1
-            length = draw(st.integers(1, length))
-            mine = [start + i * stride for i in range(length)]
-            axis = draw(st.integers(0, len(shape)))
-            if length == 1 and draw(st.booleans()):
-                axis = None
-            leaves.append((role, axis, mine))
-            layers = layers - set(mine)
-    hypothesis.assume(leaves)
-    return blocks, draw(st.permutations(leaves))
-
-
-@hypothesis.settings(max_examples=60)
-@hypothesis.given(
-    structure=structures(),
-    kwargs=st.sampled_from(CONFIGURATIONS),
-    radius=st.sampled_from([1, 2]),
-)
-def test_any_mixture_of_leaves_axes_dtypes_gaps_and_key_orders(
-    structure, kwargs, radius
-):
-    blocks, leaves = structure
-    tree, depths = {}, {}
-    for i, (role, axis, layers) in enumerate(leaves):
-        parts = [blocks[layer][role] for layer in layers]
-        whole = parts[0] if axis is None else np.stack(parts, axis)
-        tree[f"leaf_{i}"] = jnp.asarray(whole)
-        stride = layers[1] - layers[0] if len(layers) > 1 else None
-        if axis is None:
-            depths[f"leaf_{i}"] = gs.Depth("stack", role, layers[0])
-        else:
-            depths[f"leaf_{i}"] = gs.Depth("stack", role, layers[0], axis, stride)
-    specs = [lambda path, leaf: depths[path[0]], gs.from_tree(depths)]
-    for depth in specs[: 2 if radius == 1 else 1]:
-        out = step(depth, tree, radius=radius, strict=False, **kwargs)
-        got = [{} for _ in blocks]
-        for i, (role, axis, layers) in enumerate(leaves):
-            result = np.asarray(out[f"leaf_{i}"])
-            for j, layer in enumerate(layers):
-                part = result if axis is None else np.take(result, j, axis)
-                got[layer][role] = part
-        expected = oracle.window(blocks, ALPHA, radius, **kwargs)
-        oracle.assert_blocks_close(got, expected)
-        runs = [run for role in "ab" for run in oracle.runs_of(blocks, role)]
-        if not runs:
-            assert all(out[name] is tree[name] for name in tree)
-
-
-@hypothesis.given(
-    numbers=st.sets(st.integers(0, 30), min_size=1, max_size=6),
-    prefix=st.sampled_from(["layers_", "h", "block-", ""]),
-    seed=st.integers(0, 99),
-)
-def test_unrolled_finds_any_layer_numbers_and_ranked_closes_any_gaps(
-    numbers, prefix, seed
-):
-    blocks = oracle.random_blocks(max(numbers) + 1, shapes={"w": (2,)}, seed=seed)
-    blocks = [b if i in numbers else {} for i, b in enumerate(blocks)]
-    tree = {f"{prefix}{i}": {"w": jnp.asarray(blocks[i]["w"])} for i in numbers}
-    for depth, ranked in ((gs.unrolled(), False), (gs.ranked(gs.unrolled()), True)):
-        out = step(depth, tree, strict=ranked)
-        got = [out.get(f"{prefix}{i}", {}) for i in range(len(blocks))]
-        oracle.assert_blocks_close(got, oracle.window(blocks, ALPHA, ranked=ranked))

@@ -1,0 +1,628 @@
+"""Any tree with any depth: the result is the plain loops', or the error is ours.
+
+The suite draws the same few hundred examples every time. For more of them, other ones
+in every run, with the shares of results and refusals:
+
+    GRADSMOOTH_FUZZ_EXAMPLES=2000 python -m pytest tests/test_fuzz.py \
+        --hypothesis-show-statistics
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import re
+import traceback
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+import reading
+from reading import At, FirstMatch, FromTree, Function, Pattern, Ranked, Wrong
+
+import gradsmooth_optax as gs
+
+MORE = os.environ.get("GRADSMOOTH_FUZZ_EXAMPLES")
+# Rightly: many of these trees hold single layers only.
+pytestmark = pytest.mark.filterwarnings("ignore:.*couples nothing")
+
+
+def examples(number):
+    """Settings for so many examples, unless the environment asks for more."""
+    return hypothesis.settings(
+        max_examples=int(MORE or number),
+        derandomize=not MORE,
+        print_blob=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+
+def one_in(number):
+    return st.integers(1, number).map(lambda drawn: drawn == number)
+
+
+# Leaves and trees.
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf to be made, and what a depth says of it."""
+
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    at: At | Wrong | None = None
+    numpy: bool = False
+
+    def make(self, rng):
+        """Entries of size 2 to 3, or 0, so that neighbors never nearly cancel them."""
+        sign = rng.choice([0, 1, -1], self.shape, p=[0.2, 0.4, 0.4])
+        values = sign * rng.uniform(2, 3, self.shape)
+        if self.dtype.startswith("complex"):
+            values = values * np.exp(1j * rng.uniform(0, 1, self.shape))
+        values = np.asarray(values).astype(jnp.dtype(self.dtype))
+        if not self.numpy:
+            return jnp.asarray(values)
+        is_python = self.shape == () and self.dtype in ("float64", "complex128")
+        return values.item() if is_python else values
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A leaf that passes through, whatever a depth says of it."""
+
+    kind: str = "integers"
+    at: At | Wrong | None = None
+
+    def make(self, rng):
+        del rng
+        return OTHERS[self.kind]()
+
+
+OTHERS = {
+    "integers": lambda: jnp.arange(6).reshape(2, 3),
+    "integer": lambda: 3,
+    "truths": lambda: np.array([True, False]),
+    "float0": lambda: np.zeros((2, 3), jax.dtypes.float0),
+    "key": lambda: jax.random.key(0),
+}
+
+
+def made(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf.make(rng), tree)
+
+
+class Pair(NamedTuple):
+    """Its keys are attributes, of which `value` is dropped at the end of a path."""
+
+    kernel: Any
+    value: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Keyless(list):
+    """Its keys are mere numbers, which are dropped at the end of a path."""
+
+    def tree_flatten(self):
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children)
+
+
+TEXTS = ["a", "layers_0", "layers_1", "h", "3", "kernel", "value", "a/b", "1/w", "b//"]
+
+
+@st.composite
+def trees(draw, leaves, level=0):
+    """Nested containers with these leaves, and with holes."""
+    if len(leaves) == 1 and (level > 2 or draw(st.booleans())):
+        return leaves[0]
+    cuts = set(range(len(leaves)))
+    if level < 3:
+        cuts = draw(st.sets(st.sampled_from(sorted(cuts)), max_size=3))
+    cuts = sorted(cuts | {0, len(leaves)})
+    children = [
+        draw(trees(leaves[a:b], level + 1)) for a, b in itertools.pairwise(cuts)
+    ]
+    if draw(one_in(4)):
+        hole = draw(st.sampled_from([None, optax.MaskedNode(), {}, ()]))
+        children.insert(draw(st.integers(0, len(children))), hole)
+    kind = draw(st.sampled_from(["texts", "texts", "numbers", "list", "tuple", "own"]))
+    if kind in ("texts", "numbers"):
+        keys = TEXTS if kind == "texts" else range(-1, 9)
+        if len(children) <= len(keys):
+            keys = draw(st.permutations(keys))[: len(children)]
+            return dict(zip(keys, children, strict=True))
+    if kind == "own":
+        return Pair(*children) if len(children) == 2 else Keyless(children)
+    return tuple(children) if kind == "tuple" else children
+
+
+# Depths that name the layers of each leaf.
+
+LAYER_SHAPES = [(), (2, 3), (2, 3), (0, 2)]
+DTYPES = ["float32"] * 3 + ["bfloat16", "float16", "float64", "complex64", "complex128"]
+WRONG = [
+    Wrong("not a Depth", lambda: "layers"),
+    Wrong("not a Depth", lambda: 3.5),
+    Wrong("`layer`", lambda: gs.Depth("s", "w", 1.5)),
+    Wrong("`axis`", lambda: gs.Depth("s", "w", axis="0")),
+    Wrong("`axis`", lambda: gs.Depth("s", "w", axis=(0, 0))),
+    Wrong("`axis`", lambda: gs.Depth("s", "w", axis=())),
+    Wrong("`stride`", lambda: gs.Depth("s", "w", stride=2)),
+    Wrong("`stride`", lambda: gs.Depth("s", "w", axis=0, stride=(1, 2))),
+    Wrong("`role`", lambda: gs.Depth("s", ["w"])),
+]
+STACKS = ["s", ("t", 1)]
+ROLES = ["a", 0, None]
+
+
+@st.composite
+def any_at(draw):
+    """Well-formed arguments of a `Depth`, which need not fit a leaf."""
+    axis = draw(st.sampled_from([None, 0, 1, -1, 2, (0,), (0, 1), (1, 0), (0, -2)]))
+    stride = None
+    if axis is not None and draw(st.booleans()):
+        strides = st.sampled_from([0, 1, 2, -1])
+        each = st.tuples(*(strides for _ in reading.as_tuple(axis)))
+        stride = draw(each if isinstance(axis, tuple) else strides)
+    stack, role = draw(st.sampled_from(STACKS)), draw(st.sampled_from(ROLES))
+    return At(stack, role, draw(st.integers(-2, 4)), axis, stride)
+
+
+@st.composite
+def leaves_of_group(draw, stack, role):
+    """Layers, maybe with holes, cut into leaves that hold one or many."""
+    shape, dtype = draw(st.sampled_from(LAYER_SHAPES)), draw(st.sampled_from(DTYPES))
+    first = draw(st.sampled_from([0, 0, 0, 2, -3]))
+    layers = set(range(first, first + draw(st.sampled_from([1, 2, 3, 4, 5, 7]))))
+    steps = [1, 1, 2, 3, -1, -2]
+    if draw(one_in(2)):  # Holes, and leaves of which a part has neighbors.
+        layers -= draw(st.sets(st.sampled_from(sorted(layers)), min_size=1, max_size=3))
+        steps = [2, 3, -2]
+    leaves = []
+    while layers:
+        stride = draw(st.sampled_from(steps))
+        start = min(layers) if stride > 0 else max(layers)
+        length = 1
+        while start + length * stride in layers and not draw(one_in(5)):
+            length += 1
+        layers -= {start + i * stride for i in range(length)}
+        at = At(stack, role, start)
+        sizes, strides = (length,), (stride,)
+        if length == 1 and draw(st.booleans()):
+            sizes, strides = (), ()
+        elif length in (4, 6) and draw(st.booleans()):
+            rows = draw(st.sampled_from([2, length // 2]))
+            columns = length // rows
+            sizes, strides = (rows, columns), (columns * stride, stride)
+        leaves.append(draw(leaf_along(at, shape, dtype, sizes, strides)))
+    return leaves
+
+
+@st.composite
+def leaf_along(draw, at, shape, dtype, sizes, strides):
+    """A leaf with depth axes of these sizes and strides, in any place and order."""
+    rank = len(shape) + len(sizes)
+    if draw(st.booleans()):
+        sizes, strides = sizes[::-1], strides[::-1]
+    axes = draw(st.permutations(range(rank)))[: len(sizes)]
+    whole = list(shape)
+    for axis, size in sorted(zip(axes, sizes, strict=True)):
+        whole.insert(axis, size)
+    axis = tuple(draw(st.sampled_from([axis, axis - rank])) for axis in axes)
+    default = tuple(math.prod(sizes[k + 1 :]) for k in range(len(sizes)))
+    stride = None if strides == default and draw(st.booleans()) else strides
+    if len(axes) < 2:
+        axis, stride = (axis or (None,))[0], (stride or (None,))[0]
+    at = at._replace(axis=axis, stride=stride)
+    return Leaf(tuple(whole), dtype, at, draw(st.booleans()))
+
+
+@st.composite
+def trees_with_depths(draw):
+    """A tree, and a function or a tree that says which layers each leaf holds."""
+    names = st.sampled_from([("s", "a"), ("s", 0), ("s", None), (("t", 1), "a")])
+    leaves = []
+    for stack, role in draw(st.lists(names, max_size=4, unique=True)):
+        leaves += draw(leaves_of_group(stack, role))
+    others = st.builds(Other, st.sampled_from(sorted(OTHERS)), st.none() | any_at())
+    leaves += draw(st.lists(others, max_size=2))
+    if not leaves or draw(one_in(3)):
+        at = draw(st.none() | any_at())
+        leaves.append(Leaf(draw(st.sampled_from(LAYER_SHAPES)), at=at))
+    if draw(one_in(3)):  # Spoil one.
+        i = draw(st.integers(0, len(leaves) - 1))
+        at = draw(st.none() | any_at() | st.sampled_from(WRONG))
+        leaves[i] = dataclasses.replace(leaves[i], at=at)
+    tree = draw(trees(draw(st.permutations(leaves))))
+    return tree, draw(depths_of(tree))
+
+
+@st.composite
+def depths_of(draw, tree):
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    table = {}
+    for key_path, leaf in flat:  # Keyless containers: paths are not unique.
+        table.setdefault(reading.path_of(key_path), leaf.at)
+    role = draw(st.sampled_from(ROLES))
+    of_role = {
+        path: at if isinstance(at, At) and at.role == role else None
+        for path, at in table.items()
+    }
+    return draw(
+        st.sampled_from(
+            [
+                *[Function(table)] * 3,
+                FromTree(treedef, [leaf.at for _, leaf in flat]),
+                Ranked(Function(table)),
+                FirstMatch([Ranked(Function(of_role)), Function(table)]),
+            ]
+        )
+    )
+
+
+# Patterns, which find the layers of a model.
+
+BLOCK = {"mlp/kernel": (2, 3), "mlp/bias": (3,), "scale": ()}
+PATTERNS = [
+    Pattern(gs.unrolled, None, {}),
+    Pattern(gs.unrolled, r"layers_(\d+)/", {}),
+    Pattern(gs.unrolled, r"(\d+)/", {"start": -2}),
+    Pattern(gs.unrolled, r"h(?:_(\d+))?/", {"stack": "s"}),
+    Pattern(gs.unrolled, r"(?P<stack>[a-z]+)/layers_(?P<layer>\d+)/", {}),
+    Pattern(gs.unrolled, r"(?P<layer>\d+)/(?P<role>mlp|scale)", {}),
+    Pattern(gs.unrolled, r"(layers)_\d+/", {}),
+    Pattern(gs.unrolled, r"^(.*)/", {}),
+    Pattern(gs.scanned, "blocks/", {}),
+    Pattern(gs.scanned, "mlp", {"axis": -1}),
+    Pattern(gs.scanned, "coder/", {"axis": 3}),
+    Pattern(gs.scanned, "^", {"axis": (0, 1)}),
+    Pattern(gs.scanned, "kernel", {"axis": (1, 0), "stride": (1, 2)}),
+    Pattern(gs.scanned, r"blocks/|layers_(\d+)/", {"stack": "s", "stride": 2}),
+    Pattern(gs.scanned, "blocks", {"axis": (0, 1), "stride": (1, 1)}),
+]
+
+
+@st.composite
+def parts_of_models(draw):
+    """A part of a model, and patterns that find its layers."""
+    roles = draw(st.sets(st.sampled_from(sorted(BLOCK)), min_size=1))
+    axis = 0 if "scale" in roles else draw(st.sampled_from([0, 1]))
+
+    def block(*sizes):
+        shapes = {role: BLOCK[role] for role in sorted(roles)}
+        return {r: Leaf(s[:axis] + sizes + s[axis:]) for r, s in shapes.items()}
+
+    numbers = list(range(draw(st.sampled_from([1, 2, 3, 3, 4]))))
+    if draw(one_in(4)):
+        numbers.remove(draw(st.sampled_from(numbers)))
+    stack = draw(st.sampled_from([{}, {"stack": "s"}, {"stack": ("t", 1), "start": 2}]))
+    by_number = [Pattern(gs.unrolled, None, stack)]
+    stacked = [Pattern(gs.scanned, "blocks/", {"axis": axis, **stack})]
+    layouts = [
+        ({f"layers_{i}": block() for i in numbers}, by_number),
+        ({str(i): block() for i in numbers}, by_number),
+        ({i: block() for i in numbers}, by_number),
+        ([block() if i in numbers else None for i in range(4)], by_number),
+        (
+            {f"h_{i}/linear" if i else "h/linear": block() for i in numbers},
+            [Pattern(gs.unrolled, r"/h(?:_(\d+))?/", stack)],
+        ),
+        ({"blocks": block(3)}, stacked),
+        (
+            {"blocks": block(2, 2)},
+            [Pattern(gs.scanned, "blocks/", {"axis": (axis, axis + 1), **stack})],
+        ),
+        (
+            {f"layers_{i}": block(2) for i in numbers},
+            [
+                Pattern(
+                    gs.scanned, r"layers_(\d+)/", {"axis": axis, "stride": len(numbers)}
+                )
+            ],
+        ),
+        (
+            {"blocks": block(2), "layers_2": block(), "layers_3": block()},
+            [
+                Pattern(gs.scanned, "blocks/", {"axis": axis, "stack": "s"}),
+                Pattern(gs.unrolled, None, {"stack": "s"}),
+            ],
+        ),
+    ]
+    return draw(st.sampled_from(layouts))
+
+
+def is_no_scale(path, leaf):
+    return "scale" not in path
+
+
+@st.composite
+def models_with_patterns(draw):
+    """A model, maybe with a leaf spoiled, and a spec that may fit it."""
+    tree, members = {"embed": Leaf((2, 3))}, []
+    for name in draw(
+        st.sampled_from([["encoder"], ["decoder", "mtp"], ["encoder", "h_1"]])
+    ):
+        tree[name], patterns = draw(parts_of_models())
+        members += patterns
+    if draw(one_in(4)):
+        flat, treedef = jax.tree.flatten(tree)
+        others = [None, optax.MaskedNode(), Other(), Leaf((2, 3), "bfloat16")]
+        flat[draw(st.integers(0, len(flat) - 1))] = draw(st.sampled_from(others))
+        tree = treedef.unflatten(flat)
+    if draw(one_in(2)):
+        members.insert(0, draw(st.sampled_from(PATTERNS)))
+    spec = FirstMatch(members) if len(members) > 1 else members[0]
+    wrappers = [
+        Ranked,
+        lambda spec: reading.Only(spec, is_no_scale),
+        lambda spec: reading.OnlyProjections(spec, bias=True),
+        lambda spec: reading.OnlyProjections(spec, bias=False),
+    ]
+    for wrap in draw(st.lists(st.sampled_from(wrappers), max_size=2)):
+        spec = wrap(spec)
+    return tree, spec
+
+
+# What is applied.
+
+
+class Applied(NamedTuple):
+    """An operator, its matrices, and the only size that it fits, if there is one."""
+
+    operator: Any
+    matrix_of: Callable[[int], Any]
+    size: int | None = None
+
+
+def window(alpha, radius, decay):
+    strength = alpha(0) if callable(alpha) else alpha
+    return Applied(
+        gs.window(alpha, radius, decay),
+        lambda n: oracle.window_matrix(n, strength, radius, decay),
+    )
+
+
+def skewed(num_layers):
+    """Not symmetric, and mostly diagonal: layers never nearly cancel each other."""
+    weights = np.arange(num_layers**2).reshape(num_layers, num_layers) % 3 - 1
+    return np.eye(num_layers) + 0.3 / num_layers * weights
+
+
+def muted(num_layers):
+    """The first layer receives nothing, so that norms after smoothing can be 0."""
+    matrix = skewed(num_layers)
+    matrix[0] = 0
+    return matrix
+
+
+@st.composite
+def operators(draw):
+    if draw(one_in(6)):
+        num_layers = draw(st.integers(2, 4))
+        return Applied(gs.dense(skewed(num_layers)), skewed, num_layers)
+    if draw(one_in(3)):
+        function = draw(st.sampled_from([skewed, muted]))
+        return Applied(gs.operator_fn(function), function)
+    alpha = draw(st.sampled_from([0.3, 0.3, optax.linear_schedule(0.3, 0.0, 9), 0]))
+    radius = draw(st.sampled_from([1, 1, 2, 3]))
+    return window(alpha, radius, draw(st.sampled_from([None, 0.7])))
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "variant": st.sampled_from(["standard", "norm_preserving", "directional"]),
+        "norm_scope": st.sampled_from(["param", "block", "block"]),
+        "strict": one_in(3),
+    }
+)
+SEEDS = st.integers(0, 99)
+
+
+# What holds.
+
+
+def check(tree, description, applied, options):
+    """Refused by us where the contract says so, else smoothed as it says.
+
+    Returns what it came to, for Hypothesis's statistics.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [(reading.path_of(key_path), leaf) for key_path, leaf in flat]
+    read = reading.Reading(description, leaves, options["strict"])
+    refused = read.malformed | read.refused
+    unfit = set()
+    if applied.size:
+        lengths = {len(run) for key in read.groups for run in read.runs(key)}
+        unfit = {"`dense` holds a matrix"} if lengths - {1, applied.size} else set()
+
+    def transformation():
+        return gs.apply_over_depth(description.build(), applied.operator, **options)
+
+    summary = unless(read.malformed, lambda: gs.describe(description.build(), tree))
+    if summary is not None:
+        check_summary(summary, leaves, read)
+        assert str(gs.describe(description.build(), shapes_of(tree))) == str(summary)
+    state = unless(refused, lambda: transformation().init(tree))
+    result = unless(refused | unfit, lambda: transformation().update(tree, state))
+    if result is None:
+        return [f"refused: {message}" for message in sorted(refused | unfit)]
+    assert jax.tree.structure(result[0]) == treedef
+    values = [leaf for _, leaf in leaves]
+    check_result(jax.tree.leaves(result[0]), values, read, applied, options)
+    return ["smoothed" if read.slices(coupled=True) else "nothing coupled"]
+
+
+def unless(refused, call):
+    """What `call` returns, None where it is to be refused; then it must be, by us."""
+    if not refused:
+        return call()
+    with pytest.raises((TypeError, ValueError), match="|".join(refused)) as info:
+        call()
+    *_, last = traceback.extract_tb(info.value.__traceback__)
+    assert Path(last.filename).parent == Path(gs.__file__).parent
+    assert re.search(r"`\w+`", str(info.value))
+    return None
+
+
+def shapes_of(tree):
+    return jax.tree.map(
+        lambda leaf: (
+            jax.eval_shape(lambda: leaf) if isinstance(leaf, jax.Array) else leaf
+        ),
+        tree,
+    )
+
+
+def check_summary(summary, leaves, read):
+    """The groups are those that were read, and no leaf is left out."""
+    assert {(g.stack, g.role, g.shape, g.dtype): g.layers for g in summary.groups} == {
+        key: tuple(some.layer for some in of_group)
+        for key, of_group in read.groups.items()
+    }
+    shown = [("/".join(map(str, path)), np.shape(leaf)) for path, leaf in leaves]
+    members = [member.leaf for group in summary.groups for member in group.members]
+    untouched = [entry[:2] for entry in summary.untouched]
+    assert Counter([shown[i] for i in members] + untouched) == Counter(shown)
+    if not read.refused:
+        coupled = read.slices(coupled=True)
+        assert summary.smoothed == sum(math.prod(key[2]) for key, _ in coupled)
+    assert summary._repr_html_()
+
+
+def check_result(out, leaves, read, applied, options):
+    """The plain loops' numbers; what nothing is coupled to is the same object."""
+    changed = {some.leaf for _, some in read.slices(coupled=True)}
+    if applied.operator.is_identity:
+        changed = set()
+    for i, (after, before) in enumerate(zip(out, leaves, strict=True)):
+        assert i in changed or after is before
+        if i in changed:
+            assert isinstance(after, jax.Array)
+            assert after.shape == np.shape(before)
+            assert after.dtype == reading.inexact_dtype(before)
+    for (*_, dtype), (_, leaf, where) in read.slices(coupled=False):
+        after, before = (np.asarray(x[leaf], dtype)[where] for x in (out, leaves))
+        np.testing.assert_array_equal(after, before)
+    for stack in {key[0] for key, some in read.groups.items() if some}:
+        expected = oracle.smooth(
+            read.blocks(stack, leaves),
+            applied.matrix_of,
+            options["variant"],
+            options["norm_scope"],
+            ranked={repr(key) for key in read.ranked},
+        )
+        check_blocks(read.blocks(stack, out), expected, options["norm_scope"])
+
+
+def check_blocks(got, expected, norm_scope):
+    """Close, without the empty layers, which have no largest entry to compare with."""
+    dtypes = {x.dtype for block in got for x in block.values()}
+    # A norm over leaves of several dtypes need not be better than float32.
+    single = reading.SINGLE if norm_scope == "block" and len(dtypes) > 1 else {}
+    got = [
+        {role: x.astype(single.get(x.dtype, x.dtype)) for role, x in block.items()}
+        for block in got
+    ]
+    oracle.assert_blocks_close(*map(without_empty, (got, expected)))
+
+
+def without_empty(blocks):
+    return [{role: x for role, x in block.items() if x.size} for block in blocks]
+
+
+@examples(120)
+@hypothesis.given(trees_with_depths(), operators(), OPTIONS, SEEDS, one_in(6))
+def test_any_depths_of_any_tree_smooth_as_the_plain_loops_do_or_are_refused_by_us(
+    enable_x64, case, applied, options, seed, x64
+):
+    tree, description = case
+    with enable_x64() if x64 else contextlib.nullcontext():
+        for outcome in check(made(tree, seed), description, applied, options):
+            hypothesis.event(outcome)
+
+
+@examples(180)
+@hypothesis.given(models_with_patterns(), operators(), OPTIONS, SEEDS)
+def test_any_specs_of_any_model_smooth_as_the_plain_loops_do_or_are_refused_by_us(
+    case, applied, options, seed
+):
+    tree, description = case
+    for outcome in check(made(tree, seed), description, applied, options):
+        hypothesis.event(outcome)
+
+
+@pytest.mark.parametrize("variant", ["standard", "directional"])
+def test_ranked_neighbors_may_be_in_another_leaf_for_some_layers_of_a_leaf(variant):
+    # Rare among what is drawn: 0 and 20 have neighbors in the second leaf, 10 has not.
+    tree = {
+        "first": Leaf((3, 2), at=At("s", "w", 0, axis=0, stride=10)),
+        "second": Leaf((3, 2), at=At("s", "w", 2, axis=0, stride=10)),
+        "between": Leaf((2,), at=At("s", "w", 11)),
+    }
+    table = {(name,): leaf.at for name, leaf in tree.items()}
+    options = {"variant": variant, "norm_scope": "block", "strict": True}
+    description, applied = Ranked(Function(table)), window(0.3, 1, None)
+    assert check(made(tree, 0), description, applied, options) == ["smoothed"]
+
+
+@hypothesis.given(
+    numbers=st.sets(st.integers(0, 30), min_size=1, max_size=6),
+    prefix=st.sampled_from(["layers_", "h", "block-", ""]),
+    seed=SEEDS,
+)
+def test_unrolled_finds_any_layer_numbers_and_ranked_closes_any_gaps(
+    numbers, prefix, seed
+):
+    blocks = oracle.random_blocks(max(numbers) + 1, shapes={"w": (2,)}, seed=seed)
+    blocks = [b if i in numbers else {} for i, b in enumerate(blocks)]
+    tree = {f"{prefix}{i}": {"w": jnp.asarray(blocks[i]["w"])} for i in numbers}
+    for depth, ranked in ((gs.unrolled(), False), (gs.ranked(gs.unrolled()), True)):
+        tx = gs.smooth_over_depth(depth, 0.3, strict=ranked)
+        out, _ = tx.update(tree, tx.init(tree))
+        got = [out.get(f"{prefix}{i}", {}) for i in range(len(blocks))]
+        expected = oracle.window(blocks, 0.3, ranked=ranked)
+        oracle.assert_blocks_close(got, expected)
+
+
+# What it found.
+
+
+def test_a_hash_is_refused_as_a_layer_number():
+    tree = {f"block_{2**64 + i}": jnp.ones(2) for i in range(3)}
+    with pytest.raises(ValueError, match=r"block_18446744073709551616.*hash"):
+        gs.describe(gs.unrolled(), tree)
+    with pytest.raises(ValueError, match=r"layer.*hash"):
+        gs.Depth("s", "r", 2**64)
+
+
+@pytest.mark.parametrize("call", ["init", "describe"])
+def test_a_gap_costs_the_same_memory_however_wide_it_is(call):
+    def peak(missing):
+        tree = {"block_0": jnp.ones(2), f"block_{missing + 1}": jnp.ones(2)}
+        tracemalloc.start()
+        if call == "init":
+            with pytest.raises(ValueError, match="missing"):
+                gs.smooth_over_depth(gs.unrolled()).init(tree)
+        else:
+            assert "gap" in str(gs.describe(gs.unrolled(), tree))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    peak(10)  # Fill the caches.
+    assert peak(20_000) < 2 * peak(10)
