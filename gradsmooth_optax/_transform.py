@@ -135,6 +135,12 @@ def apply_over_depth(
     The updates U = (u_1 .. u_L) of every role become (S ⊗ I) U, with S the operator's
     matrix for the number of layers of the run.
 
+    A band of up to three neighbors on each side is applied as shifted copies, a wider
+    one as one matmul over all layers (and `window` on one leaf per layer always as
+    shifts). The matmul needs a copy of the role's updates, spreads a non-finite update
+    to all layers, and where the layer axis is sharded gathers it: its result may come
+    back replicated over the devices.
+
     Args:
       depth: where depth is, as in `smooth_over_depth`.
       operator: an operator such as `window(0.1)`, or a function num_layers -> (L, L).

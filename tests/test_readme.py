@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -51,3 +53,14 @@ def test_the_costs_in_the_operator_table_are_those_of_the_committed_measurement(
     shown = re.findall(r"\| (\d+\.\d× / \d+\.\d×) \|", section)
     assert len(shown) == 10
     assert set(shown) <= measured
+
+
+def test_the_table_of_adaptive_operators_is_the_committed_run():
+    pytest.importorskip("flax")
+    from benchmarks.adaptive import table, times
+
+    def read(name):
+        return json.loads((ROOT / "results" / name).read_text())
+
+    assert table(read("adaptive.json")) in README
+    assert times(read("adaptive_time.json")) in README
