@@ -1,0 +1,113 @@
+"""The benchmarks of operators measure what they say, and their tables show it."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+
+from benchmarks import adaptive, operator_cost
+from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
+from benchmarks.pretrain_options import build_parser, parse_options
+
+RESULTS = Path(__file__).parent.parent / "results"
+CONFIG, _ = parse_options(build_parser(""), [])
+TINY = dataclasses.replace(
+    CONFIG,
+    layers=3,
+    width=8,
+    context=8,
+    seeds=2,
+    steps=4,
+    warmup=1,
+    batch=2,
+    chunk=2,
+    eval_windows=2,
+)
+
+
+def test_the_base_is_the_adamw_of_the_pretraining_benchmark():
+    params = {
+        "embed": np.ones((5, 4), "f4"),
+        "blocks": {"kernel": np.ones((3, 4, 4), "f4"), "scale": np.ones((3, 4), "f4")},
+    }
+    gradients = jax.tree.map(
+        lambda x: np.linspace(-1, 1, x.size).reshape(x.shape), params
+    )
+    gradients = jax.tree.map(lambda x: x.astype("f4"), gradients)
+    schedule = warmup_cosine(8e-3, CONFIG.warmup, CONFIG.steps)
+    options = {"weight_decay": CONFIG.weight_decay, "clip": CONFIG.clip}
+    theirs = smoothed_optimizer("adamw", schedule, 0.0, **options)
+    ours = adaptive.optimizer(lambda adam: adam, 8e-3, CONFIG)
+    found = [tx.update(gradients, tx.init(params), params)[0] for tx in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_methods_run_on_the_same_seeds_and_report_what_they_learned():
+    wraps = adaptive.methods(0.2)
+    wraps = {k: wraps[k] for k in (adaptive.BASE, "learn_alpha", "learn_operator")}
+    report = adaptive.run(TINY, wraps, (1e-3,))
+    arms = report["arms"]
+    assert len(arms) == 3
+    assert all(len(arm["validation_loss"]) == 2 for arm in arms.values())
+    learned = arms["learn_alpha at 0.001"]["learned"]["alpha"]
+    assert np.shape(learned["blocks"]) == (2,)
+    assert np.shape(
+        arms["learn_operator at 0.001"]["learned"]["weights"]["blocks"]
+    ) == (
+        2,
+        1,
+        3,
+    )
+    shown = adaptive.table(json.loads(json.dumps(report)))
+    assert [row.split("|")[1].strip() for row in shown.splitlines()[2:]] == list(wraps)
+
+
+def test_the_table_compares_at_the_best_rate_of_the_base_and_best_against_best():
+    def arm(method, rate, *losses):
+        return {
+            "method": method,
+            "learning_rate": rate,
+            "validation_loss": list(losses),
+            "relative_time": 1.0,
+        }
+
+    report = {
+        "learning_rates": [1.0, 2.0],
+        "arms": {
+            "1": arm("AdamW", 1.0, 3.0, 3.0),
+            "2": arm("AdamW", 2.0, 2.0, 2.5),
+            "3": arm("other", 1.0, 1.0, 1.5),
+            "4": arm("other", 2.0, 2.5, None),
+        },
+    }
+    *_, row = adaptive.table(report).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:3] == ["1.2500", "nan"]
+    assert cells[3].startswith("nan")  # one seed of it diverged
+    assert cells[4] == "-1.0000 ± 0.0000 (2/2)"
+
+
+def test_costs_are_measured_next_to_one_read_and_one_write():
+    options = argparse.Namespace(megabytes=1, layers=4, rounds=2)
+    ops = {"window(0.2)": operator_cost.operators()["window(0.2)"]}
+    for layout in ("stacked", "unrolled"):
+        found = operator_cost.measure(ops, options, layout)
+        assert found["window(0.2)"]["median"] > 0
+        updates = operator_cost.updates_of(1, 4, layout)
+        assert sum(x.nbytes for x in jax.tree.leaves(updates)) == 2**20
+
+
+def test_the_committed_costs_hold_every_operator_and_the_crossover():
+    report = json.loads((RESULTS / "operator_cost.json").read_text())
+    assert set(report["operators"]["stacked"]) == set(operator_cost.operators())
+    shown = operator_cost.tables(report)
+    for layers, ways in report["crossover"].items():
+        assert f"{layers} layers" in shown
+        # The library goes over to the matmul after radius 3.
+        assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]
