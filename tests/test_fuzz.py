@@ -389,8 +389,13 @@ class Applied(NamedTuple):
     size: int | None = None
 
 
+def falling(count):
+    """A schedule in the widest dtype that there is: optax's are in float32."""
+    return 0.3 - 0.01 * jnp.asarray(count, float)
+
+
 def window(alpha, radius, decay):
-    strength = alpha(0) if callable(alpha) else alpha
+    strength = 0.3 if alpha is falling else alpha
     return Applied(
         gs.window(alpha, radius, decay),
         lambda n: oracle.window_matrix(n, strength, radius, decay),
@@ -418,7 +423,7 @@ def operators(draw):
     if draw(one_in(3)):
         function = draw(st.sampled_from([skewed, muted]))
         return Applied(gs.operator_fn(function), function)
-    alpha = draw(st.sampled_from([0.3, 0.3, optax.linear_schedule(0.3, 0.0, 9), 0]))
+    alpha = draw(st.sampled_from([0.3, 0.3, falling, 0]))
     radius = draw(st.sampled_from([1, 1, 2, 3]))
     return window(alpha, radius, draw(st.sampled_from([None, 0.7])))
 
@@ -626,3 +631,19 @@ def test_a_gap_costs_the_same_memory_however_wide_it_is(call):
 
     peak(10)  # Fill the caches.
     assert peak(20_000) < 2 * peak(10)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="Window.side_weights rounds the shares to the dtype of alpha"
+)
+@pytest.mark.parametrize(("radius", "decay"), [(3, None), (2, 0.7)])
+def test_a_float32_alpha_costs_float64_leaves_no_precision(radius, decay, enable_x64):
+    # As an array or as what optax's schedules return. A quarter is exact in float32.
+    blocks = oracle.random_blocks(6, "float64", {"w": (2,)})
+    expected = oracle.window(blocks, 0.25, radius, decay)
+    with enable_x64():
+        tree = jax.tree.map(jnp.asarray, oracle.unrolled_tree(blocks))
+        operator = gs.window(jnp.float32(0.25), radius, decay)
+        tx = gs.apply_over_depth(gs.unrolled(), operator)
+        out, _ = tx.update(tree, tx.init(tree))
+    oracle.assert_blocks_close([out[f"layers_{i}"] for i in range(6)], expected)

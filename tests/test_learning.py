@@ -635,7 +635,7 @@ def test_strict_promotion_is_respected():
         ({"direction": "up"}, ValueError),
         ({"signal": "raw"}, ValueError),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_an_argument_out_of_range_is_refused_at_construction(learn, wrong, error):
     (name,) = wrong

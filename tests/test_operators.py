@@ -343,7 +343,7 @@ def test_operators_are_equal_by_value_and_hashable():
     assert gs.window(1) == gs.window(1.0)
 
 
-@pytest.mark.parametrize("operator", values(), ids=str)
+@pytest.mark.parametrize("operator", values(), ids=lambda op: type(op).__name__)
 def test_operators_are_frozen_picklable_and_not_callable(operator):
     assert not callable(operator)
     again = pickle.loads(pickle.dumps(operator))
