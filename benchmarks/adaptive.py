@@ -5,8 +5,8 @@
 
 The job is that of `python -m benchmarks.pretrain` at its default size. Every method
 runs at every learning rate, on the same seeds: same initialization, same data order.
-At the end: a table of paired differences, at the base's best learning rate and best
-against best, and a JSON with all numbers.
+At the end: a table of paired differences at every learning rate and best against best
+(the best rate is that of the mean over these same seeds), and a JSON with all numbers.
 """
 
 import argparse
@@ -173,27 +173,33 @@ def table(report: Mapping[str, Any]) -> str:
     for arm in arms:
         loss = np.array(arm["validation_loss"], float)  # null is NaN: it diverged
         losses.setdefault(arm["method"], {})[arm["learning_rate"]] = loss
-    best = {method: _best(of_method) for method, of_method in losses.items()}
     base = losses[BASE]
+    best = {method: _best(of_method) for method, of_method in losses.items()}
     rows = []
     for method, of_method in losses.items():
-        at_equal = paired_difference(of_method[best[BASE]], base[best[BASE]])
-        at_best = paired_difference(of_method[best[method]], base[best[BASE]])
-        is_base = method == BASE
         rows.append(
             [
                 method,
-                *(f"{np.mean(of_method[rate]):.4f}" for rate in rates),
-                "base" if is_base else _shown(at_equal),
-                "base" if is_base else _shown(at_best),
+                *(
+                    f"{np.mean(of_method[rate]):.4f}"
+                    if method == BASE
+                    else _shown(paired_difference(of_method[rate], base[rate]))
+                    for rate in rates
+                ),
+                f"{best[method]:g}",
+                "base"
+                if method == BASE
+                else _shown(
+                    paired_difference(of_method[best[method]], base[best[BASE]])
+                ),
             ]
         )
     return format_table(
         [
-            "method",
-            *(f"loss at {rate:g}" for rate in rates),
-            f"difference at {best[BASE]:g} (wins)",
-            "best against best (wins)",
+            f"loss of {BASE}, differences of the others (wins)",
+            *(f"at {rate:g}" for rate in rates),
+            "best rate",
+            "best against best",
         ],
         rows,
     )

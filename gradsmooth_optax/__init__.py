@@ -33,6 +33,8 @@ from gradsmooth_optax._describe import describe as describe
 from gradsmooth_optax._detect import Detection as Detection
 from gradsmooth_optax._detect import detect as detect
 
+from gradsmooth_optax._suspicions import DepthWarning as DepthWarning
+
 # What is applied along depth.
 from gradsmooth_optax._operators import Operator as Operator
 from gradsmooth_optax._operators import dense as dense

@@ -80,6 +80,8 @@ def _doubts(siblings: Siblings, holders: dict[Role, list[int]]) -> Iterator[str]
     if not names_layers(siblings.word):
         name = repr(siblings.word) if siblings.word else "a bare number"
         yield f"{siblings}: {name} is not a name that only layers have"
+    if holders_of_list := [p for p in siblings.parent[-2:] if names_parts(p)]:
+        yield f"{siblings}: they are inside of {some(holders_of_list)}"
     if not _is_consecutive(numbers := list(siblings.children)):
         yield (
             f"{siblings}: the numbers {some(numbers)} have gaps, which `ranked` "

@@ -10,6 +10,7 @@ import numpy as np
 
 from gradsmooth_optax._axis_names import is_depth_axis, names_depth
 from gradsmooth_optax._detected import (
+    VECTOR_NAMES,
     DetectedStack,
     common_axes,
     layer_kinds,
@@ -21,8 +22,6 @@ from gradsmooth_optax._numbering import names_layers
 from gradsmooth_optax._paths import Path, show_path
 from gradsmooth_optax._siblings import children_of, holders_of, numbered_patterns
 from gradsmooth_optax._specs import DepthSpec, Leaves, ranked, scanned
-
-_VECTORS = ("b", "beta", "bias", "gain", "gamma", "g", "offset", "scale")
 
 
 def scanned_stacks(
@@ -121,7 +120,7 @@ def _strangers(leaves: Leaves, names: dict[Path, tuple]) -> list[str]:
         show_path(path)
         for path, leaf in leaves
         if path[:-1] not in known
-        and not (str(path[-1]) in _VECTORS and np.ndim(leaf) == 2)
+        and not (str(path[-1]) in VECTOR_NAMES and np.ndim(leaf) == 2)
     ]
 
 
@@ -137,7 +136,7 @@ def perhaps_scanned(node: Path, leaves: Leaves) -> Iterator[str]:
     children = leaves_by_child(node, leaves)
     axes = common_axes(leaves)
     if node and axes and not _holds_named_stacks(node, leaves):
-        vectors = [path for path, _ in leaves if str(path[-1]) in _VECTORS]
+        vectors = [path for path, _ in leaves if str(path[-1]) in VECTOR_NAMES]
         num_modules = len({path[:-1] for path, _ in leaves})
         if names_layers(node[-1]) or (vectors and num_modules > 1):
             pattern = f"{show_path(node)}/"

@@ -15,6 +15,9 @@ from gradsmooth_optax._depth import Depth
 from gradsmooth_optax._paths import Path
 from gradsmooth_optax._specs import DepthSpec, Leaves
 
+# What a scan makes a matrix of.
+VECTOR_NAMES = ("b", "beta", "bias", "gain", "gamma", "g", "offset", "scale")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DetectedStack:

@@ -333,8 +333,11 @@ def _check_scans(grouping: Grouping) -> None:
     for group in grouping.groups:
         for member in group.members:
             if member.scan is not None:
-                scans.setdefault((member.scan, group.stack), []).append(member)
-    for (scan, stack), members in scans.items():
+                # Of one position: a cycle may stop before its end.
+                first = int(member.layers.flat[0]) if member.layers.size else None
+                key = (member.scan, group.stack, first)
+                scans.setdefault(key, []).append(member)
+    for (scan, stack, _), members in scans.items():
         sizes = Counter(member.layers.shape for member in members)
         if len(sizes) > 1:
             raise ValueError(_unequal_message(scan, stack, members, sizes, grouping))
@@ -366,7 +369,7 @@ def _unequal_message(
         for axis in range(min(map(len, shapes)))
         if len({shape[axis] for shape in shapes}) == 1
     ]
-    if len(right) == 1:
+    if len(right) == len(one.axes) == 1:
         return (
             f"{found} Axis {right[0]} has size {shapes[0][right[0]]} in all of them: "
             f"it is probably the one. To fix: write `axis={right[0]}`."

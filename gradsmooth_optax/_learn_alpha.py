@@ -17,6 +17,8 @@ from gradsmooth_optax._learning import (
     Signal,
     arrays_in,
     below_one,
+    check_settings,
+    check_units,
     cosine_of,
     filled,
     followed,
@@ -24,6 +26,7 @@ from gradsmooth_optax._learning import (
     share_of,
     tree_of,
     with_extra_args,
+    without_rounding,
     zeros_of,
 )
 from gradsmooth_optax._norms import Arrays, map_arrays
@@ -41,8 +44,9 @@ class LearnAlphaState(NamedTuple):
     Attributes:
       alpha: {unit: α}, float32 scalars, or one value per layer in ascending order.
       signal: {unit: running mean of the cosine that α follows}, shaped as `alpha`.
-      change: a tree as the parameters, with what more coupling would have added to the
-        last update, and `optax.MaskedNode()` where nothing is coupled.
+      change: a tree as the parameters, with v of the last update (its part orthogonal
+        to that update for the signal "coupling"), and `optax.MaskedNode()` where
+        nothing is coupled.
       inner_state: state of the wrapped transformation.
     """
 
@@ -80,8 +84,10 @@ def learn_alpha(
     shrinks the update, which helps wherever the learning rate is too large. So the
     signal "coupling" takes only the part of v that is orthogonal to S(α) u.
 
-    It needs memory for one more copy of the coupled updates. Place it as
-    `with_depth_smoothing`: around the preconditioner.
+    An update that is 0 or not finite leaves α as it is. It needs memory for one more
+    copy of the coupled updates, and on trees with one leaf per layer several times the
+    compile time of `smooth_over_depth`. Place it as `with_depth_smoothing`: around the
+    preconditioner.
 
     Args:
       inner: the transformation whose updates are smoothed.
@@ -95,7 +101,7 @@ def learn_alpha(
       per: whether α is one number per "stack", per "role" of a stack, or per "layer" of
         it, over all its roles. Norms and cosines are taken over the same parameters.
       decay: of the running mean, in [0, 1).
-      dtype: of the kept copy, None for that of the updates.
+      dtype: of the kept copy, None for that of the parameters.
       strict: as in `smooth_over_depth`.
 
     Returns:
@@ -103,8 +109,8 @@ def learn_alpha(
       `optax.tree_utils.tree_get(state, "alpha")` finds α in the state of a chain.
 
     Raises:
-      TypeError, ValueError: as `with_depth_smoothing`; and at construction for an
-        argument out of range. An update that is 0 or not finite leaves α as it is.
+      TypeError, ValueError: as `with_depth_smoothing`; at construction for an argument
+        out of range; at trace of `update` for a state of other settings.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -131,6 +137,7 @@ def learn_alpha(
     alpha = number_in("alpha", alpha, high=alpha_max)
     learning_rate = number_in("learning_rate", learning_rate)
     decay = below_one("decay", decay)
+    check_settings(strict, dtype)
     sign = 1.0 if direction == "ascent" else -1.0
 
     def init_fn(params):
@@ -158,6 +165,7 @@ def learn_alpha(
             )
             return new, state._replace(inner_state=inner_state)
         units = Units.of(groups, per)
+        check_units(units.shapes, state.alpha)
         gradients = arrays_of(groups, grouping.leaves)
         changes = arrays_in(state.change, groups)
         alphas, means = {}, {}
@@ -206,5 +214,13 @@ def _cosines(units: Units, xs: Arrays, ys: Arrays) -> dict[str, jax.Array]:
 def _orthogonal(units: Units, vs: Arrays, ys: Arrays) -> Arrays:
     """v without its component along y, in every unit."""
     products, squares = units.inner_products(vs, ys), units.inner_products(ys, ys)
+    whole = units.inner_products(vs, vs)
     share = {name: share_of(products[name], squares[name]) for name in squares}
-    return map_arrays(lambda v, y, b: v - b * y, vs, ys, units.spread(share, vs))
+    keeps = {}
+    for name, part in share.items():
+        left = without_rounding(whole[name] - part * products[name], whole[name])
+        keeps[name] = (left > 0).astype(part.dtype)
+    return map_arrays(
+        lambda v, y, b, keep: keep * (v - b * y),
+        *(vs, ys, units.spread(share, vs), units.spread(keeps, vs)),
+    )

@@ -21,6 +21,8 @@ from gradsmooth_optax._learning import (
     Signal,
     arrays_in,
     below_one,
+    check_settings,
+    check_units,
     cosine_of,
     filled,
     followed,
@@ -28,6 +30,7 @@ from gradsmooth_optax._learning import (
     share_of,
     tree_of,
     with_extra_args,
+    without_rounding,
     zeros_of,
 )
 from gradsmooth_optax._norms import Arrays, inner_products, map_arrays
@@ -57,7 +60,9 @@ class LearnOperatorState(NamedTuple):
     inner_state: optax.OptState
 
     def matrix(self, stack: str) -> np.ndarray:
-        """S of shape (L, L) of a stack whose layers are without gaps."""
+        """S of shape (L, L) of a stack whose layers are without gaps and not ranked."""
+        if stack not in self.weights:
+            raise KeyError(f"{stack!r} is none of the stacks {list(self.weights)}")
         weights = np.asarray(self.weights[stack], np.float64)
         num_layers = weights.shape[1]
         matrix = np.eye(num_layers)
@@ -93,8 +98,10 @@ def learn_operator(
     `window(alpha, radius)`. Each weight follows the gradient of the next batch as α
     does in `learn_alpha`, with v = (dS/dw_lk) u, over the two layers l and k.
 
-    It needs memory for one more copy of the coupled updates. Place it as
-    `with_depth_smoothing`: around the preconditioner.
+    It needs memory for one more copy of the coupled updates, and on trees with one leaf
+    per layer many times the compile time of `smooth_over_depth`. Where roles differ in
+    their neighbors (`ranked`), a pair is a layer and its next one in the role. Place it
+    as `with_depth_smoothing`: around the preconditioner.
 
     Args:
       inner: the transformation whose updates are smoothed.
@@ -135,6 +142,7 @@ def learn_operator(
     alpha = number_in("alpha", alpha, high=alpha_max)
     learning_rate = number_in("learning_rate", learning_rate)
     decay = below_one("decay", decay)
+    check_settings(strict, dtype)
     sign = 1.0 if direction == "ascent" else -1.0
 
     def init_fn(params):
@@ -165,6 +173,7 @@ def learn_operator(
             )
             return new, state._replace(inner_state=inner_state)
         units = Units.of(groups, "layer")
+        check_units({k: (width, *n) for k, n in units.shapes.items()}, state.weights)
         gradients = [
             [widened(x) for x in of_group]
             for of_group in arrays_of(groups, grouping.leaves)
@@ -195,7 +204,8 @@ def learn_operator(
         leaves = list(grouping.leaves)
         for i, leaf in rounded(groups, xs, ys).items():
             leaves[i] = leaf
-        kept = map_arrays(lambda x, old: x.astype(old.dtype), xs, kept)
+        # Copies: donated twice, a buffer shared with `inner` would be an error.
+        kept = map_arrays(lambda x, old: jnp.array(x, old.dtype, copy=True), xs, kept)
         updates = jax.tree.unflatten(grouping.treedef, leaves)
         update = tree_of(grouping, groups, kept)
         return updates, LearnOperatorState(weights, means, update, inner_state)
@@ -246,8 +256,8 @@ def _cosines(
             if signal == "coupling":
                 share = share_of(-along_y[stack], yy[stack])
                 dot = dot - share * gy[stack]
-                # Rounding makes it slightly negative where v lies along y.
-                square = jnp.maximum(square + share * along_y[stack], 0.0)
+                left = square + share * along_y[stack]
+                square = without_rounding(left, square)
             row.append(cosine_of(dot, square, gg[stack]))
     return {stack: jnp.stack(row) for stack, row in rows.items()}
 

@@ -8,11 +8,12 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradsmooth_optax._groups import Group, Grouping, inexact_dtype
 from gradsmooth_optax._norms import Arrays
-from gradsmooth_optax._operators import strength_in
+from gradsmooth_optax._operators import check_flag, strength_in
 
 Direction: TypeAlias = Literal["ascent", "descent"]
 Signal: TypeAlias = Literal["coupling", "full"]
@@ -45,6 +46,14 @@ def cosine_of(product: jax.Array, of_x: jax.Array, of_y: jax.Array) -> jax.Array
     known = (of_x > 0) & (of_y > 0) & jnp.isfinite(of_x) & jnp.isfinite(of_y)
     cosine = product * jax.lax.rsqrt(of_x) * jax.lax.rsqrt(of_y)
     return jnp.where(known, cosine, jnp.nan)
+
+
+def without_rounding(square: jax.Array, whole: jax.Array) -> jax.Array:
+    """The squared norm of a component of v, and 0 where rounding made it.
+
+    Where v lies along y, what is left of it after a projection is no direction.
+    """
+    return jnp.where(square <= 1e-6 * whole, jnp.zeros_like(square), square)
 
 
 def share_of(product: jax.Array, square: jax.Array) -> jax.Array:
@@ -121,6 +130,24 @@ def number_in(name: str, value: Any, high: Any = math.inf) -> Any:
             f"of α write `with_depth_smoothing(inner, depth, schedule)`."
         )
     return strength_in(name, value, high)
+
+
+def check_settings(strict: Any, dtype: Any) -> None:
+    """Raises for a `strict` that is no bool and a `dtype` that is no inexact one."""
+    check_flag("strict", strict)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"`dtype` must be a floating dtype or None, but is {dtype!r}.")
+
+
+def check_units(shapes: dict[str, tuple[int, ...]], learned: Any) -> None:
+    """Raises if a state holds other units than the updates have."""
+    found = {unit: np.shape(value) for unit, value in learned.items()}
+    if found != shapes:
+        raise ValueError(
+            f"the state was learned for {found}, but the updates have {shapes}: it was "
+            f"probably made with other settings (`per`, `radius`) or another `depth`. "
+            f"Make it anew by `init(params)`."
+        )
 
 
 def below_one(name: str, value: Any) -> Any:

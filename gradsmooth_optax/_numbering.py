@@ -9,7 +9,9 @@ _LAYER_NAME = re.compile(r"(?:layers?|blocks?)$|^h$", re.IGNORECASE)
 
 # Blocks that stand side by side; Haiku's __layer_stack_no_per_layer_1 is a whole stack.
 _NO_LAYER_NAME = re.compile(
-    r"expert|head|gate|tower|branch|codebook|conv_layer|per_layer$", re.IGNORECASE
+    r"expert|head|gate|tower|branch|codebook|stage|input|output|time|proj|linear|dense"
+    r"|mlp|att(?:entio)?n|embed|conv_?layer|per_layer$",
+    re.IGNORECASE,
 )
 
 # How they name what is numbered inside a block: Dense_1, LayerNorm_0, experts/3, wi_0.

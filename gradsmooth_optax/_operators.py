@@ -14,7 +14,6 @@ import numpy as np
 from jax.core import Tracer
 
 from gradsmooth_optax._naming import reduce_by_name
-from gradsmooth_optax._precision import num_bits
 
 Matrix: TypeAlias = np.ndarray | jax.Array
 
@@ -272,6 +271,15 @@ def check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"`{argument}` must be one of {choices}, but is {value!r}.")
 
 
+def check_flag(argument: str, value: Any) -> None:
+    """Raises for a value that is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`{argument}` must be True or False, but is {value!r} of type "
+            f"{type(value).__name__}."
+        )
+
+
 def positive_int(name: str, value: Any, hint: str = "") -> int:
     """The value, if it is a Python int of at least 1."""
     if isinstance(value, np.ndarray | jax.Array):
@@ -309,15 +317,15 @@ def real_matrix(value: Any, source: str) -> Matrix:
 
 
 def resolved(value: Any) -> Any:
-    """A float where the value is concrete, else an array of at least float32."""
+    """A float where the value is concrete, else an array of the widest float."""
     if callable(value):
         raise TypeError(
             "a strength of this operator is a schedule, which has no value before it "
             "is resolved at a step: write `operator.at(count).matrix(num_layers)`."
         )
     if isinstance(value, jax.Array):
-        wide = jnp.issubdtype(value.dtype, jnp.floating) and num_bits(value.dtype) > 32
-        return value if wide else value.astype(jnp.float32)
+        # Rounded once, to the dtype of each leaf, which may be float64.
+        return value.astype(jnp.result_type(float))
     return float(value)
 
 

@@ -9,10 +9,17 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import jax
 
-from gradsmooth_optax._detected import common_axes, layer_kinds, some
+from gradsmooth_optax._detected import VECTOR_NAMES, common_axes, layer_kinds, some
 from gradsmooth_optax._groups import Group, Grouping, name_of
 from gradsmooth_optax._numbering import names_layers, split_number
 from gradsmooth_optax._paths import raw, show_path
+
+# Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.
+_LAYER_KINDS = {"local", "global", "sliding", "full"}
+
+
+class DepthWarning(UserWarning):
+    """A grouping that is allowed, but probably not what was meant."""
 
 
 def warn_of_suspicions(grouping: Grouping) -> None:
@@ -29,6 +36,7 @@ def warn_of_suspicions(grouping: Grouping) -> None:
             warnings.warn(
                 f"`depth` {grouping.spec!r} {suspicion}; or pass `strict=False` if it "
                 f"is meant.",
+                DepthWarning,
                 stacklevel=3,
             )
 
@@ -64,7 +72,9 @@ def _uncoupled(groups: Sequence[Group], grouping: Grouping) -> Iterator[str]:
         for member in group.members
         if not member.axes
     ]
-    if axes := common_axes(leaves):
+    vectors = [path for path, _ in leaves if str(path[-1]) in VECTOR_NAMES]
+    modules = {path[:-1] for path, _ in leaves}
+    if vectors and len(modules) > 1 and (axes := common_axes(leaves)):
         start = show_path(one.members[0].path).removesuffix(str(one.role))
         yield (
             f"{found}. But all its leaves have one size on axis {axes[0]}: they are "
@@ -85,8 +95,10 @@ def _cycles(groups: Sequence[Group]) -> Iterator[str]:
         alike = [n for n in roles if any(roles[n] & roles[k] for k in roles if k != n)]
         if not alike:
             continue
-        axes = groups[0].members[0].axes
-        pattern = re.escape(stem) + r"(\d+)/"
+        one = next(g for g in groups if str(g.role).startswith(stem)).members[0]
+        axes = one.axes
+        before = show_path(one.path).partition(stem)[0]
+        pattern = re.escape(before + stem) + r"(\d+)/"
         yield (
             f"couples each of {stem}{min(alike)} … {stem}{max(alike)} of stack "
             f"{groups[0].stack!r} with itself in the next step of the scan, "
@@ -105,11 +117,19 @@ def _kinds(groups: Sequence[Group]) -> Iterator[str]:
         (tuple(str(g.role).split("/")), jax.ShapeDtypeStruct(g.shape, g.dtype))
         for g in groups
     ]
-    if kinds := layer_kinds((), roles, 0):
-        yield (
-            f"couples layers of one kind of stack {groups[0].stack!r} with each other: "
-            f"all its parts are there as {some(kinds)}, which are probably layers "
-            f"that follow each other. To fix: give each its number, as in "
-            f"`scanned(r'(?P<role>\\w+)_{kinds[0]}/', start=0, stride={len(kinds)}, "
-            f"stack='decoder')` inside a `first_match`"
+    kinds = layer_kinds((), roles, 0)
+    if not kinds or not set(kinds) <= _LAYER_KINDS:
+        return
+    axes = groups[0].members[0].axes
+    cure = "a function that gives each its number"
+    if axes:
+        axis = axes[0] if len(axes) == 1 else axes
+        cure = (
+            f"`first_match` of `scanned(r'(?P<role>\\w+)_{kinds[0]}/', axis={axis}, "
+            f"start=0, stride={len(kinds)}, stack='decoder')` and the like"
         )
+    yield (
+        f"couples layers of one kind of stack {groups[0].stack!r} with each other: all "
+        f"its parts are there as {some(kinds)}, which are probably layers that follow "
+        f"each other. To fix: write {cure}"
+    )

@@ -15,7 +15,7 @@ from gradsmooth_optax._groups import (
     group_by_depth,
 )
 from gradsmooth_optax._norms import NormScope
-from gradsmooth_optax._operators import Operator, as_operator, check_choice
+from gradsmooth_optax._operators import Operator, as_operator, check_choice, check_flag
 from gradsmooth_optax._smoothers import window
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
 from gradsmooth_optax._suspicions import warn_of_suspicions
@@ -174,7 +174,7 @@ def apply_over_depth(
     operator = as_operator(operator)
     check_choice("variant", variant, get_args(Variant))
     check_choice("norm_scope", norm_scope, get_args(NormScope))
-    _check_flag("strict", strict)
+    check_flag("strict", strict)
 
     def init_fn(params):
         # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.
@@ -297,12 +297,4 @@ def _check_counted(state: Any) -> None:
             f"`state` of `with_depth_smoothing` is a {type(state).__name__}, probably "
             f"from a run with a constant `alpha`, but `alpha` is a schedule now and "
             f"needs a step count. Convert it: `WithDepthSmoothingState(count, state)`."
-        )
-
-
-def _check_flag(argument: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(
-            f"`{argument}` must be True or False, but is {value!r} of type "
-            f"{type(value).__name__}."
         )

@@ -13,6 +13,7 @@ import numpy as np
 from gradsmooth_optax._groups import Group
 from gradsmooth_optax._neighbors import has_neighbor
 from gradsmooth_optax._norms import Arrays, inner_products
+from gradsmooth_optax._precision import num_bits
 
 Per: TypeAlias = Literal["stack", "role", "layer"]
 
@@ -36,6 +37,14 @@ class Units:
     def of(cls, groups: Sequence[Group], per: Per) -> Units:
         """The units of these groups."""
         names = tuple(_name(group, per) for group in groups)
+        meant: dict[str, tuple] = {}
+        for group, name in zip(groups, names, strict=True):
+            key = (group.stack, group.role) if per == "role" else (group.stack,)
+            if meant.setdefault(name, key) != key:
+                raise ValueError(
+                    f"`depth` has two units that read {name!r}: {meant[name]!r} and "
+                    f"{key!r}. Give one of them another name by `stack=`."
+                )
         layers: dict[str, set[int]] = {name: set() for name in names}
         for group, name in zip(groups, names, strict=True):
             for run in group.runs:
@@ -59,17 +68,25 @@ class Units:
     def _totals(
         self, numbers: Arrays, is_in: Callable[[Group, int], np.ndarray]
     ) -> dict[str, jax.Array]:
-        totals = {n: jnp.zeros(shape, jnp.float32) for n, shape in self.shapes.items()}
+        # In the widest dtype; a sum of its own for each layout of slots.
+        dtype = max((x.dtype for row in numbers for x in row), key=num_bits)
+        scalars: dict[str, list[jax.Array]] = {name: [] for name in self.shapes}
+        vectors = {n: jnp.zeros(s, dtype) for n, s in self.shapes.items() if s}
         for group, name, of_group in zip(self.groups, self.names, numbers, strict=True):
             for m, number in enumerate(of_group):
-                slots = number.reshape(-1).astype(jnp.float32)
-                slots = jnp.where(is_in(group, m).ravel(), slots, jnp.zeros_like(slots))
+                slots, chosen = number.astype(dtype), is_in(group, m)
+                if not chosen.all():
+                    mask = group.members[m].along(chosen, slots.ndim)
+                    slots = jnp.where(mask, slots, jnp.zeros_like(slots))
                 if self.shapes[name]:
                     index = self._index(name, group, m)
-                    totals[name] = totals[name].at[index].add(slots)
+                    vectors[name] = vectors[name].at[index].add(slots.reshape(-1))
                 else:
-                    totals[name] = totals[name] + jnp.sum(slots)
-        return totals
+                    scalars[name].append(jnp.sum(slots))
+        return {
+            name: vectors[name] if shape else sum(scalars[name][1:], scalars[name][0])
+            for name, shape in self.shapes.items()
+        }
 
     def spread(self, values: dict[str, jax.Array], like: Arrays) -> Arrays:
         """The unit's value for every slot, to broadcast over the arrays of `like`."""

@@ -12,7 +12,7 @@ Use them in the place of an operator, in a run with everything else equal:
 ... }
 
 If "norm matched" does as well as "smoothed", a smaller step did it; if "shuffled" does,
-coupling did it, but not that of neighbors.
+coupling did it, but hardly that of neighbors.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def shuffled(operator: Any, seed: int) -> Operator:
     """`operator` over the layers in a random order, the same at every step.
 
     S' = Pᵀ S P with P a permutation of the run's layers that is drawn once from `seed`
-    and the number of layers: as much coupling, but not of neighbors.
+    and the number of layers: as much coupling, but between layers at random, whatever
+    their distance. By chance about two of the L - 1 pairs of neighbors stay coupled,
+    so a stack of few layers is hardly shuffled, and one of two not at all.
 
     Args:
       operator: an operator with a matrix, or a function num_layers -> (L, L).

@@ -63,4 +63,5 @@ def test_the_table_of_adaptive_operators_is_the_committed_run():
         return json.loads((ROOT / "results" / name).read_text())
 
     assert table(read("adaptive.json")) in README
+    assert times(read("adaptive.json")) in README
     assert times(read("adaptive_time.json")) in README
