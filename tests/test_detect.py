@@ -220,6 +220,10 @@ MISTAKEN = {
     "experts called blocks": {"moe": many("ExpertBlock_{}")},
     "experts called layers": {"moe": many("expert_layers_{}")},
     "heads called blocks": many("HeadBlock_{}"),
+    "parts called blocks": many("MlpBlock_{}"),
+    "parts called layers": many("output_layer_{}", dense),
+    "layers of a head": {"head": {"layers": [dense(), dense()]}},
+    "layers of an embedding": {"time_mlp": {"layers": [dense(), dense()]}},
     "recurrent gates": {"gru": many("w_h_{}", lambda: X)},
     "blocks of units": {f"block{s}": many("unit{}") for s in (1, 2, 3)},
     "a local and a global layer in each": {

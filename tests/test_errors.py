@@ -733,3 +733,49 @@ def test_there_is_no_such_warning_where_it_is_meant(depth, tree, strict):
 def test_update_does_not_repeat_the_warning():
     out, _ = gs.smooth_over_depth(gs.unrolled()).update(vit(), optax.EmptyState())
     assert out["head"]["kernel"] is X
+
+
+def test_a_cycle_may_stop_before_its_end():
+    tree = {"blocks_0": {"w": jnp.ones((5, 2))}, "blocks_1": {"w": jnp.ones((4, 2))}}
+    spec = gs.scanned(r"blocks_(\d+)/", stride=2, stack="d")
+    gs.smooth_over_depth(spec).init(tree)
+    (group,) = gs.describe(spec, tree).groups
+    assert group.runs == (tuple(range(9)),)
+
+
+def test_several_axes_are_no_single_axis():
+    tree = {"blocks": {"w": jnp.ones((2, 3, 8)), "b": jnp.ones((2, 8, 8))}}
+    with pytest.raises(ValueError, match="different numbers") as info:
+        gs.smooth_over_depth(gs.scanned("blocks/", axis=(0, 1))).init(tree)
+    assert "`axis=0`" not in str(info.value)
+
+
+def dense(*shape):
+    return {"kernel": jnp.ones(shape), "bias": jnp.ones(shape[-1])}
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"Conv_0": {"kernel": jnp.ones((4, 4, 3, 8))}}
+        | {f"Block_{i}": dense(8, 8) for i in range(3)},
+        {"Block_0": {name: {"kernel": jnp.ones((8, 2, 4))} for name in "qkv"}},
+        {
+            f"Block_{i}": {
+                f"{part}_{stream}": dense(8, 8)
+                for part in ("attn", "mlp")
+                for stream in ("img", "txt")
+            }
+            for i in range(3)
+        },
+    ],
+    ids=["a patch kernel", "one layer", "two streams"],
+)
+def test_ordinary_models_are_not_warned_of(tree):
+    gs.smooth_over_depth(gs.unrolled()).init(tree)
+
+
+def test_warnings_have_a_category_to_filter_them_by():
+    tree = {f"Net_0/Block_{i}": {"w": jnp.ones(2)} for i in range(3)}
+    with pytest.warns(gs.DepthWarning, match="couples nothing"):
+        gs.smooth_over_depth(gs.unrolled()).init(tree)

@@ -666,3 +666,71 @@ def test_the_structure_is_checked_as_by_the_plain_transformations(learn):
     more = {"blocks": {**stack()["blocks"], "b": jnp.ones((4, 2))}}
     with pytest.raises(ValueError, match=r"holds 1 leaves.*2 leaves are coupled"):
         fitting.update(more, fitting.init(stack()))
+
+
+# What a review found.
+
+
+def test_a_change_along_the_update_teaches_nothing():
+    # A role of scalars: what is left of v after the projection is rounding.
+    depth = gs.scanned("blocks/")
+    tx = gs.learn_alpha(optax.identity(), depth, per="layer", decay=0.0)
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return {"blocks": {"rezero": jnp.asarray(rng.normal(size=4), jnp.float32)}}
+
+    state = tx.init(draw())
+    for _ in range(3):
+        _, state = tx.update(draw(), state)
+    np.testing.assert_array_equal(state.signal["blocks"], np.zeros(4))
+    np.testing.assert_array_equal(state.alpha["blocks"], np.full(4, 0.1, np.float32))
+
+
+def test_two_units_of_one_name_are_refused():
+    depths = {"x": gs.Depth("a", "b/c", axis=0), "y": gs.Depth("a/b", "c", axis=0)}
+    tree = {name: jnp.ones((3, 2)) for name in depths}
+    tx = gs.learn_alpha(optax.identity(), gs.from_tree(depths), per="role")
+    with pytest.raises(ValueError, match=r"two units that read 'a/b/c'"):
+        tx.init(tree)
+
+
+@pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
+def test_a_state_of_other_settings_is_refused(learn):
+    tree = {"blocks": {"w": jnp.ones((3, 2))}, "other": {"w": jnp.ones((4, 2))}}
+    one, both = gs.scanned("blocks/"), gs.scanned("(?:blocks|other)/")
+    state = learn(optax.identity(), one).init(tree)
+    with pytest.raises(ValueError, match=r"learned for .*init\(params\)"):
+        learn(optax.identity(), both).update(tree, state)
+
+
+def test_the_kept_update_is_not_the_buffer_of_the_inner_state():
+    tree = {"blocks": {"w": jnp.ones((3, 2))}}
+    tx = gs.learn_operator(optax.trace(0.9), gs.scanned("blocks/"))
+    _, state = tx.update(tree, tx.init(tree))
+    jax.jit(tx.update, donate_argnums=1)(tree, state)
+
+
+def test_float64_updates_of_any_size_teach_the_same(enable_x64):
+    with enable_x64():
+        rng = np.random.default_rng(0)
+        draws = [{"blocks": {"w": jnp.asarray(rng.normal(size=(4, 6)))}} for _ in "123"]
+
+        def signal(scale):
+            tx = gs.learn_alpha(optax.identity(), gs.scanned("blocks/"))
+            state = tx.init(draws[0])
+            for draw in draws:
+                scaled = jax.tree.map(lambda x: x * scale, draw)
+                _, state = tx.update(scaled, state)
+            return float(state.signal["blocks"])
+
+        assert signal(1.0) != 0
+        np.testing.assert_allclose(signal(1e-25), signal(1.0), rtol=1e-6)
+        np.testing.assert_allclose(signal(1e25), signal(1.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
+def test_flags_and_dtypes_are_checked_at_construction(learn):
+    for wrong in ({"strict": "no"}, {"dtype": jnp.int8}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            learn(optax.identity(), gs.scanned("blocks/"), **wrong)
