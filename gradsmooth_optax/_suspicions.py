@@ -72,7 +72,7 @@ def _uncoupled(groups: Sequence[Group], grouping: Grouping) -> Iterator[str]:
         for member in group.members
         if not member.axes
     ]
-    vectors = [path for path, _ in leaves if str(path[-1]) in VECTOR_NAMES]
+    vectors = [path for path, _ in leaves if path and str(path[-1]) in VECTOR_NAMES]
     modules = {path[:-1] for path, _ in leaves}
     if vectors and len(modules) > 1 and (axes := common_axes(leaves)):
         start = show_path(one.members[0].path).removesuffix(str(one.role))

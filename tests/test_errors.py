@@ -779,3 +779,10 @@ def test_warnings_have_a_category_to_filter_them_by():
     tree = {f"Net_0/Block_{i}": {"w": jnp.ones(2)} for i in range(3)}
     with pytest.warns(gs.DepthWarning, match="couples nothing"):
         gs.smooth_over_depth(gs.unrolled()).init(tree)
+
+
+def test_a_lone_array_may_be_one_layer():
+    depth = gs.depth_fn(lambda path, leaf: gs.Depth("s", "w"))
+    u = jnp.ones(3)
+    tx = gs.smooth_over_depth(depth)
+    assert tx.update(u, tx.init(u))[0] is u
