@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,8 @@ def repeat(operator: Any, times: int) -> Operator:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Repeated(Operator):
+    strengths: ClassVar[tuple[str, ...]] = ("operator",)
+
     operator: Operator
     times: int
 
@@ -115,13 +117,6 @@ class Repeated(Operator):
     @property
     def is_identity(self) -> bool:
         return self.operator.is_identity
-
-    @property
-    def scheduled(self) -> bool:
-        return self.operator.scheduled
-
-    def at(self, count: Any) -> Operator:
-        return Repeated(self.operator.at(count), self.times)
 
 
 def with_matrix(value: Any, caller: str) -> Operator:

@@ -6,9 +6,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from gradsmooth_optax._detected import DetectedStack, common_axes, layer_kinds, some
+from gradsmooth_optax._detected import DetectedStack, common_axes, layer_kinds
 from gradsmooth_optax._numbering import names_layers, names_parts
-from gradsmooth_optax._paths import Path, show_path
+from gradsmooth_optax._paths import Path, show_path, some
 from gradsmooth_optax._siblings import (
     Role,
     Siblings,

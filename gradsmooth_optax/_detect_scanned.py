@@ -16,10 +16,9 @@ from gradsmooth_optax._detected import (
     layer_kinds,
     leaves_by_child,
     patterns_of,
-    some,
 )
 from gradsmooth_optax._numbering import names_layers
-from gradsmooth_optax._paths import Path, show_path
+from gradsmooth_optax._paths import Path, show_path, some
 from gradsmooth_optax._siblings import children_of, holders_of, numbered_patterns
 from gradsmooth_optax._specs import DepthSpec, Leaves, ranked, scanned
 

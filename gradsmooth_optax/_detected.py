@@ -6,8 +6,7 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -109,9 +108,3 @@ def layer_kinds(node: Path, leaves: Leaves, num_axes: int) -> list[str]:
         return []
     (of_every_part,) = found
     return sorted(of_every_part) if len(of_every_part) > 1 else []
-
-
-def some(items: Sequence[Any], limit: int = 4) -> str:
-    more = len(items) - limit
-    shown = ", ".join(map(str, items[:limit]))
-    return f"{shown} and {more} more" if more > 0 else shown

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._depth import as_tuple
-from gradsmooth_optax._paths import Path, plain_path, show_path
+from gradsmooth_optax._paths import Path, plain_path, show_path, some
 from gradsmooth_optax._specs import Assignment, DepthSpec
 
 
@@ -207,7 +207,7 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
         if len(ranked[key]) > 1:
             raise ValueError(
                 f"`depth` ranks only a part of {name_of(key[0], key[1])}: "
-                f"{_some([show_path(m.path) for m in of_key])} come both from `ranked` "
+                f"{some([show_path(m.path) for m in of_key])} come both from `ranked` "
                 f"and from another member. Put all of them inside one `ranked(...)`."
             )
         groups.append(Group(*key, members=tuple(of_key), ranked=True in ranked[key]))
@@ -295,20 +295,20 @@ def _check_something_matched(grouping: Grouping, strict: bool) -> None:
         raise ValueError(
             f"`depth` {grouping.spec!r} matches {matched} of the {len(paths)} leaves, "
             f"but none of floating or complex dtype, and others pass through: "
-            f"{_some(paths, 12)}. To fix: let it match the parameters."
+            f"{some(paths, 12)}. To fix: let it match the parameters."
         )
     unrestricted = grouping.spec.unrestricted()
     excluded = sum(assignment is not None for assignment in unrestricted.assign(leaves))
     if excluded and unrestricted != grouping.spec:
         raise ValueError(
             f"`depth` {grouping.spec!r} matches {excluded} of the {len(paths)} leaves, "
-            f"but its restriction leaves out all of them: {_some(paths, 12)}. Probably "
+            f"but its restriction leaves out all of them: {some(paths, 12)}. Probably "
             f"no leaf is named as a kernel or weight, or the predicate tests other "
             f"names. To fix: write `.only(lambda path, leaf: ...)` for these paths."
         )
     raise ValueError(
         f"`depth` {grouping.spec!r} matched none of the {len(paths)} leaves of the "
-        f"tree: {_some(paths, 12)}. The pattern is probably written for another tree, "
+        f"tree: {some(paths, 12)}. The pattern is probably written for another tree, "
         f"or the layers are masked here. To fix: {_suggestion(paths)}; or pass "
         f"`strict=False` if this tree may hold no layers."
     )
@@ -360,7 +360,7 @@ def _unequal_message(
 
     found = (
         f"`depth` {scan!r} finds different numbers of layers in leaves of stack "
-        f"{stack!r}: {saying(one)}, but {_some([saying(m) for m in others], 3)}. "
+        f"{stack!r}: {saying(one)}, but {some([saying(m) for m in others], 3)}. "
         f"Leaves stacked by one scan hold equally many layers."
     )
     shapes = [np.shape(grouping.leaves[member.leaf]) for member in members]
@@ -401,13 +401,13 @@ def _duplicate_message(group: Group) -> str:
         )
     if all(member.axes for member in holders):
         return (
-            f"{given} {len(paths)} stacked leaves: {_some(paths)}. They are probably "
+            f"{given} {len(paths)} stacked leaves: {some(paths)}. They are probably "
             f"positions in a cycle of layers, or parts of one chain. To fix: give the "
             f"cycle's length, as in `scanned(r'layers_(\\d+)/', stride=6)`, shift one "
             f"part with `start=`, or name another `stack=`."
         )
     return (
-        f"{given} {len(paths)} leaves: {_some(paths)}. The pattern probably drops the "
+        f"{given} {len(paths)} leaves: {some(paths)}. The pattern probably drops the "
         f"part of the path that tells them apart. To fix: capture it, as in "
         f"`(?P<stack>...)` or `(?P<role>...)`, or shift one part with `start=`."
     )
@@ -418,9 +418,7 @@ def _gap_message(group: Group, grouping: Grouping) -> str:
     num_missing = sum(map(len, group.missing))
     missing = _first_missing(group)
     paths = [path for layer in group.layers for path in group.paths_of(layer)]
-    found = (
-        f"matched layers {_some(group.layers)} of {name_of(group.stack, group.role)}"
-    )
+    found = f"matched layers {some(group.layers)} of {name_of(group.stack, group.role)}"
     more = f" and {num_missing - len(missing)} more" * (num_missing > len(missing))
     numbers = ", ".join(map(str, missing)) + more
     are_missing = f"layer {numbers} is" if num_missing == 1 else f"layers {numbers} are"
@@ -440,7 +438,7 @@ def _gap_message(group: Group, grouping: Grouping) -> str:
         "that `depth` does not match yet."
     )
     return (
-        f"`depth` {found} ({_some(list(dict.fromkeys(paths)))}): "
+        f"`depth` {found} ({some(list(dict.fromkeys(paths)))}): "
         f"{are_missing} missing. {reason} To fix: pass "
         f"`strict=False` to treat the gap as a boundary, as for layers frozen on "
         f"purpose, `ranked(...)` to close it, or let `depth` match the missing ones."
@@ -469,9 +467,3 @@ def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
 
 def name_of(stack: Hashable, role: Hashable) -> str:
     return f"stack {stack!r} for role {role!r}"
-
-
-def _some(items: Sequence[Any], limit: int = 6) -> str:
-    shown = ", ".join(map(str, items[:limit]))
-    more = len(items) - limit
-    return f"{shown} and {more} more" if more > 0 else shown

@@ -69,6 +69,16 @@ def scaled(xs: list[jax.Array], scales: list[jax.Array] | None, m: int) -> jax.A
     return u if scales is None else scales[m].astype(u.dtype) * u
 
 
+def scaled_arrays(
+    xs: Sequence[list[jax.Array]], scales: Sequence[list[jax.Array] | None]
+) -> list[list[jax.Array]]:
+    """`scaled` of every member of every group."""
+    return [
+        [scaled(of_group, scale, m) for m in range(len(of_group))]
+        for of_group, scale in zip(xs, scales, strict=True)
+    ]
+
+
 def neighbor(
     group: Group,
     m: int,

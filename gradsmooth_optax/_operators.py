@@ -44,7 +44,7 @@ class Operator:
              [0.25, 0.75]])
     """
 
-    # Names of the fields that may be schedules or traced arrays.
+    # Names of the fields that may be schedules or traced arrays, or other operators.
     strengths: ClassVar[tuple[str, ...]] = ()
 
     def matrix(self, num_layers: int) -> Matrix:
@@ -79,14 +79,18 @@ class Operator:
     @property
     def scheduled(self) -> bool:
         """Whether a strength is a schedule, so that a step count must be kept."""
-        return any(callable(getattr(self, name)) for name in self.strengths)
+        return any(_is_scheduled(getattr(self, name)) for name in self.strengths)
 
     def at(self, count: Any) -> Operator:
         """The operator with every schedule resolved at step `count`."""
         if not self.scheduled:
             return self
         strengths = {name: getattr(self, name) for name in self.strengths}
-        resolved = {k: v(count) for k, v in strengths.items() if callable(v)}
+        resolved = {
+            name: value.at(count) if isinstance(value, Operator) else value(count)
+            for name, value in strengths.items()
+            if _is_scheduled(value)
+        }
         return dataclasses.replace(self, **resolved)  # pyright: ignore[reportArgumentType] # subclasses are dataclasses
 
     def _key(self) -> tuple[Hashable, ...]:
@@ -204,6 +208,10 @@ class OperatorFn(Operator):
                 f"needed: row l holds the weights with which layer l receives."
             )
         return matrix
+
+
+def _is_scheduled(value: Any) -> bool:
+    return value.scheduled if isinstance(value, Operator) else callable(value)
 
 
 def as_operator(value: Any) -> Operator:

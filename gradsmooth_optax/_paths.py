@@ -42,6 +42,13 @@ def show_path(path: Path) -> str:
     return "/".join(map(str, path))
 
 
+def some(items: Sequence[Any], limit: int = 6) -> str:
+    """The first items, and how many more there are, for messages."""
+    shown = ", ".join(map(str, items[:limit]))
+    more = len(items) - limit
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
 def _is_box_key(key: Any) -> bool:
     if isinstance(key, jax.tree_util.GetAttrKey):
         return key.name in _BOX_ATTRIBUTES

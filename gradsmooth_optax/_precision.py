@@ -16,3 +16,8 @@ def widened(x: jax.Array) -> jax.Array:
 def num_bits(dtype: Any) -> int:
     """Bits of a floating dtype, or of the parts of a complex one."""
     return jnp.finfo(dtype).bits
+
+
+def in_dtype(number: Any, dtype: Any) -> Any:
+    """An array in this dtype; a Python number stays weakly typed."""
+    return number.astype(dtype) if isinstance(number, jax.Array) else number

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._groups import Group
-from gradsmooth_optax._neighbors import scaled
+from gradsmooth_optax._neighbors import scaled_arrays
 from gradsmooth_optax._norms import (
     Arrays,
     Names,
@@ -28,6 +28,7 @@ from gradsmooth_optax._operators import (
     strength_in,
 )
 from gradsmooth_optax._pairs import at_distance, coupled_by_pairs
+from gradsmooth_optax._precision import in_dtype
 
 
 def similarity_window(
@@ -108,10 +109,7 @@ def couple_by_similarity(
     scales: Sequence[list[jax.Array] | None],
 ) -> Arrays:
     """u + Σ_k w_lk (u_k - u_l) of all groups, or that of scale · u."""
-    us = [
-        [scaled(of_group, scale, m) for m in range(len(of_group))]
-        for of_group, scale in zip(xs, scales, strict=True)
-    ]
+    us = scaled_arrays(xs, scales)
     return coupled_by_pairs(groups, us, [_weights_to_next(operator, groups, us)])
 
 
@@ -137,8 +135,8 @@ def _weights_to_next(
         agrees = cosine > 0
         # Replaced before the power, whose derivative at 0 would make gradients NaN.
         cosine = jnp.where(agrees, jnp.minimum(cosine, 1.0), 1.0)
-        power = cosine ** _in_dtype(sharpness, cosine.dtype)
-        return jnp.where(agrees, _in_dtype(half, cosine.dtype) * power, 0.0)
+        power = cosine ** in_dtype(sharpness, cosine.dtype)
+        return jnp.where(agrees, in_dtype(half, cosine.dtype) * power, 0.0)
 
     return [
         [weight(*of_member) for of_member in zip(*of_group, strict=True)]
@@ -154,7 +152,3 @@ def _pairs(group: Group, m: int) -> Names:
         (group.layers[rank], group.layers[rank + 1]) if has else None
         for rank, has in zip(group.ranks[m].ravel(), has_next, strict=True)
     )
-
-
-def _in_dtype(value: Any, dtype: Any) -> Any:
-    return value.astype(dtype) if isinstance(value, jax.Array) else value

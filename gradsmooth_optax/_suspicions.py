@@ -9,10 +9,10 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import jax
 
-from gradsmooth_optax._detected import VECTOR_NAMES, common_axes, layer_kinds, some
+from gradsmooth_optax._detected import VECTOR_NAMES, common_axes, layer_kinds
 from gradsmooth_optax._groups import Group, Grouping, name_of
 from gradsmooth_optax._numbering import names_layers, split_number
-from gradsmooth_optax._paths import raw, show_path
+from gradsmooth_optax._paths import raw, show_path, some
 
 # Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.
 _LAYER_KINDS = {"local", "global", "sliding", "full"}

@@ -18,7 +18,7 @@ coupling did it, but hardly that of neighbors.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,6 +56,8 @@ def norm_matched(operator: Any) -> Operator:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormMatched(Operator):
+    strengths: ClassVar[tuple[str, ...]] = ("operator",)
+
     operator: Operator
 
     @property
@@ -70,13 +72,6 @@ class NormMatched(Operator):
     @property
     def is_identity(self) -> bool:
         return self.operator.is_identity
-
-    @property
-    def scheduled(self) -> bool:
-        return self.operator.scheduled
-
-    def at(self, count: Any) -> Operator:
-        return NormMatched(self.operator.at(count))
 
 
 def shuffled(operator: Any, seed: int) -> Operator:
@@ -112,6 +107,8 @@ def shuffled(operator: Any, seed: int) -> Operator:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shuffled(Operator):
+    strengths: ClassVar[tuple[str, ...]] = ("operator",)
+
     operator: Operator
     seed: int
 
@@ -126,10 +123,3 @@ class Shuffled(Operator):
     @property
     def is_identity(self) -> bool:
         return self.operator.is_identity
-
-    @property
-    def scheduled(self) -> bool:
-        return self.operator.scheduled
-
-    def at(self, count: Any) -> Operator:
-        return Shuffled(self.operator.at(count), self.seed)

@@ -15,9 +15,6 @@ import gradsmooth_optax as gs
 ALPHA = 0.3
 X = jnp.ones((4, 4))
 
-# A local and a global layer in each of layers_0, layers_1, …, under equal names.
-KNOWN_WRONG = set()
-
 
 def installed(stack):
     return stack.real is None or importlib.util.find_spec(stacks.MODULES[stack.source])
@@ -55,20 +52,7 @@ def outcome(name):
     return "right" if found == stacks.true_pairs(stack) else "right in part"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                strict=True, reason="couples Gemma 2's local layers with each other"
-            )
-            if name in KNOWN_WRONG
-            else (),
-        )
-        for name in NAMES
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_it_is_certain_of_couples_true_neighbors_only(name):
     assert outcome(name) != "wrong"
 
@@ -81,7 +65,7 @@ def test_it_is_right_for_most_stacks_with_a_leaf_per_layer_or_with_axis_names():
     assert counts["right"] >= sum(map(LEAST_RIGHT.get, SOURCES)), shown
     assert counts["right in part"] <= 3, shown
     assert counts["nothing"] <= 1, shown
-    assert counts["wrong"] <= len(KNOWN_WRONG), shown
+    assert counts["wrong"] == 0, shown
 
 
 # The proposal.

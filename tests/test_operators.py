@@ -586,7 +586,10 @@ def on_axis(axis):
     )
 
 
-def unrolled(depth=gs.unrolled(), **kwargs):  # noqa: B008
+UNROLLED = gs.unrolled()
+
+
+def unrolled(depth=UNROLLED, **kwargs):
     return Layout(
         lambda blocks: {k: b for k, b in oracle.unrolled_tree(blocks).items() if b},
         lambda tree: [tree.get(f"layers_{layer}", {}) for layer in range(6)],
