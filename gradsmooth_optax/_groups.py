@@ -173,6 +173,11 @@ class Grouping:
         grouped = {member.leaf for group in self.groups for member in group.members}
         return tuple(i for i in range(len(self.leaves)) if i not in grouped)
 
+    def replaced(self, new: dict[int, Any]) -> Any:
+        """The tree with new leaves at these positions, and its own at the others."""
+        leaves = [new.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+        return jax.tree.unflatten(self.treedef, leaves)
+
 
 def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
     """Groups the leaves of `tree`; reports a leaf that lacks its depth axes.

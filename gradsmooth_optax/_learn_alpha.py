@@ -192,13 +192,10 @@ def learn_alpha(
         ys = map_arrays(lambda u, v, a: u + a * v, us, vs, units.spread(alphas, us))
         if signal == "coupling":
             vs = _orthogonal(units, vs, ys)
-        leaves = list(grouping.leaves)
-        for i, leaf in rounded(groups, xs, ys).items():
-            leaves[i] = leaf
         change = tree_of(
             grouping, groups, map_arrays(lambda v, c: v.astype(c.dtype), vs, changes)
         )
-        updates = jax.tree.unflatten(grouping.treedef, leaves)
+        updates = grouping.replaced(rounded(groups, xs, ys))
         return updates, LearnAlphaState(alphas, means, change, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -201,12 +201,9 @@ def learn_operator(
         xs = arrays_of(groups, grouping.leaves)
         us = map_arrays(widened, xs)
         ys = coupled_by_pairs(groups, us, _spread(units, weights, us, width))
-        leaves = list(grouping.leaves)
-        for i, leaf in rounded(groups, xs, ys).items():
-            leaves[i] = leaf
         # Copies: donated twice, a buffer shared with `inner` would be an error.
         kept = map_arrays(lambda x, old: jnp.array(x, old.dtype, copy=True), xs, kept)
-        updates = jax.tree.unflatten(grouping.treedef, leaves)
+        updates = grouping.replaced(rounded(groups, xs, ys))
         update = tree_of(grouping, groups, kept)
         return updates, LearnOperatorState(weights, means, update, inner_state)
 

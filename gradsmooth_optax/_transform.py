@@ -199,8 +199,7 @@ def apply_over_depth(
             return updates, state
         leaves = grouping.leaves
         new = apply_operator(grouping.groups, leaves, resolved, variant, norm_scope)
-        leaves = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return jax.tree.unflatten(grouping.treedef, leaves), state
+        return grouping.replaced(new), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
