@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from gradsmooth_optax._norms import (
 from gradsmooth_optax._operators import Matrix, Operator
 from gradsmooth_optax._precision import in_dtype, widened
 from gradsmooth_optax._similarity import SimilarityWindow, couple_by_similarity
+from gradsmooth_optax._stages import with_halos
 from gradsmooth_optax.controls import NormMatched
 
 Scales: TypeAlias = Sequence[list[jax.Array] | None]
@@ -81,7 +82,7 @@ def apply_operator(
 
 def with_neighbors(groups: Sequence[Group]) -> list[Group]:
     """The groups in which some layer has a neighbor."""
-    return [group for group in groups if group.run_lengths.max(initial=0) > 1]
+    return [g for g in groups if g.whole.run_lengths.max(initial=0) > 1]
 
 
 def arrays_of(groups: Sequence[Group], leaves: Sequence[Any]) -> Arrays:
@@ -105,7 +106,7 @@ def _rounded(x: jax.Array, y: jax.Array, group: Group, m: int) -> jax.Array:
     y = y.astype(x.dtype)
     if in_run.all():
         return y
-    return jnp.where(group.members[m].along(in_run, x.ndim), y, x)
+    return jnp.where(group.along(m, in_run, x.ndim), y, x)
 
 
 def coupled(
@@ -147,46 +148,73 @@ def _couple(
     scales: list[jax.Array] | None,
 ) -> list[jax.Array]:
     """S u of one group, or S (scale · u)."""
-    lengths = [n for n in sorted(set(group.run_lengths.tolist())) if n > 1]
+    lengths = [n for n in sorted(set(group.whole.run_lengths.tolist())) if n > 1]
     weights = operator.side_weights()
     if weights is not None:
         weights = weights[: lengths[-1] - 1]
         if len(weights) <= _WIDEST_SHIFTED_BAND or not _is_one_stacked_leaf(group):
-            return [
-                _shift_and_add(group, m, weights, xs, scales) for m in range(len(xs))
-            ]
-    matrices = {n: _matrix(group, n, matrix_of) for n in lengths}
+            around = _Surroundings.of(group, len(weights), xs, scales)
+            return [_shift_and_add(around, m, weights) for m in range(len(xs))]
+    matrices = {n: _matrix(group.whole, n, matrix_of) for n in lengths}
     offsets = _offsets(operator, matrices)
-    if max(map(abs, offsets), default=0) > _WIDEST_SHIFTED_BAND:
+    radius = max(map(abs, offsets), default=0)
+    if radius > _WIDEST_SHIFTED_BAND and group.stages is None:
         return _matmul(group, matrices, xs, scales)
-    return [
-        _weighted_sum(group, m, matrices, offsets, xs, scales) for m in range(len(xs))
-    ]
+    around = _Surroundings.of(group, radius, xs, scales)
+    return [_weighted_sum(around, m, matrices, offsets) for m in range(len(xs))]
 
 
-def _shift_and_add(
-    group: Group,
-    m: int,
-    weights: Sequence[Any],
-    xs: list[jax.Array],
-    scales: list[jax.Array] | None,
-) -> jax.Array:
+class _Surroundings(NamedTuple):
+    """A group, and what its layers receive from: itself, or also the stages beside.
+
+    Attributes:
+      group: tells which neighbors exist.
+      sources: the same layers first, and then those of the stages beside.
+      xs, scales: one array per member of `sources`.
+    """
+
+    group: Group
+    sources: Group
+    xs: list[jax.Array]
+    scales: list[jax.Array] | None
+
+    @classmethod
+    def of(
+        cls,
+        group: Group,
+        radius: int,
+        xs: list[jax.Array],
+        scales: list[jax.Array] | None,
+    ) -> _Surroundings:
+        sources, (xs, scales) = with_halos(group, radius, xs, scales)
+        return cls(group, sources, xs, scales)
+
+    def own(self, m: int) -> jax.Array:
+        """scale · u of member m."""
+        return scaled(self.xs, self.scales, m)
+
+    def neighbor(self, m: int, offset: int) -> jax.Array | None:
+        """(scale · u)_{l+offset} for every slot l of member m, None where none is."""
+        return neighbor(self.sources, m, offset, self.xs, self.scales)
+
+
+def _shift_and_add(around: _Surroundings, m: int, weights: Sequence[Any]) -> jax.Array:
     """u + Σ_j w_j (u_{l-j} - u_l + u_{l+j} - u_l), without neighbors that do not exist.
 
     The difference form keeps a depth-constant u bit-exact.
     """
-    u = scaled(xs, scales, m)
+    group, u = around.group, around.own(m)
     out = u
     for distance, weight in enumerate(weights, start=1):
         differences = []
         for offset in (-distance, distance):
-            other = neighbor(group, m, offset, xs, scales)
+            other = around.neighbor(m, offset)
             if other is None:
                 continue
             difference = other - u
             has = has_neighbor(group, m, offset)
             if not has.all():
-                mask = group.members[m].along(has, u.ndim)
+                mask = group.along(m, has, u.ndim)
                 difference = mask.astype(u.dtype) * difference
             differences.append(difference)
         if differences:
@@ -196,21 +224,19 @@ def _shift_and_add(
 
 
 def _weighted_sum(
-    group: Group,
+    around: _Surroundings,
     m: int,
     matrices: dict[int, Matrix],
     offsets: Sequence[int],
-    xs: list[jax.Array],
-    scales: list[jax.Array] | None,
 ) -> jax.Array:
     """Σ_d S[l, l+d] u_{l+d} over the offsets d at which S is not known to be 0."""
-    u = scaled(xs, scales, m)
+    group, u = around.group, around.own(m)
     out = jnp.zeros_like(u)
     for offset in offsets:
         weights = _weights_at(group, m, offset, matrices)
-        other = u if offset == 0 else neighbor(group, m, offset, xs, scales)
+        other = u if offset == 0 else around.neighbor(m, offset)
         if other is not None:
-            along = group.members[m].along(weights, u.ndim)
+            along = group.along(m, weights, u.ndim)
             out = out + along.astype(u.dtype) * other
     return out
 
@@ -218,7 +244,10 @@ def _weighted_sum(
 def _weights_at(
     group: Group, m: int, offset: int, matrices: dict[int, Matrix]
 ) -> Matrix:
-    """S[l, l+offset] for every slot of member m, 0 where there is no such layer."""
+    """S[l, l+offset] for every slot of member m, 0 where there is no such layer.
+
+    Of a group that is split, for every stage, along a first axis.
+    """
     position, length = group.positions(m)
     has = has_neighbor(group, m, offset)
     weights = []
@@ -313,6 +342,6 @@ def _offsets(operator: Operator, matrices: dict[int, Matrix]) -> list[int]:
 
 def _is_one_stacked_leaf(group: Group) -> bool:
     """Whether one leaf holds the whole group, in order, as a single run."""
-    if len(group.members) > 1 or len(group.runs) > 1:
+    if len(group.members) > 1 or len(group.runs) > 1 or group.stages is not None:
         return False
     return bool((group.ranks[0].ravel() == np.arange(group.num_layers)).all())

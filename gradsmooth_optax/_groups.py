@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from gradsmooth_optax._depth import as_tuple
 from gradsmooth_optax._paths import Path, plain_path, show_path, some
@@ -55,6 +56,9 @@ class Group:
       dtype: dtype of its leaves.
       members: the leaves that hold its layers.
       ranked: whether neighbors are by order instead of by number.
+      stages: of a group that is split over a mesh axis; its members are then those of
+        one stage.
+      norm_axes: names of mesh axes that its other axes are split over.
     """
 
     stack: Hashable
@@ -63,6 +67,8 @@ class Group:
     dtype: Any
     members: tuple[Member, ...]
     ranked: bool = False
+    stages: Stages | None = None
+    norm_axes: tuple[Hashable, ...] = ()
 
     @functools.cached_property
     def slots(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -117,14 +123,42 @@ class Group:
             ranks[m][index] = rank
         return ranks
 
+    @property
+    def whole(self) -> Group:
+        """The group over all stages, where it is split."""
+        return self if self.stages is None else self.stages.whole
+
+    @property
+    def stage_width(self) -> int:
+        """By how much the layers of two stages differ, 0 where it is not split."""
+        return 0 if self.stages is None else self.stages.width
+
     def positions(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Position in its run, and length of that run, of every slot of member m."""
+        """Position in its run, and length of that run, of every slot of member m.
+
+        Of a group that is split, for every stage, along a first axis.
+        """
+        if self.stages is not None:
+            whole, step = self.stages.whole, len(self.members)
+            places = [whole.positions(i) for i in range(m, len(whole.members), step)]
+            positions, lengths = zip(*places, strict=True)
+            return np.stack(positions), np.stack(lengths)
         ranks = self.ranks[m]
         return ranks - self.run_starts[ranks], self.run_lengths[ranks]
 
     def in_run(self, m: int) -> np.ndarray:
-        """Which slots of member m have at least one neighbor."""
-        return self.run_lengths[self.ranks[m]] > 1
+        """Which slots of member m have at least one neighbor, as in `positions`."""
+        _, length = self.positions(m)
+        return length > 1
+
+    def along(self, m: int, values: Any, ndim: int) -> Any:
+        """Values as in `positions`, to broadcast over a leaf of member m.
+
+        Of a group that is split, those of the stage that the program runs on.
+        """
+        if self.stages is not None:
+            values = self.stages.here(values)
+        return self.members[m].along(values, ndim)
 
     @property
     def missing(self) -> tuple[range, ...]:
@@ -147,6 +181,29 @@ class Group:
     def paths_of(self, layer: int) -> list[str]:
         """The paths of the leaves that hold `layer`."""
         return [show_path(m.path) for m in self.members if (m.layers == layer).any()]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stages:
+    """How the layers of a group are split over a mesh axis.
+
+    Attributes:
+      axis_name: of the mesh axis.
+      whole: the group over all stages; its members are those of stage 0, of stage 1, …
+      width: consecutive layers that one stage holds at a time.
+      starts: the first of them, once for each round of a circular pipeline.
+    """
+
+    axis_name: Hashable
+    whole: Group
+    width: int
+    starts: tuple[int, ...]
+
+    def here(self, values: Any) -> Any:
+        """The values of the stage that the program runs on, given those of all."""
+        if isinstance(values, np.ndarray) and (values == values[:1]).all():
+            return values[0]
+        return jnp.asarray(values)[lax.axis_index(self.axis_name)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -258,13 +315,14 @@ def _member(
 # -- Structure errors ------------------------------------------------------------------
 
 
-def check_structure(grouping: Grouping, strict: bool) -> None:
+def check_structure(grouping: Grouping, strict: bool, gaps: bool = True) -> None:
     """Raises where the grouping is probably not what was meant.
 
     Args:
       grouping: of the tree to be smoothed. A tree without leaves is never an error.
       strict: whether gaps, a scan of unequal leaves, and a spec that matches nothing
         are errors too.
+      gaps: whether gaps can be told: a stage of a circular pipeline has some.
 
     Raises:
       ValueError: for a duplicated layer, a lone array as the whole tree, and under
@@ -278,8 +336,8 @@ def check_structure(grouping: Grouping, strict: bool) -> None:
     for group in grouping.groups:
         if group.duplicates:
             raise ValueError(_duplicate_message(group))
-        if strict and group.missing:
-            raise ValueError(_gap_message(group, grouping))
+        if strict and gaps and group.whole.missing:
+            raise ValueError(_gap_message(group.whole, grouping))
 
 
 def _check_something_matched(grouping: Grouping, strict: bool) -> None:

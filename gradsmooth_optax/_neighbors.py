@@ -32,7 +32,10 @@ class Piece(NamedTuple):
 
 
 def has_neighbor(group: Group, m: int, offset: int) -> np.ndarray:
-    """For every slot of member m, whether its run has a layer at `offset`."""
+    """For every slot of member m, whether its run has a layer at `offset`.
+
+    Of a group that is split, for every stage, along a first axis.
+    """
     position, length = group.positions(m)
     return (position + offset >= 0) & (position + offset < length)
 
@@ -95,6 +98,14 @@ def neighbor(
     if scales is not None:
         other *= assemble(group, m, pieces, scales).astype(other.dtype)
     return other
+
+
+def at_offset(
+    group: Group, m: int, offset: int, arrays: Sequence[jax.Array]
+) -> jax.Array:
+    """For every slot of member m what the layer at `offset` holds, else 0."""
+    pieces = neighbor_pieces(group, m, offset)
+    return assemble(group, m, pieces, arrays) if pieces else jnp.zeros_like(arrays[m])
 
 
 def assemble(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._groups import Group
+from gradsmooth_optax._mesh import summed_over
 from gradsmooth_optax._precision import num_bits, widened
 
 NormScope: TypeAlias = Literal["param", "block"]
@@ -33,27 +34,33 @@ def squared_norms(
     norms = inner_products(groups, arrays, arrays)
     if norm_scope == "param":
         return norms
-    # A layer without neighbors is in no block.
     blocks = [
-        [
-            tuple(
-                layer if in_run else None
-                for layer, in_run in zip(
-                    member.layers.ravel().tolist(), group.in_run(m).ravel(), strict=True
-                )
-            )
-            for m, member in enumerate(group.members)
-        ]
+        [tuple(member.layers.ravel().tolist()) for member in group.members]
         for group in groups
+    ]
+    norms = [
+        [_where_in_run(norm, group, m) for m, norm in enumerate(of_group)]
+        for group, of_group in zip(groups, norms, strict=True)
     ]
     return summed_by_name(groups, norms, blocks)
 
 
+def _where_in_run(norm: jax.Array, group: Group, m: int) -> jax.Array:
+    """A layer without neighbors is in no block."""
+    in_run = group.in_run(m)
+    if in_run.all():
+        return norm
+    return jnp.where(group.along(m, in_run, norm.ndim), norm, jnp.zeros_like(norm))
+
+
 def inner_products(groups: Sequence[Group], xs: Arrays, ys: Arrays) -> Arrays:
-    """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
+    """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth.
+
+    Over all of the slot, where its other axes are split over mesh axes.
+    """
     return [
         [
-            inner_product(x, y, member.axes)
+            summed_over(group.norm_axes, inner_product(x, y, member.axes))
             for member, x, y in zip(group.members, of_x, of_y, strict=True)
         ]
         for group, of_x, of_y in zip(groups, xs, ys, strict=True)

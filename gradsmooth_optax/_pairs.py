@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from gradsmooth_optax._groups import Group
-from gradsmooth_optax._neighbors import assemble, has_neighbor, neighbor_pieces
+from gradsmooth_optax._neighbors import at_offset, has_neighbor
 from gradsmooth_optax._norms import Arrays
+from gradsmooth_optax._stages import with_halos
 
 
 def at_distance(groups: Sequence[Group], arrays: Arrays, offset: int) -> Arrays:
     """For every slot the array of the layer at `offset`, and 0 where there is none."""
-    return [
-        [_at_offset(group, m, offset, of_group) for m in range(len(of_group))]
-        for group, of_group in zip(groups, arrays, strict=True)
-    ]
+    found = []
+    for group, of_group in zip(groups, arrays, strict=True):
+        beside, (held,) = with_halos(group, abs(offset), of_group)
+        found.append([at_offset(beside, m, offset, held) for m in range(len(of_group))])
+    return found
 
 
 def coupled_by_pairs(
@@ -35,22 +36,17 @@ def coupled_by_pairs(
         for g, (group, of_group, of_pairs) in enumerate(
             zip(groups, us, of_distance, strict=True)
         ):
+            beside, (held, pairs) = with_halos(group, distance, of_group, of_pairs)
             for m, u in enumerate(of_group):
                 for offset in (distance, -distance):
-                    if not neighbor_pieces(group, m, offset):
+                    has = has_neighbor(group, m, offset)
+                    if not has.any():
                         continue
-                    held = of_pairs[m]  # by the first of the two
+                    weight = pairs[m]  # held by the first of the two
                     if offset < 0:
-                        held = _at_offset(group, m, offset, of_pairs)
-                    has = group.members[m].along(has_neighbor(group, m, offset), u.ndim)
-                    weight = jnp.where(has, held, jnp.zeros_like(held)).astype(u.dtype)
-                    difference = _at_offset(group, m, offset, of_group) - u
-                    coupled[g][m] = coupled[g][m] + weight * difference
+                        weight = at_offset(beside, m, offset, pairs)
+                    mask = group.along(m, has, u.ndim)
+                    weight = jnp.where(mask, weight, jnp.zeros_like(weight))
+                    difference = at_offset(beside, m, offset, held) - u
+                    coupled[g][m] += weight.astype(u.dtype) * difference
     return coupled
-
-
-def _at_offset(
-    group: Group, m: int, offset: int, arrays: Sequence[jax.Array]
-) -> jax.Array:
-    pieces = neighbor_pieces(group, m, offset)
-    return assemble(group, m, pieces, arrays) if pieces else jnp.zeros_like(arrays[m])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,11 @@ from gradsmooth_optax._depth import as_tuple
 from gradsmooth_optax._norms import NormScope
 from gradsmooth_optax._paths import plain_path
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
-from gradsmooth_optax._transform import smooth_over_depth, with_depth_smoothing
+from gradsmooth_optax._transform import (
+    Boundary,
+    smooth_over_depth,
+    with_depth_smoothing,
+)
 
 
 def adamw(
@@ -36,6 +40,9 @@ def adamw(
     variant: Variant = "standard",
     norm_scope: NormScope = "param",
     strict: bool = True,
+    axis_name: Hashable | None = None,
+    axis_boundary: Boundary = "couple",
+    norm_axis_names: tuple[Hashable, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with its preconditioned updates smoothed over depth.
 
@@ -50,8 +57,8 @@ def adamw(
       alpha: coupling strength in [0, 1], scalar or schedule.
       b1: as in `optax.adamw`, and so are `b2`, `eps`, `eps_root`, `mu_dtype`,
         `weight_decay`, `mask` and `nesterov`.
-      radius: as in `smooth_over_depth`, and so are `variant`, `norm_scope` and
-        `strict`.
+      radius: as in `smooth_over_depth`, and so are `variant`, `norm_scope`, `strict`,
+        `axis_name`, `axis_boundary` and `norm_axis_names`.
 
     Returns:
       The optimizer.
@@ -83,6 +90,9 @@ def adamw(
             variant=variant,
             norm_scope=norm_scope,
             strict=strict,
+            axis_name=axis_name,
+            axis_boundary=axis_boundary,
+            norm_axis_names=norm_axis_names,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -101,6 +111,9 @@ def sgd(
     variant: Variant = "standard",
     norm_scope: NormScope = "param",
     strict: bool = True,
+    axis_name: Hashable | None = None,
+    axis_boundary: Boundary = "couple",
+    norm_axis_names: tuple[Hashable, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """SGD, with momentum if given, with its updates smoothed over depth.
 
@@ -112,8 +125,8 @@ def sgd(
       depth: where depth is, as in `smooth_over_depth`.
       alpha: coupling strength in [0, 1], scalar or schedule.
       momentum: as in `optax.sgd`, and so are `nesterov` and `accumulator_dtype`.
-      radius: as in `smooth_over_depth`, and so are `variant`, `norm_scope` and
-        `strict`.
+      radius: as in `smooth_over_depth`, and so are `variant`, `norm_scope`, `strict`,
+        `axis_name`, `axis_boundary` and `norm_axis_names`.
 
     Returns:
       The optimizer.
@@ -144,6 +157,9 @@ def sgd(
             variant=variant,
             norm_scope=norm_scope,
             strict=strict,
+            axis_name=axis_name,
+            axis_boundary=axis_boundary,
+            norm_axis_names=norm_axis_names,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -172,6 +188,9 @@ def muon(
     variant: Variant = "standard",
     norm_scope: NormScope = "param",
     strict: bool = True,
+    axis_name: Hashable | None = None,
+    axis_boundary: Boundary = "couple",
+    norm_axis_names: tuple[Hashable, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for matrices and Adam for the rest, smoothed over depth together.
 
@@ -196,8 +215,8 @@ def muon(
       muon_weight_dimension_numbers: a tree like the parameters of
         `optax.contrib.MuonDimensionNumbers`, None for a leaf that goes to Adam; or a
         function of the parameters that returns it. None derives it from `depth`.
-      radius: as in `smooth_over_depth`, and so are `variant`, `norm_scope` and
-        `strict`.
+      radius: as in `smooth_over_depth`, and so are `variant`, `norm_scope`, `strict`,
+        `axis_name`, `axis_boundary` and `norm_axis_names`.
 
     Returns:
       The optimizer.
@@ -277,6 +296,9 @@ def muon(
             variant=variant,
             norm_scope=norm_scope,
             strict=strict,
+            axis_name=axis_name,
+            axis_boundary=axis_boundary,
+            norm_axis_names=norm_axis_names,
         ),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),

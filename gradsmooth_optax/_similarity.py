@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._groups import Group
-from gradsmooth_optax._neighbors import scaled_arrays
+from gradsmooth_optax._neighbors import has_neighbor, scaled_arrays
 from gradsmooth_optax._norms import (
     Arrays,
     Names,
@@ -146,9 +146,13 @@ def _weights_to_next(
 
 def _pairs(group: Group, m: int) -> Names:
     """(layer, next layer) of every slot of member m, None where there is no next."""
-    position, length = group.positions(m)
-    has_next = (position + 1 < length).ravel()
-    return tuple(
-        (group.layers[rank], group.layers[rank + 1]) if has else None
-        for rank, has in zip(group.ranks[m].ravel(), has_next, strict=True)
-    )
+    whole, size = group.whole, group.members[m].layers.size
+    names: list[tuple[int, int] | None] = [None] * size
+    for stage, i in enumerate(range(m, len(whole.members), len(group.members))):
+        has_next = has_neighbor(whole, i, 1).ravel()
+        for slot, rank in enumerate(whole.ranks[i].ravel()):
+            if has_next[slot] and names[slot] is None:
+                shift = stage * group.stage_width
+                pair = whole.layers[rank] - shift, whole.layers[rank + 1] - shift
+                names[slot] = pair  # the same in every stage in which there is a next
+    return tuple(names)

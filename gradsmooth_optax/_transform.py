@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import optax
 
 from gradsmooth_optax._apply import Variant, apply_operator
 from gradsmooth_optax._groups import (
+    Group,
+    Grouping,
     check_structure,
     group_by_depth,
 )
@@ -18,7 +21,10 @@ from gradsmooth_optax._norms import NormScope
 from gradsmooth_optax._operators import Operator, as_operator, check_choice, check_flag
 from gradsmooth_optax._smoothers import window
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+from gradsmooth_optax._stages import split_over
 from gradsmooth_optax._suspicions import warn_of_suspicions
+
+Boundary: TypeAlias = Literal["couple", "stage"]
 
 
 class DepthSmoothingState(NamedTuple):
@@ -51,6 +57,9 @@ def smooth_over_depth(
     variant: Variant = "standard",
     norm_scope: NormScope = "param",
     strict: bool = True,
+    axis_name: Hashable | None = None,
+    axis_boundary: Boundary = "couple",
+    norm_axis_names: tuple[Hashable, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Window Smoothing: couples the updates of neighboring layers.
 
@@ -89,6 +98,18 @@ def smooth_over_depth(
         or if leaves of one `scanned` hold different numbers of layers, and a warning
         if layers are probably not coupled, or not with their neighbors. False makes a
         gap a boundary that is not coupled across.
+      axis_name: inside `jax.shard_map` or `jax.pmap`, the mesh axis over which the
+        layers of all matched stacks are split: stage s holds the s-th part of each
+        stack, under the layer numbers of stage 0. Neighbors are by true depth: a stage
+        of a circular pipeline holds several blocks of layers, told by their numbers.
+        `radius` layers at each end of a stage are exchanged with the stages beside.
+        Under plain `jit` leave it out, however the updates are sharded.
+      axis_boundary: whether layers "couple" across stages, or only inside a "stage".
+      norm_axis_names: inside `jax.shard_map`, the mesh axes over which other axes of
+        the matched leaves are split by hand. Squares are summed over those along which
+        a leaf varies, as `shard_map` knows; with `check_vma=False` over all of them,
+        which counts a leaf that is not split as often as there are devices. Left out,
+        the norms and cosines of such leaves are those of each device's part alone.
 
     Returns:
       A transformation with `optax.EmptyState()`, or `DepthSmoothingState` where
@@ -118,7 +139,14 @@ def smooth_over_depth(
     """
     operator = window(alpha, 1 if radius is None else radius)
     return apply_over_depth(
-        depth, operator, variant=variant, norm_scope=norm_scope, strict=strict
+        depth,
+        operator,
+        variant=variant,
+        norm_scope=norm_scope,
+        strict=strict,
+        axis_name=axis_name,
+        axis_boundary=axis_boundary,
+        norm_axis_names=norm_axis_names,
     )
 
 
@@ -129,6 +157,9 @@ def apply_over_depth(
     variant: Variant = "standard",
     norm_scope: NormScope = "param",
     strict: bool = True,
+    axis_name: Hashable | None = None,
+    axis_boundary: Boundary = "couple",
+    norm_axis_names: tuple[Hashable, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Depth-wise Gradient Augmentation: applies any operator along depth.
 
@@ -139,14 +170,16 @@ def apply_over_depth(
     one as one matmul over all layers (and `window` on one leaf per layer always as
     shifts). The matmul needs a copy of the role's updates, spreads a non-finite update
     to all layers, and where the layer axis is sharded gathers it: its result may come
-    back replicated over the devices.
+    back replicated over the devices. With an `axis_name` the operator must be banded,
+    with a radius of at most the layers of one stage; it is then always shifted copies.
 
     Args:
       depth: where depth is, as in `smooth_over_depth`.
       operator: an operator such as `window(0.1)`, or a function num_layers -> (L, L).
       variant: as in `smooth_over_depth`.
       norm_scope: as in `smooth_over_depth`.
-      strict: as in `smooth_over_depth`.
+      strict: as in `smooth_over_depth`, and so are `axis_name`, `axis_boundary` and
+        `norm_axis_names`.
 
     Returns:
       A transformation with `optax.EmptyState()`, or `DepthSmoothingState` where a
@@ -175,12 +208,14 @@ def apply_over_depth(
     check_choice("variant", variant, get_args(Variant))
     check_choice("norm_scope", norm_scope, get_args(NormScope))
     check_flag("strict", strict)
+    _check_mesh_axes(axis_name, axis_boundary, norm_axis_names)
 
     def init_fn(params):
         # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.
         grouping = group_by_depth(spec, params)
-        check_structure(grouping, strict)
-        if strict:
+        # With an `axis_name` they may be those of one stage or of all.
+        check_structure(grouping, strict, gaps=axis_name is None)
+        if strict and axis_name is None:
             warn_of_suspicions(grouping)
         if operator.scheduled:
             return DepthSmoothingState(jnp.zeros([], jnp.int32))
@@ -190,18 +225,62 @@ def apply_over_depth(
         del params, extra_args
         # Grouped anew: paths and masks may differ from those of the parameters.
         grouping = group_by_depth(spec, updates)
-        check_structure(grouping, strict)
         resolved = operator
         if operator.scheduled:
             resolved = operator.at(state.count)
             state = DepthSmoothingState(optax.safe_increment(state.count))
+        groups = _groups_on_mesh(
+            grouping, strict, axis_name, axis_boundary, norm_axis_names
+        )
         if resolved.is_identity:
             return updates, state
-        leaves = grouping.leaves
-        new = apply_operator(grouping.groups, leaves, resolved, variant, norm_scope)
+        new = apply_operator(groups, grouping.leaves, resolved, variant, norm_scope)
         return grouping.replaced(new), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _groups_on_mesh(
+    grouping: Grouping,
+    strict: bool,
+    axis_name: Hashable | None,
+    axis_boundary: Boundary,
+    norm_axis_names: tuple[Hashable, ...],
+) -> list[Group]:
+    """The groups that are coupled, as the mesh axes split them; structure errors."""
+    over_stages = grouping
+    if axis_name is not None and grouping.groups:
+        over_stages = split_over(grouping, axis_name)
+    check_structure(over_stages, strict)
+    coupled = over_stages if axis_boundary == "couple" else grouping
+    return [
+        dataclasses.replace(group, norm_axes=norm_axis_names)
+        for group in coupled.groups
+    ]
+
+
+def _check_mesh_axes(axis_name: Any, axis_boundary: Any, norm_axis_names: Any) -> None:
+    check_choice("axis_boundary", axis_boundary, get_args(Boundary))
+    if isinstance(axis_name, list | tuple | set):
+        raise TypeError(
+            f"`axis_name` must be the name of one mesh axis, but is {axis_name!r}. "
+            f"Write `axis_name='stage'`."
+        )
+    if axis_name is None and axis_boundary != "couple":
+        raise ValueError(
+            f"`axis_boundary={axis_boundary!r}` needs the mesh axis over which depth "
+            f"is split: write `axis_name='stage'` as well."
+        )
+    if not isinstance(norm_axis_names, tuple | list):
+        raise TypeError(
+            f"`norm_axis_names` must be a tuple of names of mesh axes, but is "
+            f"{norm_axis_names!r}. Write `norm_axis_names=({norm_axis_names!r},)`."
+        )
+    if axis_name is not None and axis_name in norm_axis_names:
+        raise ValueError(
+            f"`norm_axis_names` holds {axis_name!r}, which is the `axis_name` that "
+            f"depth is split over. A layer is on one of its devices: leave it out."
+        )
 
 
 def with_depth_smoothing(
@@ -213,6 +292,9 @@ def with_depth_smoothing(
     variant: Variant = "standard",
     norm_scope: NormScope = "param",
     strict: bool = True,
+    axis_name: Hashable | None = None,
+    axis_boundary: Boundary = "couple",
+    norm_axis_names: tuple[Hashable, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Smooths what `inner` produces and keeps its state as it is.
 
@@ -229,7 +311,8 @@ def with_depth_smoothing(
       radius: as in `smooth_over_depth`.
       variant: as in `smooth_over_depth`.
       norm_scope: as in `smooth_over_depth`.
-      strict: as in `smooth_over_depth`.
+      strict: as in `smooth_over_depth`, and so are `axis_name`, `axis_boundary` and
+        `norm_axis_names`.
 
     Returns:
       A transformation with the state of `inner`, or `WithDepthSmoothingState` where
@@ -265,6 +348,9 @@ def with_depth_smoothing(
         variant=variant,
         norm_scope=norm_scope,
         strict=strict,
+        axis_name=axis_name,
+        axis_boundary=axis_boundary,
+        norm_axis_names=norm_axis_names,
     )
     scheduled = callable(alpha)
 
