@@ -23,6 +23,7 @@ from gradsmooth_optax._norms import (
 )
 from gradsmooth_optax._operators import Matrix, Operator
 from gradsmooth_optax._precision import in_dtype, widened
+from gradsmooth_optax._sharding import anchored, like, whole_along
 from gradsmooth_optax._similarity import SimilarityWindow, couple_by_similarity
 from gradsmooth_optax._stages import with_halos
 from gradsmooth_optax.controls import NormMatched
@@ -86,8 +87,20 @@ def with_neighbors(groups: Sequence[Group]) -> list[Group]:
 
 
 def arrays_of(groups: Sequence[Group], leaves: Sequence[Any]) -> Arrays:
-    """The leaves of every group's members."""
-    return [[jnp.asarray(leaves[m.leaf]) for m in group.members] for group in groups]
+    """The leaves of every group's members, those that are stacked behind a barrier.
+
+    Behind it an update is computed once and not again for each shifted copy. And the
+    partitioner is free to split it as the result is: it computes wrong numbers for the
+    negative padding of an array that has to be replicated where the result is split.
+    """
+    return [
+        [
+            lax.optimization_barrier(x) if member.axes else x
+            for member in group.members
+            for x in [jnp.asarray(leaves[member.leaf])]
+        ]
+        for group in groups
+    ]
 
 
 def rounded(groups: Sequence[Group], xs: Arrays, ys: Arrays) -> dict[int, jax.Array]:
@@ -275,14 +288,12 @@ def _matmul(
         s = jnp.asarray(matrix).astype(us[0].dtype).reshape(sizes + sizes)
         contracted = (tuple(range(k, 2 * k)), member.axes)
         out = jnp.tensordot(s, us[0], contracted, precision=lax.Precision.HIGHEST)
-        return [jnp.moveaxis(out, tuple(range(k)), member.axes)]
+        return [anchored(jnp.moveaxis(out, tuple(range(k)), member.axes), us[0])]
+    layers = [_layers_first(u, m) for u, m in zip(us, group.members, strict=True)]
+    stacked = jnp.concatenate([like(of_leaf, layers[0]) for of_leaf in layers])
     # The barriers keep the compiler from making a product of its own for each leaf,
     # which reads all of them again.
-    stacked = lax.optimization_barrier(
-        jnp.concatenate(
-            [_layers_first(u, m) for u, m in zip(us, group.members, strict=True)]
-        )
-    )
+    stacked = lax.optimization_barrier(stacked)
     s = _over_all_slots(group, matrices).astype(stacked.dtype)
     product = jnp.tensordot(s, stacked, axes=1, precision=lax.Precision.HIGHEST)
     product = lax.optimization_barrier(product)
@@ -291,12 +302,14 @@ def _matmul(
         stop = start + member.layers.size
         depth_axes = tuple(range(len(member.axes)))
         out = product[start:stop].reshape(member.layers.shape + group.shape)
-        outs.append(jnp.moveaxis(out, depth_axes, member.axes).reshape(u.shape))
+        out = jnp.moveaxis(out, depth_axes, member.axes).reshape(u.shape)
+        outs.append(like(out, u))
         start = stop
     return outs
 
 
 def _layers_first(u: jax.Array, member: Member) -> jax.Array:
+    u = whole_along(u, member.axes)
     u = jnp.moveaxis(u, member.axes, tuple(range(len(member.axes))))
     return u.reshape(member.layers.size, *u.shape[len(member.axes) :])
 

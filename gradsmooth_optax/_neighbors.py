@@ -18,6 +18,7 @@ from jax import lax
 
 from gradsmooth_optax._groups import Group, Member
 from gradsmooth_optax._precision import widened
+from gradsmooth_optax._sharding import like, whole_along
 
 Index: TypeAlias = tuple[int, ...]
 
@@ -117,6 +118,7 @@ def assemble(
       arrays: per member, of the leaf's rank, with all slots along its depth axes.
     """
     placed = [_place(arrays[piece.member], group, m, piece) for piece in pieces]
+    placed = [like(part, arrays[m]) for part in placed]
     return sum(placed[1:], placed[0])  # they do not overlap
 
 
@@ -172,6 +174,7 @@ def _shifts_as_a_whole(source: Member, receiver: Member, piece: Piece) -> bool:
 
 def _cut_out(x: jax.Array, source: Member, receiver: Member, piece: Piece) -> jax.Array:
     """The box alone, with its slots along the receiver's axes."""
+    x = whole_along(x, source.axes)
     for axis, start, stop in zip(source.axes, piece.start, piece.stop, strict=True):
         x = lax.slice_in_dim(x, start, stop, axis=axis)
     if len(source.axes) == len(receiver.axes):

@@ -13,6 +13,7 @@ import numpy as np
 from gradsmooth_optax._groups import Group
 from gradsmooth_optax._mesh import summed_over
 from gradsmooth_optax._precision import num_bits, widened
+from gradsmooth_optax._sharding import replicated
 
 NormScope: TypeAlias = Literal["param", "block"]
 Arrays: TypeAlias = list[list[jax.Array]]  # one per member, per group
@@ -89,7 +90,7 @@ def summed_by_name(
     totals: dict[tuple[Hashable, Names], jax.Array] = {}
     for group, of_group, named in zip(groups, arrays, names, strict=True):
         for array, of_member in zip(of_group, named, strict=True):
-            vector = array.astype(widest).reshape(len(of_member))
+            vector = replicated(array).astype(widest).reshape(len(of_member))
             is_in = np.array([name is not None for name in of_member])
             if not is_in.all():
                 vector = jnp.where(is_in, vector, jnp.zeros_like(vector))
@@ -98,7 +99,10 @@ def summed_by_name(
     totals = _with_overlaps(totals)
     return [
         [
-            totals[group.stack, of_member].astype(array.dtype).reshape(array.shape)
+            # Before and after the sum, or all leaves would be split as one of them is.
+            replicated(totals[group.stack, of_member].reshape(array.shape)).astype(
+                array.dtype
+            )
             for array, of_member in zip(of_group, named, strict=True)
         ]
         for group, of_group, named in zip(groups, arrays, names, strict=True)

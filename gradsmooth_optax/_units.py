@@ -14,6 +14,7 @@ from gradsmooth_optax._groups import Group
 from gradsmooth_optax._neighbors import has_neighbor
 from gradsmooth_optax._norms import Arrays, inner_products
 from gradsmooth_optax._precision import num_bits
+from gradsmooth_optax._sharding import replicated
 
 Per: TypeAlias = Literal["stack", "role", "layer"]
 
@@ -74,7 +75,7 @@ class Units:
         vectors = {n: jnp.zeros(s, dtype) for n, s in self.shapes.items() if s}
         for group, name, of_group in zip(self.groups, self.names, numbers, strict=True):
             for m, number in enumerate(of_group):
-                slots, chosen = number.astype(dtype), is_in(group, m)
+                slots, chosen = replicated(number).astype(dtype), is_in(group, m)
                 if not chosen.all():
                     mask = group.members[m].along(chosen, slots.ndim)
                     slots = jnp.where(mask, slots, jnp.zeros_like(slots))
