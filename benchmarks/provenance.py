@@ -1,5 +1,6 @@
 """What a result depends on besides its options: versions, commit, machine, date."""
 
+import contextlib
 import datetime
 import os
 import platform
@@ -10,13 +11,19 @@ from typing import Any
 
 import jax
 
-_PACKAGES = ("gradsmooth_optax", "jax", "jaxlib", "optax", "flax", "numpy")
+_PACKAGES = (
+    *("gradsmooth_optax", "jax", "jaxlib", "optax", "flax", "numpy"),
+    *("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
+)
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that make the numbers."""
-    installed = {name: metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **installed}
+    """Returns the versions of Python and of the packages here that make the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def provenance() -> dict[str, Any]:

@@ -22,18 +22,19 @@ from gradsmooth_optax._norms import (
     squared_norms,
 )
 from gradsmooth_optax._operators import Matrix, Operator
+from gradsmooth_optax._pairs import Scales
 from gradsmooth_optax._precision import in_dtype, widened
 from gradsmooth_optax._sharding import anchored, like, whole_along
 from gradsmooth_optax._similarity import SimilarityWindow, couple_by_similarity
 from gradsmooth_optax._stages import with_halos
 from gradsmooth_optax.controls import NormMatched
 
-Scales: TypeAlias = Sequence[list[jax.Array] | None]
 Variant: TypeAlias = Literal["standard", "norm_preserving", "directional"]
 
-# On a stacked leaf a band of up to this many neighbors on each side is cheaper as
-# shifts, a wider one as a matmul.
+# A band of up to this many neighbors on each side is cheaper as shifts, a wider one as
+# a matmul: on a stacked leaf, and where a layer has a leaf of its own.
 _WIDEST_SHIFTED_BAND = 3
+_WIDEST_SHIFTED_BAND_OF_LEAVES = 6
 
 
 def apply_operator(
@@ -165,13 +166,13 @@ def _couple(
     weights = operator.side_weights()
     if weights is not None:
         weights = weights[: lengths[-1] - 1]
-        if len(weights) <= _WIDEST_SHIFTED_BAND or not _is_one_stacked_leaf(group):
+        if len(weights) <= _widest_shifted_band(group):
             around = _Surroundings.of(group, len(weights), xs, scales)
             return [_shift_and_add(around, m, weights) for m in range(len(xs))]
     matrices = {n: _matrix(group.whole, n, matrix_of) for n in lengths}
     offsets = _offsets(operator, matrices)
     radius = max(map(abs, offsets), default=0)
-    if radius > _WIDEST_SHIFTED_BAND and group.stages is None:
+    if radius > _widest_shifted_band(group):
         return _matmul(group, matrices, xs, scales)
     around = _Surroundings.of(group, radius, xs, scales)
     return [_weighted_sum(around, m, matrices, offsets) for m in range(len(xs))]
@@ -353,8 +354,16 @@ def _offsets(operator: Operator, matrices: dict[int, Matrix]) -> list[int]:
     ]
 
 
+def _widest_shifted_band(group: Group) -> int:
+    if group.stages is not None:
+        return group.whole.num_layers  # a matmul would need the layers of all stages
+    if _is_one_stacked_leaf(group):
+        return _WIDEST_SHIFTED_BAND
+    return _WIDEST_SHIFTED_BAND_OF_LEAVES
+
+
 def _is_one_stacked_leaf(group: Group) -> bool:
     """Whether one leaf holds the whole group, in order, as a single run."""
-    if len(group.members) > 1 or len(group.runs) > 1 or group.stages is not None:
+    if len(group.members) > 1 or len(group.runs) > 1:
         return False
     return bool((group.ranks[0].ravel() == np.arange(group.num_layers)).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._apply import arrays_of, coupled, rounded, with_neighbors
@@ -216,7 +217,7 @@ def _orthogonal(units: Units, vs: Arrays, ys: Arrays) -> Arrays:
     keeps = {}
     for name, part in share.items():
         left = without_rounding(whole[name] - part * products[name], whole[name])
-        keeps[name] = (left > 0).astype(part.dtype)
+        keeps[name] = (1 / jnp.where(left > 0, 1.0, jnp.inf)).astype(part.dtype)
     return map_arrays(
         lambda v, y, b, keep: keep * (v - b * y),
         *(vs, ys, units.spread(share, vs), units.spread(keeps, vs)),

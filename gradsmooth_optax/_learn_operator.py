@@ -200,7 +200,9 @@ def learn_operator(
         units = Units.of(groups, "layer")
         xs = arrays_of(groups, grouping.leaves)
         us = map_arrays(widened, xs)
-        ys = coupled_by_pairs(groups, us, _spread(units, weights, us, width))
+        ys = coupled_by_pairs(
+            groups, us, [None] * len(us), _spread(units, weights, us, width)
+        )
         # Copies: donated twice, a buffer shared with `inner` would be an error.
         kept = map_arrays(lambda x, old: jnp.array(x, old.dtype, copy=True), xs, kept)
         updates = grouping.replaced(rounded(groups, xs, ys))
@@ -234,7 +236,9 @@ def _cosines(
     first and -Du in the second.
     """
     groups = units.groups
-    ys = coupled_by_pairs(groups, us, _spread(units, weights, us, radius))
+    ys = coupled_by_pairs(
+        groups, us, [None] * len(us), _spread(units, weights, us, radius)
+    )
     rows: dict[str, list[jax.Array]] = {stack: [] for stack in weights}
     for distance in range(1, radius + 1):
         of_u, of_g, of_y = (

@@ -44,8 +44,9 @@ def followed(
 def cosine_of(product: jax.Array, of_x: jax.Array, of_y: jax.Array) -> jax.Array:
     """⟨x, y⟩ / ‖x‖‖y‖ from the squared norms; NaN where one is 0 or not finite."""
     known = (of_x > 0) & (of_y > 0) & jnp.isfinite(of_x) & jnp.isfinite(of_y)
-    cosine = product * jax.lax.rsqrt(of_x) * jax.lax.rsqrt(of_y)
-    return jnp.where(known, cosine, jnp.nan)
+    # A division comes last, here and below: see `_norms.inverse_norm`.
+    norms = jnp.sqrt(of_x) * jnp.sqrt(of_y)
+    return product / jnp.where(known, norms, jnp.nan)
 
 
 def without_rounding(square: jax.Array, whole: jax.Array) -> jax.Array:
@@ -59,7 +60,7 @@ def without_rounding(square: jax.Array, whole: jax.Array) -> jax.Array:
 def share_of(product: jax.Array, square: jax.Array) -> jax.Array:
     """⟨v, y⟩ / ⟨y, y⟩, and 0 where y is 0."""
     zero = square == 0
-    return jnp.where(zero, 0.0, product / jnp.where(zero, 1.0, square))
+    return product / jnp.where(zero, jnp.inf, square)
 
 
 def filled(shapes: dict[str, tuple[int, ...]], value: Any, grouping: Grouping) -> Any:

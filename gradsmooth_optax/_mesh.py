@@ -31,11 +31,11 @@ def may_vary(x: Any, axis_name: Hashable) -> bool:
 
 def summed_over(axis_names: Sequence[Hashable], number: jax.Array) -> jax.Array:
     """The sum over the mesh axes along which the number may vary."""
-    for axis_name in axis_names:
-        axis_size(axis_name, "norm_axis_names")
     varying = tuple(name for name in axis_names if may_vary(number, name))
     return lax.psum(number, varying) if varying else number
 
 
 def _varying_axes(x: Any) -> frozenset:
-    return getattr(jax.typeof(x), "vma", frozenset())
+    of_x: Any = jax.typeof(x)
+    # Its name before jax 0.10 was `vma`.
+    return of_x.vma if hasattr(of_x, "vma") else of_x.manual_axis_type.varying

@@ -135,10 +135,16 @@ def _with_overlaps(
     return joined
 
 
+# In what follows a division or a root comes last: XLA:CPU computes an expensive
+# operation once, but copies a cheap one, with all that it needs, into every kernel that
+# reads it.
+
+
 def inverse_norm(squared: jax.Array) -> jax.Array:
     """1/‖u‖, and 0 where ‖u‖ is 0."""
     zero = squared == 0
-    return jnp.where(zero, 0.0, 1 / jnp.sqrt(jnp.where(zero, 1.0, squared)))
+    norm = jnp.sqrt(jnp.where(zero, 1.0, squared))
+    return 1 / jnp.where(zero, jnp.inf, norm)
 
 
 def rescaled(
@@ -153,5 +159,7 @@ def rescaled(
     before, after = (jnp.where(zero, 1.0, norm) for norm in (before, after))
     # The root of the ratio is exactly 1 for equal norms. The ratio of roots is not,
     # where the compiler makes it a product with a reciprocal root.
-    ratio = jnp.sqrt(before / after)
-    return jnp.where(zero, otherwise, ratio.astype(y.dtype) * y)
+    if otherwise is y:
+        return jnp.sqrt(before / after).astype(y.dtype) * y
+    ratio = 1 / jnp.where(zero, -1.0, jnp.sqrt(after / before))
+    return jnp.where(ratio < 0, otherwise, ratio.astype(y.dtype) * y)

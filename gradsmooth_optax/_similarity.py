@@ -27,7 +27,12 @@ from gradsmooth_optax._operators import (
     resolved,
     strength_in,
 )
-from gradsmooth_optax._pairs import at_distance, coupled_by_pairs
+from gradsmooth_optax._pairs import (
+    Scales,
+    at_distance,
+    coupled_by_pairs,
+    next_layers,
+)
 from gradsmooth_optax._precision import in_dtype
 
 
@@ -106,18 +111,18 @@ def couple_by_similarity(
     operator: SimilarityWindow,
     groups: Sequence[Group],
     xs: Arrays,
-    scales: Sequence[list[jax.Array] | None],
+    scales: Scales,
 ) -> Arrays:
     """u + Σ_k w_lk (u_k - u_l) of all groups, or that of scale · u."""
-    us = scaled_arrays(xs, scales)
-    return coupled_by_pairs(groups, us, [_weights_to_next(operator, groups, us)])
+    weights = _weights_to_next(operator, groups, xs, scales)
+    return coupled_by_pairs(groups, xs, scales, [weights])
 
 
 def _weights_to_next(
-    operator: SimilarityWindow, groups: Sequence[Group], us: Arrays
+    operator: SimilarityWindow, groups: Sequence[Group], xs: Arrays, scales: Scales
 ) -> Arrays:
     """The weight between each slot and the next layer, 0 where there is none."""
-    others = at_distance(groups, us, 1)
+    us, others = scaled_arrays(xs, scales), next_layers(groups, xs, scales)
     dots = inner_products(groups, us, others)
     squares = inner_products(groups, us, us)
     of_next = at_distance(groups, squares, 1)

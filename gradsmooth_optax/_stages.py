@@ -158,8 +158,8 @@ def with_halos(
         raise ValueError(
             f"the operator reaches {radius} layers to each side, but over "
             f"`axis_name={stages.axis_name!r}` a layer can receive only from its own "
-            f"stage and the ones beside it, which hold {width} layers each of "
-            f"{name_of(group.stack, group.role)}. Use one of a narrower band, such as "
+            f"stage and the ones beside it, with {width} layer{'s' * (width > 1)} each "
+            f"of {name_of(group.stack, group.role)}. Use one of a narrower band, such as "
             f"`window(alpha, radius={width})`; `axis_boundary='stage'`, which couples "
             f"inside of stages; or `jit` without `shard_map`."
         )

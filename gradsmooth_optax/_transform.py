@@ -17,6 +17,7 @@ from gradsmooth_optax._groups import (
     check_structure,
     group_by_depth,
 )
+from gradsmooth_optax._mesh import axis_size
 from gradsmooth_optax._norms import NormScope
 from gradsmooth_optax._operators import Operator, as_operator, check_choice, check_flag
 from gradsmooth_optax._smoothers import window
@@ -102,6 +103,8 @@ def smooth_over_depth(
         layers of all matched stacks are split: stage s holds the s-th part of each
         stack, under the layer numbers of stage 0. Neighbors are by true depth: a stage
         of a circular pipeline holds several blocks of layers, told by their numbers.
+        The layers that the tree holds are taken for all of the stage's: a last layer
+        that is masked in every role cannot be seen.
         `radius` layers at each end of a stage are exchanged with the stages beside.
         Under plain `jit` leave it out, however the updates are sharded.
       axis_boundary: whether layers "couple" across stages, or only inside a "stage".
@@ -170,8 +173,9 @@ def apply_over_depth(
     one as one matmul over all layers (and `window` on one leaf per layer always as
     shifts). The matmul needs a copy of the role's updates, spreads a non-finite update
     to all layers, and where the layer axis is sharded gathers it: its result may come
-    back replicated over the devices. With an `axis_name` the operator must be banded,
-    with a radius of at most the layers of one stage; it is then always shifted copies.
+    back replicated over the devices. Where layers couple across the stages of an
+    `axis_name`, the operator must be banded, with a radius of at most the layers of one
+    stage; it is then always shifted copies.
 
     Args:
       depth: where depth is, as in `smooth_over_depth`.
@@ -229,11 +233,12 @@ def apply_over_depth(
         if operator.scheduled:
             resolved = operator.at(state.count)
             state = DepthSmoothingState(optax.safe_increment(state.count))
+        if resolved.is_identity:
+            check_structure(grouping, strict, gaps=axis_name is None)
+            return updates, state
         groups = _groups_on_mesh(
             grouping, strict, axis_name, axis_boundary, norm_axis_names
         )
-        if resolved.is_identity:
-            return updates, state
         new = apply_operator(groups, grouping.leaves, resolved, variant, norm_scope)
         return grouping.replaced(new), state
 
@@ -248,13 +253,15 @@ def _groups_on_mesh(
     norm_axis_names: tuple[Hashable, ...],
 ) -> list[Group]:
     """The groups that are coupled, as the mesh axes split them; structure errors."""
+    for name in norm_axis_names:
+        axis_size(name, "norm_axis_names")
     over_stages = grouping
     if axis_name is not None and grouping.groups:
         over_stages = split_over(grouping, axis_name)
     check_structure(over_stages, strict)
     coupled = over_stages if axis_boundary == "couple" else grouping
     return [
-        dataclasses.replace(group, norm_axes=norm_axis_names)
+        dataclasses.replace(group, norm_axes=tuple(norm_axis_names))
         for group in coupled.groups
     ]
 

@@ -1,9 +1,7 @@
-"""The benchmarks of operators measure what they say, and their tables show it."""
+"""The benchmark of adaptive operators measures what it says, and its table shows it."""
 
-import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,11 +9,10 @@ import pytest
 
 pytest.importorskip("flax")
 
-from benchmarks import adaptive, operator_cost
+from benchmarks import adaptive
 from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
 from benchmarks.pretrain_options import build_parser, parse_options
 
-RESULTS = Path(__file__).parent.parent / "results"
 CONFIG, _ = parse_options(build_parser(""), [])
 TINY = dataclasses.replace(
     CONFIG,
@@ -94,23 +91,3 @@ def test_the_table_compares_at_the_best_rate_of_the_base_and_best_against_best()
     assert row[1] == "-1.7500 ± 3.1766 (2/2)"
     assert row[2].startswith("nan")  # one seed of it diverged
     assert row[3:] == ["1", "-1.0000 ± 0.0000 (2/2)"]
-
-
-def test_costs_are_measured_next_to_one_read_and_one_write():
-    options = argparse.Namespace(megabytes=1, layers=4, rounds=2)
-    ops = {"window(0.2)": operator_cost.operators()["window(0.2)"]}
-    for layout in ("stacked", "unrolled"):
-        found = operator_cost.measure(ops, options, layout)
-        assert found["window(0.2)"]["median"] > 0
-        updates = operator_cost.updates_of(1, 4, layout)
-        assert sum(x.nbytes for x in jax.tree.leaves(updates)) == 2**20
-
-
-def test_the_committed_costs_hold_every_operator_and_the_crossover():
-    report = json.loads((RESULTS / "operator_cost.json").read_text())
-    assert set(report["operators"]["stacked"]) == set(operator_cost.operators())
-    shown = operator_cost.tables(report)
-    for layers, ways in report["crossover"].items():
-        assert f"{layers} layers" in shown
-        # The library goes over to the matmul after radius 3.
-        assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]

@@ -1,0 +1,491 @@
+"""What the compilers are asked to compile, and what is asked of the result.
+
+A case is a jitted function of abstract arguments, so that nothing needs memory or the
+hardware. Each is what a user would run: one update, or a whole step whose parameters
+and state are donated.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gradsmooth_optax as gs
+from benchmarks.gpt import GPT
+from benchmarks.speed.updates import operators
+
+# The least and the most that a measure may be.
+Bar = tuple[float, float]
+
+
+class Bars(NamedTuple):
+    """What is asked of each compiler: measure -> least and most."""
+
+    tpu: Mapping[str, Bar] = {}
+    gpu: Mapping[str, Bar] = {}
+
+
+class Case(NamedTuple):
+    """Something to compile.
+
+    Attributes:
+        name: what it is.
+        function: jitted.
+        arguments: abstract, with shardings.
+        unit: bytes of updates on one device, which other bytes are measured in.
+        bars: what is asked.
+        base: name of an earlier case whose measures this one's are also divided by.
+        explained: for a measure whose bar is known to be broken, why.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple
+    unit: int
+    bars: Bars = Bars()
+    base: str | None = None
+    explained: Mapping[str, str] = {}
+
+    @property
+    def num_devices(self) -> int:
+        """Over how many devices its arguments lie."""
+        leaves = jax.tree.leaves(self.arguments)
+        return max(len(leaf.sharding.device_set) for leaf in leaves)
+
+
+class Sizes(NamedTuple):
+    """How large the cases are, which results depend on.
+
+    What fits the memory on a TPU's chip costs nothing in its main memory, and GPUs fuse
+    small arrays otherwise than large ones.
+
+    Attributes:
+        layers: of every stack; where the layer axis is sharded, each device has a
+            fourth of it.
+        width: of a stacked leaf, `(layers, width, width)`, and twice that of the
+            transformer in the steps.
+        small: layers and width of a small transformer, which GPUs fuse otherwise.
+        unrolled: layers of the cases with one leaf per layer.
+        gpt: of the whole training step, arguments of `GPT`.
+        batch: its sequences.
+    """
+
+    layers: int
+    width: int
+    small: tuple[int, int]
+    unrolled: int
+    gpt: Mapping[str, Any]
+    batch: int
+
+
+# Leaves too large for the memory on a TPU's chip. A v5e still keeps a halo there.
+FULL = Sizes(
+    layers=48,
+    width=2048,
+    small=(12, 256),
+    unrolled=24,
+    # 2.44B parameters.
+    gpt={
+        "layers": 30,
+        "width": 2560,
+        "heads": 20,
+        "vocabulary": 32768,
+        "context": 1024,
+    },
+    batch=16,
+)
+
+STACKED = gs.scanned("blocks/")
+
+_NO_BARS = Bars()
+_NOTHING: Bar = (0, 0)
+_NO_TEMPORARIES: Bar = (0, 0.005)
+# One read and one write; of the GPU compiler 1.05 of them.
+_WINDOW = Bars(
+    tpu={"bytes": (0, 2.05), "temporaries": _NO_TEMPORARIES, "collectives": _NOTHING},
+    gpu={
+        "traffic": (0, 2.1),
+        "temporaries": _NO_TEMPORARIES,
+        "kernels": (1, 1),
+        "collectives": _NOTHING,
+        "custom calls": _NOTHING,
+    },
+)
+# 7 reads and writes without smoothing; a materialized update needs 2 more.
+_ONE_UPDATE = Bars(
+    tpu={"bytes": (0, 9.2), "temporaries": (0, 0.7)},
+    gpu={"traffic / base": (0, 1.32), "custom calls": _NOTHING},
+)
+_CYCLES = (
+    "the traffic is at its floor and a barrier leaves the program as it is; the ratio "
+    "of cycles depends on the shapes, and those of the bar are not known"
+)
+
+
+def cases(devices: Sequence[Any], sizes: Sizes = FULL) -> list[Case]:
+    """Returns every case, for these devices."""
+    return [
+        *updates(devices, sizes),
+        *sharded(devices, sizes),
+        *steps(devices, sizes),
+        *training(devices, sizes),
+    ]
+
+
+def updates(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
+    """Returns one update on one device, by layout, dtype, variant and operator."""
+    on_one = _replicated(Mesh(np.array(devices[:1]), ("data",)))
+    width = sizes.width
+
+    def stacked(axis: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
+        shape = [width, width]
+        shape.insert(axis, sizes.layers)
+        return {"blocks": {"w": jax.ShapeDtypeStruct(shape, dtype, sharding=on_one)}}
+
+    usual = stacked()
+    limit = Case(
+        "limit: 0.9 u",
+        _jitted(lambda u: jax.tree.map(lambda x: 0.9 * x, u), usual),
+        (usual,),
+        _bytes_per_device(usual),
+    )
+    windows = [
+        _update(
+            f"window, axis {axis}, {jnp.dtype(dtype).name}",
+            lambda axis=axis: gs.smooth_over_depth(
+                gs.scanned("blocks/", axis=axis), 0.2
+            ),
+            stacked(axis, dtype),
+            _WINDOW,
+        )
+        for dtype in (jnp.float32, jnp.bfloat16)
+        for axis in (0, 1, 2)
+    ]
+    unrolled = _update(
+        f"window, one leaf per layer, {sizes.unrolled} × 6",
+        lambda: gs.smooth_over_depth(gs.unrolled(), 0.2),
+        _transformer(sizes, on_one, stacked=False),
+        Bars(gpu={**_WINDOW.gpu, "kernels": (1, 6)}),
+    )
+    norm_preserving = Bars(gpu={"traffic": (0, 4.2), "custom calls": _NOTHING})
+    variants = [
+        _update(
+            f"{variant}, {jnp.dtype(dtype).name}",
+            lambda variant=variant: gs.smooth_over_depth(STACKED, 0.2, variant=variant),
+            stacked(0, dtype),
+            norm_preserving if variant == "norm_preserving" else _NO_BARS,
+        )
+        for variant in ("norm_preserving", "directional")
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    every_operator = [
+        _update(
+            name,
+            lambda operator=operator: gs.apply_over_depth(STACKED, operator),
+            stacked(),
+        )
+        for name, operator in operators().items()
+    ]
+    return [limit, *windows, unrolled, *variants, *every_operator]
+
+
+def sharded(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
+    """Returns one update whose layer axis lies over all devices, and over none."""
+    mesh = Mesh(np.array(devices), ("stage",))
+    layers = max(2, sizes.layers // 4) * len(devices)
+    shape = (layers, sizes.width, sizes.width)
+
+    def leaf(*spec: str | None) -> dict[str, Any]:
+        sharding = NamedSharding(mesh, P(*spec))
+        return {
+            "blocks": {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
+        }
+
+    def halo(u: Any) -> Any:
+        tx = gs.smooth_over_depth(STACKED, 0.2, axis_name="stage")
+        each = jax.shard_map(
+            lambda u: tx.update(u, tx.init(u))[0],
+            mesh=mesh,
+            in_specs=P("stage"),
+            out_specs=P("stage"),
+        )
+        return each(u)
+
+    two: dict[str, Bar] = {"collective-permute": (2, 2), "collectives": (2, 2)}
+    two_neighbors = Bars(two, {**two, "custom calls": _NOTHING})
+    window = functools.partial(gs.smooth_over_depth, STACKED, 0.2)
+    on_layers, inside = leaf("stage"), leaf(None, "stage")
+    return [
+        _update("window, inner axis sharded", window, inside, _WINDOW),
+        _update("window, layers sharded", window, on_layers, two_neighbors),
+        Case(
+            "window, layers sharded, shard_map",
+            _jitted(halo, on_layers),
+            (on_layers,),
+            _bytes_per_device(on_layers),
+            Bars(
+                {**two, "bytes": (0, 3.8), "temporaries": (0, 0.15)}, two_neighbors.gpu
+            ),
+        ),
+        _update(
+            "norm_preserving, layers sharded",
+            functools.partial(window, variant="norm_preserving"),
+            on_layers,
+            Bars(*[{"collective-permute": (2, 2)}] * 2),
+        ),
+    ]
+
+
+def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
+    """Returns steps of optimizers on one device, without smoothing and with it."""
+    on_one = _replicated(Mesh(np.array(devices[:1]), ("data",)))
+    stacked = _transformer(sizes, on_one, stacked=True)
+    bfloat16 = _transformer(sizes, on_one, stacked=True, dtype=jnp.bfloat16)
+    few, narrow = sizes.small
+    small = _transformer(
+        sizes._replace(layers=few, width=2 * narrow), on_one, stacked=True
+    )
+    unrolled = _transformer(sizes, on_one, stacked=False)
+    smooth = functools.partial(gs.smooth_over_depth, STACKED, 0.2)
+    rate = optax.scale_by_learning_rate(1e-3)
+    adam = optax.scale_by_adam
+
+    def after(*parts: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: optax.chain(*(part() for part in parts))
+
+    def adam_then(*parts: Callable[[], Any]) -> Callable[[], Any]:
+        return after(adam, *parts, lambda: rate)
+
+    def smooth_unrolled() -> Any:
+        return gs.smooth_over_depth(gs.unrolled(), 0.2)
+
+    def at_most(cycles: float, traffic: float) -> Bars:
+        """Figures of two digits, as what was found with a barrier."""
+        return Bars(
+            tpu={"cycles / base": (0, cycles + 0.005)},
+            gpu={"traffic / base": (0, traffic + 0.005)},
+        )
+
+    def whole(make: Any, bars: Bars) -> tuple:
+        name = f"{make.__name__}(), then smoothed"
+        base = functools.partial(make, 1e-3)
+        return name, base, after(base, smooth), stacked, bars
+
+    preserving = functools.partial(smooth, variant="norm_preserving")
+    twice, twice_bars = adam_then(smooth, smooth), at_most(2.10, 1.57)
+    found = []
+    for name, make, make_smoothed, params, bars in (
+        ("Adam", adam_then(), adam_then(smooth), stacked, _ONE_UPDATE),
+        (
+            "Adam, bfloat16",
+            adam_then(),
+            adam_then(smooth),
+            bfloat16,
+            # In bfloat16 the TPU's base is not 7.
+            _ONE_UPDATE._replace(tpu={"temporaries": (0, 0.7)}),
+        ),
+        (
+            "Adam, small",
+            adam_then(),
+            adam_then(smooth),
+            small,
+            Bars(gpu=_ONE_UPDATE.gpu),
+        ),
+        (
+            "Adam, one leaf per layer",
+            adam_then(),
+            adam_then(smooth_unrolled),
+            unrolled,
+            Bars(gpu=_ONE_UPDATE.gpu),
+        ),
+        (
+            "gs.adamw",
+            lambda: optax.adamw(1e-3),
+            lambda: gs.adamw(1e-3, STACKED, 0.2, weight_decay=1e-4),
+            stacked,
+            _ONE_UPDATE,
+        ),
+        (
+            "Adam, norm-preserving",
+            adam_then(),
+            adam_then(preserving),
+            stacked,
+            _NO_BARS,
+        ),
+        ("Adam, smoothed twice", adam_then(), twice, stacked, twice_bars),
+        (
+            "Adam, smoothed twice, small",
+            adam_then(),
+            twice,
+            small,
+            Bars(gpu=twice_bars.gpu),
+        ),
+        whole(optax.adamw, at_most(1.68, 1.43)),
+        whole(optax.lion, at_most(1.96, 1.60)),
+        whole(optax.rmsprop, at_most(1.77, 1.40)),
+    ):
+        base = f"step, {name}: base"
+        explained = {"cycles / base": _CYCLES} if "cycles / base" in bars.tpu else {}
+        found += [
+            _step(base, make, params),
+            _step(f"step, {name}", make_smoothed, params, bars, base, explained),
+        ]
+    permuted = "step, Adam, results in another order"
+    return [
+        *found,
+        _step(f"{permuted}: base", adam_then(), stacked, in_order=False),
+        _step(
+            permuted,
+            adam_then(smooth),
+            stacked,
+            base=f"{permuted}: base",
+            in_order=False,
+        ),
+    ]
+
+
+def training(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
+    """Returns a whole training step of a GPT, its parameters over all devices."""
+    mesh = Mesh(np.array(devices), ("data",))
+    model = GPT(**sizes.gpt, remat=True, dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct(
+        (sizes.batch, sizes.gpt["context"]),
+        jnp.int32,
+        sharding=NamedSharding(mesh, P("data")),
+    )
+
+    def laid_out(leaf: Any) -> Any:
+        """The last axis of every matrix over all devices, which is never the layers."""
+        spec = P(*[None] * (leaf.ndim - 1), "data") if leaf.ndim > 1 else P()
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), "i4"))
+    )
+    params = jax.tree.map(laid_out, shapes["params"])
+
+    def loss_of(params: Any, tokens: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, tokens)
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits[:, :-1], tokens[:, 1:]
+        ).mean()
+
+    def case(
+        name: str, tx: Any, bars: Bars = _NO_BARS, base: str | None = None
+    ) -> Case:
+        state = jax.tree.map(laid_out, jax.eval_shape(tx.init, params))
+
+        def step(params: Any, state: Any, tokens: jax.Array) -> tuple:
+            loss, gradients = jax.value_and_grad(loss_of)(params, tokens)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+        function = jax.jit(
+            step,
+            donate_argnums=(0, 1),
+            out_shardings=(*shardings, _replicated(mesh)),
+        )
+        unit = _bytes_per_device(params)
+        return Case(name, function, (params, state, tokens), unit, bars, base)
+
+    base = "training step of a GPT: base"
+    same = Bars(*[{"collectives / base": (1.0, 1.0)}] * 2)
+    return [
+        case(base, optax.adamw(1e-3)),
+        case("training step of a GPT", gs.adamw(1e-3, STACKED, 0.2), same, base),
+    ]
+
+
+def _update(
+    name: str, make: Callable[[], Any], updates: Any, bars: Bars = _NO_BARS
+) -> Case:
+    """The case of one update by the transformation that `make` makes."""
+
+    def update(updates: Any) -> Any:
+        tx = make()
+        return tx.update(updates, tx.init(updates))[0]
+
+    unit = _bytes_per_device(updates)
+    return Case(name, _jitted(update, updates), (updates,), unit, bars)
+
+
+def _step(
+    name: str,
+    make: Callable[[], Any],
+    params: Any,
+    bars: Bars = _NO_BARS,
+    base: str | None = None,
+    explained: Mapping[str, str] = {},
+    *,
+    in_order: bool = True,
+) -> Case:
+    """The case of an optimizer's step, with the parameters and the state donated.
+
+    With `in_order` the results come in the order of the arguments that they overwrite.
+    Else each takes the memory of another one of its shape, which may still be needed:
+    the compilers then copy.
+    """
+    tx = make()
+    (sharding,) = {leaf.sharding for leaf in jax.tree.leaves(params)}
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+    )
+
+    def step(params: Any, state: Any, gradients: Any) -> tuple:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def permuted(gradients: Any, state: Any, params: Any) -> tuple:
+        return step(params, state, gradients)
+
+    chosen, donated = (step, (0, 1)) if in_order else (permuted, (1, 2))
+    function = jax.jit(chosen, donate_argnums=donated, out_shardings=sharding)
+    unit = _bytes_per_device(params)
+    return Case(name, function, (params, state, params), unit, bars, base, explained)
+
+
+def _transformer(
+    sizes: Sizes, sharding: Any, *, stacked: bool, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """The matrices of a transformer, stacked or with one leaf per layer."""
+    d = sizes.width // 2
+    roles = dict.fromkeys(("query", "key", "value", "out"), (d, d))
+    roles |= {"mlp_in": (d, 4 * d), "mlp_out": (4 * d, d)}
+
+    def leaves(*leading: int) -> dict[str, Any]:
+        return {
+            role: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+            for role, shape in roles.items()
+        }
+
+    if stacked:
+        return {"blocks": leaves(sizes.layers)}
+    return {f"layers_{i}": leaves() for i in range(sizes.unrolled)}
+
+
+def _jitted(function: Callable, updates: Any) -> Any:
+    shardings = jax.tree.map(lambda x: x.sharding, updates)
+    return jax.jit(function, out_shardings=shardings)
+
+
+def _replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,242 @@
+"""What the compile benchmarks count, ask and report, without their compilers."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("flax")
+
+from benchmarks import gpu_compile, provenance, tpu_compile
+from benchmarks.compilers import hlo
+from benchmarks.compilers import report as compile_report
+from benchmarks.compilers.cases import Bars, Case, Sizes, cases
+
+RESULTS = Path(__file__).parent.parent / "results"
+TINY = Sizes(
+    layers=4,
+    width=8,
+    small=(3, 4),
+    unrolled=3,
+    gpt={"layers": 3, "width": 8, "heads": 2, "vocabulary": 16, "context": 8},
+    batch=2,
+)
+NAMES = [case.name for case in cases(jax.devices()[:1], TINY)]
+
+# 48 bytes per array; the fusion reads `a` twice and keeps one result on the chip.
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%inside (p: f32[3,4]) -> f32[3,4] {
+  %p = f32[3,4]{1,0} parameter(0)
+  ROOT %m = f32[3,4]{1,0:T(8,128)} multiply(%p, %p)
+}
+
+%body (q: f32[3,4]) -> f32[3,4] {
+  %q = f32[3,4]{1,0} parameter(0)
+  ROOT %ar = f32[3,4]{1,0} all-reduce(%q), to_apply=%sum
+}
+
+ENTRY %main.2 (a: f32[3,4], b: bf16[3,4]) -> (f32[3,4], f32[3,4]) {
+  %a = f32[3,4]{1,0:T(8,128)} parameter(0), metadata={op_name="u[\\'b\\'](x)"}
+  %b = bf16[3,4]{1,0} parameter(1)
+  %zero = f32[] constant(0)
+  %bc = f32[3,4]{1,0} bitcast(%a)
+  %fused.1 = (f32[3,4]{1,0}, /*index=1*/f32[3,4]{1,0:S(1)}) fusion(%a, %bc, %b), backend_config={"estimated_cycles":"700"}
+  %first = f32[3,4]{1,0} get-tuple-element(%fused.1), index=0
+  %second = f32[3,4]{1,0:S(1)} get-tuple-element(%fused.1), index=1
+  %cps = (f32[3,4]{1,0}, f32[3,4]{1,0}, u32[], u32[]) collective-permute-start(%first)
+  %cpd = f32[3,4]{1,0} collective-permute-done(%cps)
+  %cp.sync = f32[3,4]{1,0} collective-permute(%cpd), source_target_pairs={{1,0}}
+  %f2 = f32[3,4]{1,0} fusion(%cp.sync, %second), backend_config={"estimated_cycles":"30"}
+  %call = f32[3,4]{1,0} custom-call(%f2), custom_call_target="gemm"
+  ROOT %out = (f32[3,4]{1,0}, f32[3,4]{1,0}) tuple(%call, %first)
+}
+"""  # noqa: E501
+
+
+def test_every_kernel_counts_its_unique_operands_and_its_results_once():
+    assert [kernel.name for kernel in hlo.kernels(PROGRAM)] == [
+        *("fused.1", "cps", "cp.sync", "f2", "call"),
+    ]
+    fused = 48 + 24 + 48  # `a` once, `b`, and the result that is not on the chip
+    start = 48 + 48 + 8  # its tuple repeats the operand
+    sync, second, call = 48 + 48, 48 + 48, 48 + 48
+    assert hlo.traffic(PROGRAM) == fused + start + sync + second + call
+
+
+def test_collectives_count_as_pairs_and_in_the_bodies_of_loops_too():
+    assert hlo.collectives(PROGRAM) == {"all-reduce": 1, "collective-permute": 2}
+
+
+def test_custom_calls_and_cycles_are_read_from_the_program():
+    assert hlo.custom_calls(PROGRAM) == 1
+    assert hlo.cycles(PROGRAM) == 730
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("f32[3,4]{1,0:T(8,128)}", 48),
+        ("f32[3,4]{1,0:T(8,128)S(1)}", 0),
+        ("(f32[2]{0}, s32[], pred[5]{0})", 17),
+        ("bf16[3]", 6),
+        ("f8e4m3fn[3]", 3),
+        ("s4[6]", 3),
+        ("token[]", 0),
+    ],
+)
+def test_sizes_are_those_in_main_memory(text, size):
+    assert hlo.num_bytes(text) == size
+
+
+def test_the_count_agrees_with_a_program_compiled_here():
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    text = jax.jit(lambda x: 2 * jnp.sin(x)).lower(x).compile().as_text()
+    assert hlo.traffic(text) == 2 * 64 * 32 * 4
+    assert hlo.collectives(text) == {}
+
+
+def test_names_of_cases_are_their_own_and_every_base_comes_first():
+    assert len(set(NAMES)) == len(NAMES)
+    for i, case in enumerate(cases(jax.devices()[:1], TINY)):
+        assert case.base is None or case.base in NAMES[:i]
+    assert set(compile_report.QUICK) <= set(NAMES)
+
+
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def test_every_case_lowers(index):
+    case = cases(jax.devices()[:1], TINY)[index]
+    lowered = case.function.lower(*case.arguments)
+    # The results overwrite all that they may: parameters and state, or nothing.
+    donated = [x.donated for x in jax.tree.leaves(lowered.args_info)]
+    is_step = "step" in case.name
+    assert any(donated) == is_step
+    assert case.unit > 0
+    assert case.num_devices == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "in_order"),
+    [("step, Adam", True), ("step, Adam, results in another order", False)],
+    ids=["in order", "in another order"],
+)
+def test_results_overwrite_their_own_arguments_unless_in_another_order(name, in_order):
+    (case,) = (case for case in cases(jax.devices()[:1], TINY) if case.name == name)
+    lowered = case.function.lower(*case.arguments).as_text()
+    overwritten = [int(n) for n in re.findall(r"tf.aliasing_output = (\d+)", lowered)]
+    num_results = len(jax.tree.leaves(case.arguments[:2]))
+    assert sorted(overwritten) == list(range(num_results))
+    assert (overwritten == sorted(overwritten)) == in_order
+
+
+def _case(name, function, bars, base=None, explained=None):
+    x = jax.ShapeDtypeStruct((4,), jnp.float32)
+    x = x.update(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    jitted = jax.jit(function)
+    return Case(name, jitted, (x,), 16, bars, base, explained or {})
+
+
+def _refused(x):
+    raise TypeError("too many\nlines")
+
+
+def _measure(compiled, case):
+    return {"bytes": 2.0 if case.base is None else 3.0, "collectives": 0}
+
+
+def _cases(devices):
+    at_most = Bars(tpu={"bytes": (0, 2.05)})
+    return [
+        _case("base", jnp.sin, at_most),
+        _case("slow", jnp.sin, Bars(tpu={"bytes / base": (0, 1.4)}), "base"),
+        _case(
+            "known",
+            jnp.sin,
+            Bars(tpu={"bytes": (0, 1.0)}),
+            explained={"bytes": "it is so"},
+        ),
+        _case("refused", _refused, at_most),
+        _case("unmeasured", jnp.sin, Bars(tpu={"kernels": (1, 1)})),
+    ]
+
+
+def _run(tmp_path, monkeypatch, *arguments):
+    monkeypatch.setattr(compile_report, "cases", _cases)
+    parser = compile_report.build_parser("test", None, ["here"])
+    out = tmp_path / "report.json"
+    options = parser.parse_args(["--out", str(out), *arguments])
+    status = compile_report.run(
+        "test", "tpu", options, ["here"], lambda topology: jax.devices()[:1], _measure
+    )
+    return status, json.loads(out.read_text())
+
+
+def test_broken_bars_and_refusals_are_shown_and_exit_with_1(
+    tmp_path, monkeypatch, capsys
+):
+    status, report = _run(tmp_path, monkeypatch)
+    assert status == 1
+    found = report["topologies"]["here"]["cases"]
+    rows = compile_report.table(found).splitlines()
+    cells = {
+        row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
+        for row in rows
+        if row.startswith("|")
+    }
+    assert cells["base"][0] == "2.00 (≤ 2.05)"
+    assert {name: row[-1] for name, row in cells.items()} == {
+        "case": "holds",
+        "-" * 10: "-" * 8 + ":",
+        "base": "yes",
+        "slow": "NO",
+        "known": "explained",
+        "refused": "refused",
+        "unmeasured": "NO",
+    }
+    assert "!1.50 (≤ 1.4)" in cells["slow"]
+    assert "refused: refused: TypeError: too many" in rows
+    assert "explained: known, bytes: it is so" in rows
+    shown = capsys.readouterr().out
+    assert "3 broken bars" in shown
+    assert "here, slow: bytes / base 1.50, asked: ≤ 1.4" in shown
+
+
+def test_the_status_is_0_where_all_bars_hold(tmp_path, monkeypatch):
+    assert _run(tmp_path, monkeypatch, "--only", "base")[0] == 0
+    assert _run(tmp_path, monkeypatch, "--only", "known")[0] == 0
+
+
+def test_nothing_chosen_or_a_topology_that_is_not_offered_exits_with_1(
+    tmp_path, monkeypatch
+):
+    def devices_of(topology):
+        raise ValueError("no such topology")
+
+    options = compile_report.build_parser("test", None, ["here"])
+    asked = options.parse_args(["--topology", "there"])
+    assert compile_report.run("test", "tpu", asked, [], devices_of, _measure) == 1
+    assert _run(tmp_path, monkeypatch, "--only", "no such case")[0] == 1
+
+
+def test_packages_that_are_not_installed_are_left_out(monkeypatch):
+    monkeypatch.setattr(provenance, "_PACKAGES", ("jax", "no-such-package"))
+    assert set(provenance.versions()) == {"python", "jax"}
+
+
+@pytest.mark.parametrize("module", [tpu_compile, gpu_compile], ids=["tpu", "gpu"])
+def test_committed_results_hold_every_case_and_no_unexplained_broken_bar(module):
+    path = RESULTS / f"{module.__name__.split('.')[-1]}.json"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not committed")
+    topologies = json.loads(path.read_text())["topologies"]
+    first, *larger = topologies.values()
+    assert list(first["cases"]) == NAMES
+    for of_topology in (first, *larger):
+        assert of_topology["cases"]
+        for name, result in of_topology["cases"].items():
+            assert compile_report.broken_bars(result) == [], name
+            assert all(math.isfinite(x) for x in result["measures"].values()), name

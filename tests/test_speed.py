@@ -1,0 +1,296 @@
+"""The speed benchmark measures what it says; its PyTorch twins do what the window does.
+
+No test looks at how long anything took.
+"""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+
+import gradsmooth_optax as gs
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import peers as speed_peers
+from benchmarks.speed import steps as speed_steps
+from benchmarks.speed import timing
+from benchmarks.speed import updates as speed_updates
+from benchmarks.speed.bars import bars, figure, holds
+from benchmarks.speed.compile_time import compile_times, layered_params, optimizers
+from benchmarks.speed.report import bars_table, failures, tables
+
+RESULT = Path(__file__).parent.parent / "results" / "speed.json"
+WINDOW = "window(0.2)"
+
+
+def assert_figures(costs):
+    for cost in costs.values():
+        low, high = cost["quartiles"]
+        assert 0 < low <= cost["median"] <= high
+
+
+# -- Turns -----------------------------------------------------------------------------
+
+
+def test_every_round_runs_every_call_once_in_an_order_of_its_own():
+    ran = []
+    calls = {name: lambda name=name: ran.append(name) for name in "abc"}
+    seconds = timing.in_turns(calls, rounds=20)
+    assert {name: len(of) for name, of in seconds.items()} == dict.fromkeys("abc", 20)
+    turns = [tuple(ran[i : i + 3]) for i in range(0, len(ran), 3)]
+    assert len(turns) == 21  # one warms up
+    assert {tuple(sorted(turn)) for turn in turns} == {("a", "b", "c")}
+    assert len(set(turns)) == 6
+
+
+def test_no_round_begins_after_the_time_is_up_but_some_always_run(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    seconds = timing.in_turns({"a": int}, 100, most_seconds=0, fewest_rounds=3)
+    assert len(seconds["a"]) == 3
+
+
+def test_times_are_compared_within_a_turn():
+    seconds = {"base": np.array([1.0, 2.0, 4.0]), "other": np.array([2.0, 4.0, 4.0])}
+    assert timing.relative_to("base", seconds) == {
+        "other": {
+            "median": 2.0,
+            "quartiles": [1.5, 2.0],
+            "rounds": 3,
+            "milliseconds": 4000.0,
+        }
+    }
+
+
+def test_the_process_starts_anew_once_to_have_steady_memory(monkeypatch):
+    started = []
+    monkeypatch.setattr(timing.sys, "argv", ["speed.py", "--check"])
+    monkeypatch.setattr(timing.os, "environ", {})
+    monkeypatch.setattr(timing.os, "execv", lambda *args: started.append(args))
+    timing.restart_with_steady_memory("benchmarks.speed")
+    timing.restart_with_steady_memory("benchmarks.speed")
+    ((_, argv),) = started
+    assert argv[1:] == ["-m", "benchmarks.speed", "--check"]
+
+
+# -- Sections --------------------------------------------------------------------------
+
+
+def test_operators_are_measured_in_every_size_dtype_and_layout():
+    cases = [(0.125, "float32"), (0.25, "bfloat16")]
+    costs = speed_updates.operator_costs(cases, 3, 1, only=[WINDOW])
+    assert list(costs) == ["0.125 MB float32", "0.25 MB bfloat16"]
+    for of_layout in costs.values():
+        assert list(of_layout) == ["stacked", "unrolled"]
+        for found in of_layout.values():
+            assert list(found) == [WINDOW]
+            assert_figures(found)
+            assert found[WINDOW]["temporaries"] >= 0
+
+
+@pytest.mark.parametrize("layout", speed_updates.LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_have_the_size_and_dtype_asked_for(layout, dtype):
+    leaves = jax.tree.leaves(speed_updates.updates_of(1, 4, layout, dtype))
+    assert sum(leaf.nbytes for leaf in leaves) == 2**20
+    assert {leaf.dtype.name for leaf in leaves} == {dtype}
+    assert len(leaves) == (1 if layout == "stacked" else 4)
+
+
+@pytest.mark.parametrize("layout", speed_updates.LAYOUTS)
+def test_every_operator_and_variant_couples_the_updates(layout):
+    updates = speed_updates.updates_of(0.0625, 4, layout)
+    smoothings = speed_updates.smoothings(layout)
+    assert set(speed_updates.operators()) < set(smoothings)
+    for name, smooth in smoothings.items():
+        smoothed = smooth(updates)
+        assert jax.tree.structure(smoothed) == jax.tree.structure(updates)
+        changed = jax.tree.map(lambda x, y: bool((x != y).any()), smoothed, updates)
+        # An average of the layers before it leaves the first one as it is.
+        assert any(jax.tree.leaves(changed)), name
+
+
+def test_the_crossover_compares_two_ways_to_the_same_numbers():
+    found = speed_updates.crossover(0.0625, (2, 6), 1)
+    assert list(found) == ["2", "6"]
+    for of_ways in found.values():
+        assert_figures(of_ways)
+        assert len(of_ways) == 10
+    updates = speed_updates.updates_of(0.0625, 6, "stacked")
+    shifts, matmul = (speed_updates._window(2, widest)(updates) for widest in (6, 0))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        shifts,
+        matmul,
+    )
+
+
+def test_chains_are_measured_next_to_their_base():
+    costs = speed_steps.chains(0.0625, 3, 1)
+    expected = speed_steps.chains_of(gs.unrolled())
+    for of_layout in costs.values():
+        assert set(of_layout) == set(expected)
+        assert_figures(of_layout)
+
+
+def test_optimizer_steps_are_of_the_default_model_and_of_one_leaf():
+    costs = speed_steps.optimizer_steps(0.0625, 3, 1, names=("sgd",))
+    assert list(costs) == ["default GPT", "0.0625 MB"]
+    for of_name in costs.values():
+        assert set(of_name["sgd"]) == {"base again", "window", "norm_preserving"}
+        assert_figures(of_name["sgd"])
+
+
+def test_training_steps_are_those_of_the_pretraining_benchmark():
+    config = dataclasses.replace(
+        speed_steps.default_config(),
+        layers=2,
+        width=8,
+        context=8,
+        seeds=1,
+        batch=1,
+    )
+    arms = {"window": {"alpha": 0.2}}
+    costs = speed_steps.training_steps(config, 2, arms=arms)
+    assert set(costs) == {"base again", "window"}
+    assert_figures(costs)
+
+
+def test_compile_times_are_of_every_part_and_relative_to_adamw():
+    arms = optimizers()
+    arms = {name: arms[name] for name in ("optax.adamw", "window")}
+    (found,) = compile_times([2], 1, arms).values()
+    assert found["optax.adamw"]["median"] == 1
+    assert_figures(found)
+    assert all(found["window"][part] > 0 for part in ("trace", "lower", "compile"))
+    assert len(jax.tree.leaves(layered_params(2))) == 20
+
+
+def test_peers_run_without_pytorch(monkeypatch):
+    monkeypatch.setattr(speed_peers, "has_torch", lambda: False)
+    costs = speed_peers.peer_costs((0.0625,), 3, 1)
+    for found in costs["0.0625 MB"].values():
+        assert {name.split(":")[0] for name in found} == {speed_peers.OURS, "optax"}
+        assert_figures(found)
+
+
+# -- PyTorch twins ---------------------------------------------------------------------
+
+
+def test_peers_include_pytorch_where_it_is_installed():
+    pytest.importorskip("torch", reason="PyTorch, an optional peer, is not installed")
+    costs = speed_peers.peer_costs((0.0625,), 3, 1, compile_torch=False)
+    for found in costs["0.0625 MB"].values():
+        assert_figures(found)
+    assert f"{speed_peers.HOOK}: window" in costs["0.0625 MB"]["unrolled"]
+
+
+@pytest.mark.parametrize("variant", ["window", "norm_preserving"])
+@pytest.mark.parametrize("num_layers", [2, 3, 7])
+def test_pytorch_twins_compute_the_window(variant, num_layers):
+    torch = pytest.importorskip(
+        "torch", reason="PyTorch, an optional peer, is not installed"
+    )
+    from benchmarks.speed import torch_twins
+
+    u = np.random.default_rng(0).normal(size=(num_layers, 3, 4)).astype("f4")
+    u[-1] = 0  # has no norm to keep
+    neighbors = u[[0, *range(num_layers - 1)]] + u[[*range(1, num_layers), -1]]
+    expected = 0.7 * u + 0.15 * neighbors
+    if variant == "norm_preserving":
+        before, after = (
+            np.sqrt((x**2).sum((1, 2), keepdims=True)) for x in (u, expected)
+        )
+        expected[:-1] *= (before / after)[:-1]
+
+    kept = "standard" if variant == "window" else variant
+    tx = gs.smooth_over_depth(gs.scanned(""), 0.3, variant=kept)
+    ours, _ = tx.update(u, tx.init(u))
+    hooked = [torch.tensor(layer) for layer in u]
+    torch_twins.HOOK[variant](hooked, 0.3)
+    for found in (
+        ours,
+        torch_twins.STACKED[variant](torch.tensor(u), 0.3),
+        torch_twins.LISTED[variant]([torch.tensor(layer) for layer in u], 0.3),
+        hooked,
+    ):
+        found = np.stack([np.asarray(layer) for layer in found])
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_twins_get_the_layers_in_order():
+    updates = speed_updates.updates_of(0.125, 12, "unrolled")
+    leaves = speed_peers.in_order(updates, "unrolled")
+    assert all(leaves[i] is updates[f"layers_{i}"]["w"] for i in range(12))
+
+
+# -- The report ------------------------------------------------------------------------
+
+
+def report_with(value, bar):
+    """A report that has one figure, and 1.0 where that is divided by another."""
+    report = {}
+    for where, figure_there in ((bar.over, 1.0), (bar.where, value)):
+        place = report
+        for key in where[:-1]:
+            place = place.setdefault(key, {})
+        if where:
+            place[where[-1]] = figure_there
+    return report
+
+
+@pytest.mark.parametrize("bar", [*bars()], ids=lambda bar: bar.what)
+def test_a_bar_is_cleared_up_to_its_bound_and_not_beyond(bar):
+    assert figure({}, bar) is None
+    beyond = bar.bound - 0.01 if bar.is_least else bar.bound + 0.01
+    for value, clears in ((bar.bound, True), (beyond, False)):
+        report = report_with(value, bar)
+        assert holds(bar, figure(report, bar)) is clears
+        assert failures(report) == ([] if clears else [bar.what])
+        (row,) = bars_table(report).splitlines()[2:]
+        assert ("holds" if clears else "FAILS") in row
+
+
+def test_one_section_runs_alone_and_is_written_and_printed(tmp_path, capsys):
+    out = tmp_path / "new" / "speed.json"
+    options = "--sections crossover --of-chains 0.0625 --layers 4 --rounds 1 --check"
+    assert speed.main([*options.split(), "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert set(report["seconds"]) == {"crossover"}
+    assert report["options"]["layers"] == 4
+    assert len(report["load_before"]) == len(report["load_after"]) == 3
+    assert tables(report) in capsys.readouterr().out
+
+
+def test_a_bar_that_fails_is_an_error_only_where_that_is_asked_for(
+    tmp_path, monkeypatch
+):
+    (bar,) = (bar for bar in bars() if bar.where[0] == "training")
+    found = report_with(2.0, bar)["training"]
+    monkeypatch.setattr(speed, "sections", lambda options: {"training": lambda: found})
+    monkeypatch.setattr(speed, "tables", lambda report: "")
+    options = ["--sections", "training", "--out", str(tmp_path / "speed.json")]
+    assert speed.main(options) == 0
+    assert speed.main([*options, "--check"]) == 1
+
+
+def test_the_committed_report_has_every_section_and_operator():
+    if not RESULT.exists():
+        pytest.skip("results/speed.json is not committed yet")
+    report = json.loads(RESULT.read_text())
+    assert set(report["seconds"]) == set(speed.SECTIONS)
+    names = set(speed_updates.smoothings("stacked"))
+    for of_layout in report["operators"].values():
+        assert all(set(found) == names for found in of_layout.values())
+    assert "64 MB float32" in report["operators"]
+    assert all(figure(report, bar) is not None for bar in bars())
+    shown = tables(report)
+    for layers, ways in report["crossover"].items():
+        assert f"{layers} layers" in shown
+        # The library goes over to the matmul after radius 3.
+        assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]
