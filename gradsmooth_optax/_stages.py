@@ -159,9 +159,9 @@ def with_halos(
             f"the operator reaches {radius} layers to each side, but over "
             f"`axis_name={stages.axis_name!r}` a layer can receive only from its own "
             f"stage and the ones beside it, with {width} layer{'s' * (width > 1)} each "
-            f"of {name_of(group.stack, group.role)}. Use one of a narrower band, such as "
-            f"`window(alpha, radius={width})`; `axis_boundary='stage'`, which couples "
-            f"inside of stages; or `jit` without `shard_map`."
+            f"of {name_of(group.stack, group.role)}. Use one of a narrower band, such "
+            f"as `window(alpha, radius={width})`; `axis_boundary='stage'`, which "
+            f"couples inside of stages; or `jit` without `shard_map`."
         )
     rounds, places = zip(
         *(_places(group, m) for m in range(len(group.members))), strict=True

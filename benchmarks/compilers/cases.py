@@ -44,7 +44,6 @@ class Case(NamedTuple):
         unit: bytes of updates on one device, which other bytes are measured in.
         bars: what is asked.
         base: name of an earlier case whose measures this one's are also divided by.
-        explained: for a measure whose bar is known to be broken, why.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Case(NamedTuple):
     unit: int
     bars: Bars = Bars()
     base: str | None = None
-    explained: Mapping[str, str] = {}
 
     @property
     def num_devices(self) -> int:
@@ -124,10 +122,6 @@ _WINDOW = Bars(
 _ONE_UPDATE = Bars(
     tpu={"bytes": (0, 9.2), "temporaries": (0, 0.7)},
     gpu={"traffic / base": (0, 1.32), "custom calls": _NOTHING},
-)
-_CYCLES = (
-    "the traffic is at its floor and a barrier leaves the program as it is; the ratio "
-    "of cycles depends on the shapes, and those of the bar are not known"
 )
 
 
@@ -275,13 +269,21 @@ def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             gpu={"traffic / base": (0, traffic + 0.005)},
         )
 
-    def whole(make: Any, bars: Bars) -> tuple:
+    def whole(make: Any, bars: Bars) -> list[tuple]:
         name = f"{make.__name__}(), then smoothed"
         base = functools.partial(make, 1e-3)
-        return name, base, after(base, smooth), stacked, bars
+        return on_both(name, base, after(base, smooth), bars)
+
+    def on_both(name: str, base: Any, smoothed: Any, bars: Bars) -> list[tuple]:
+        # The ratio of cycles depends on the tree. Its bar is that of one leaf.
+        return [
+            (name, base, smoothed, stacked, Bars(gpu=bars.gpu)),
+            (f"{name}, one leaf", base, smoothed, one_leaf, bars),
+        ]
 
     preserving = functools.partial(smooth, variant="norm_preserving")
     twice, twice_bars = adam_then(smooth, smooth), at_most(2.10, 1.57)
+    one_leaf = {"blocks": {"w": _leaf(sizes, on_one)}}
     found = []
     for name, make, make_smoothed, params, bars in (
         ("Adam", adam_then(), adam_then(smooth), stacked, _ONE_UPDATE),
@@ -321,7 +323,7 @@ def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             stacked,
             _NO_BARS,
         ),
-        ("Adam, smoothed twice", adam_then(), twice, stacked, twice_bars),
+        *on_both("Adam, smoothed twice", adam_then(), twice, twice_bars),
         (
             "Adam, smoothed twice, small",
             adam_then(),
@@ -329,15 +331,14 @@ def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             small,
             Bars(gpu=twice_bars.gpu),
         ),
-        whole(optax.adamw, at_most(1.68, 1.43)),
-        whole(optax.lion, at_most(1.96, 1.60)),
-        whole(optax.rmsprop, at_most(1.77, 1.40)),
+        *whole(optax.adamw, at_most(1.68, 1.43)),
+        *whole(optax.lion, at_most(1.96, 1.60)),
+        *whole(optax.rmsprop, at_most(1.77, 1.40)),
     ):
         base = f"step, {name}: base"
-        explained = {"cycles / base": _CYCLES} if "cycles / base" in bars.tpu else {}
         found += [
             _step(base, make, params),
-            _step(f"step, {name}", make_smoothed, params, bars, base, explained),
+            _step(f"step, {name}", make_smoothed, params, bars, base),
         ]
     permuted = "step, Adam, results in another order"
     return [
@@ -426,7 +427,6 @@ def _step(
     params: Any,
     bars: Bars = _NO_BARS,
     base: str | None = None,
-    explained: Mapping[str, str] = {},
     *,
     in_order: bool = True,
 ) -> Case:
@@ -453,7 +453,7 @@ def _step(
     chosen, donated = (step, (0, 1)) if in_order else (permuted, (1, 2))
     function = jax.jit(chosen, donate_argnums=donated, out_shardings=sharding)
     unit = _bytes_per_device(params)
-    return Case(name, function, (params, state, params), unit, bars, base, explained)
+    return Case(name, function, (params, state, params), unit, bars, base)
 
 
 def _transformer(
@@ -473,6 +473,12 @@ def _transformer(
     if stacked:
         return {"blocks": leaves(sizes.layers)}
     return {f"layers_{i}": leaves() for i in range(sizes.unrolled)}
+
+
+def _leaf(sizes: Sizes, sharding: Any) -> Any:
+    """A matrix of each layer, stacked."""
+    shape = (sizes.layers, sizes.width // 4, sizes.width // 2)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
 
 def _jitted(function: Callable, updates: Any) -> Any:
