@@ -77,10 +77,10 @@ def smooth_over_depth(
     scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
     mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
     float64 leaves). A non-finite update of one layer spreads to its neighbors: see
-    `optax.apply_if_finite` and `optax.zero_nans`; on a stacked leaf a `radius` over 3
-    is a matmul, which spreads it to the whole stack. Norms are sums of squares in
-    float32 and hold for updates of about 1e-19 to 1e19. While a role's update is being
-    smoothed, it needs memory for one more copy of it.
+    `optax.apply_if_finite` and `optax.zero_nans`; a `radius` over 3 on a stacked leaf,
+    over 6 on one leaf per layer, is a matmul, which spreads it to the whole stack.
+    Norms are sums of squares in float32 and hold for updates of about 1e-19 to 1e19.
+    While a role's update is being smoothed, it needs memory for one more copy of it.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, or a
@@ -169,13 +169,12 @@ def apply_over_depth(
     The updates U = (u_1 .. u_L) of every role become (S ⊗ I) U, with S the operator's
     matrix for the number of layers of the run.
 
-    A band of up to three neighbors on each side is applied as shifted copies, a wider
-    one as one matmul over all layers (and `window` on one leaf per layer always as
-    shifts). The matmul needs a copy of the role's updates, spreads a non-finite update
-    to all layers, and where the layer axis is sharded gathers it: its result may come
-    back replicated over the devices. Where layers couple across the stages of an
-    `axis_name`, the operator must be banded, with a radius of at most the layers of one
-    stage; it is then always shifted copies.
+    A band of up to three neighbors on each side, of six with one leaf per layer, is
+    applied as shifted copies, a wider one as one matmul over all layers. The matmul
+    needs a copy of the role's updates, spreads a non-finite update to all layers, and
+    gathers a leaf whose layer axis is sharded; the result keeps the sharding. Where
+    layers couple across the stages of an `axis_name`, the operator must be banded, with
+    a radius of at most the layers of one stage; it is then always shifted copies.
 
     Args:
       depth: where depth is, as in `smooth_over_depth`.

@@ -42,17 +42,26 @@ def test_every_spec_of_the_depth_table_can_be_written_as_shown():
         hash(eval(call, {"gs": gs}))
 
 
-def test_the_costs_in_the_operator_table_are_those_of_the_committed_measurement():
-    report = json.loads((ROOT / "results" / "operator_cost.json").read_text())
-    measured = {
-        " / ".join(f"{of_layout[name]['median']:.1f}×" for of_layout in layouts)
-        for layouts in [report["operators"].values()]
-        for name in report["operators"]["stacked"]
+def test_what_the_readme_says_of_speed_is_what_the_committed_results_say():
+    pytest.importorskip("scipy")
+    from benchmarks import readme
+
+    assert readme.main(["--check"]) == 0
+
+
+def test_a_figure_that_is_not_of_the_results_is_noticed_and_mended():
+    pytest.importorskip("scipy")
+    from benchmarks import readme
+
+    reports = {
+        name: json.loads((ROOT / "results" / f"{name}.json").read_text())
+        for name in ("speed", "tpu_compile", "gpu_compile")
     }
-    section = README.split("## Which operator")[1].split("\n## ")[0]
-    shown = re.findall(r"\| (\d+\.\d× / \d+\.\d×) \|", section)
-    assert len(shown) == 10
-    assert set(shown) <= measured
+    cost = readme.costs(reports["speed"])["tikhonov(1.0)"]
+    table = readme.compiled_table(reports["tpu_compile"], reports["gpu_compile"])
+    wrong = README.replace(cost, "0.1× / 0.1×").replace(table, "as fast as light")
+    assert wrong != README
+    assert readme.written(wrong, reports) == README
 
 
 def test_the_table_of_adaptive_operators_is_the_committed_run():
