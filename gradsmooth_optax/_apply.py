@@ -18,6 +18,7 @@ from gradsmooth_optax._norms import (
     NormScope,
     inverse_norm,
     map_arrays,
+    norm_ratio,
     rescaled,
     squared_norms,
 )
@@ -69,17 +70,41 @@ def apply_operator(
         before = squared_norms(groups, xs, norm_scope)
         scales: Scales = unscaled
         if variant == "directional":
-            scales = [[inverse_norm(norm) for norm in of_group] for of_group in before]
-        ys = coupled(operator, groups, xs, scales, norm_scope)
+            scales = map_arrays(inverse_norm, before)
+        us, scales = _scaled_once(groups, xs, scales)
+        ys = coupled(operator, groups, us, scales, norm_scope)
         after = squared_norms(groups, ys, norm_scope)
-        # A zero layer may receive its neighbors' update, but has no direction to keep.
-        ys = map_arrays(
-            lambda x, y, *norms: rescaled(
-                y, *norms, otherwise=widened(x) if variant == "directional" else y
-            ),
-            *(xs, ys, before, after),
-        )
+        if variant == "directional":
+            ratios = map_arrays(_marked_ratio, before, after)
+            ys = map_arrays(rescaled, ys, ratios, map_arrays(widened, xs))
+        else:
+            # A zero layer may receive its neighbors' update.
+            ratios = map_arrays(norm_ratio, before, after)
+            ys = map_arrays(lambda y, r: r.astype(y.dtype) * y, ys, ratios)
     return rounded(groups, xs, ys)
+
+
+def _scaled_once(
+    groups: Sequence[Group], xs: Arrays, scales: Scales
+) -> tuple[Arrays, Scales]:
+    """u and its scales, or scale · u where every layer has a leaf of its own."""
+    once = [
+        of_scales is not None
+        and group.stages is None
+        and not any(member.axes for member in group.members)
+        for group, of_scales in zip(groups, scales, strict=True)
+    ]
+    us = scaled_arrays(xs, scales)
+    return (
+        [u if is_once else x for is_once, u, x in zip(once, us, xs, strict=True)],
+        [
+            None if is_once else scale
+            for is_once, scale in zip(once, scales, strict=True)
+        ],
+    )
+
+
+_marked_ratio = functools.partial(norm_ratio, at_zero=-1.0)
 
 
 def with_neighbors(groups: Sequence[Group]) -> list[Group]:
@@ -143,10 +168,8 @@ def coupled(
         us = scaled_arrays(xs, scales)
         ys = coupled(operator.operator, groups, xs, scales, norm_scope)
         wanted, own = (squared_norms(groups, arrays, norm_scope) for arrays in (ys, us))
-        return map_arrays(
-            lambda u, *norms: rescaled(u, *norms, otherwise=jnp.zeros_like(u)),
-            *(us, wanted, own),
-        )
+        ratios = map_arrays(_marked_ratio, wanted, own)
+        return map_arrays(rescaled, us, ratios, map_arrays(jnp.zeros_like, us))
     matrix_of = functools.cache(operator.matrix)
     return [
         _couple(operator, matrix_of, *of_group)

@@ -21,9 +21,20 @@ Names: TypeAlias = tuple[Hashable | None, ...]  # one per slot of a member, in o
 
 
 def map_arrays(function: Callable[..., jax.Array], *arrays: Arrays) -> Arrays:
-    """`function` of the arrays of every member."""
+    """`function` of the arrays of every member, once where they are the same ones.
+
+    All roles of a block share one norm for each layer.
+    """
+    found: dict[tuple[int, ...], jax.Array] = {}
+
+    def once(*of_member: jax.Array) -> jax.Array:
+        key = tuple(map(id, of_member))
+        if key not in found:
+            found[key] = function(*of_member)
+        return found[key]
+
     return [
-        [function(*of_member) for of_member in zip(*of_group, strict=True)]
+        [once(*of_member) for of_member in zip(*of_group, strict=True)]
         for of_group in zip(*arrays, strict=True)
     ]
 
@@ -97,12 +108,20 @@ def summed_by_name(
             key = (group.stack, of_member)
             totals[key] = totals[key] + vector if key in totals else vector
     totals = _with_overlaps(totals)
+    placed: dict[tuple, jax.Array] = {}
+
+    def place(key: tuple[Hashable, Names], like: jax.Array) -> jax.Array:
+        # Before and after the sum, and for each stacked leaf anew: or all leaves would
+        # be split as one of them is.
+        of_kind = (*key, like.shape, like.dtype) if like.size == 1 else (id(like),)
+        if of_kind not in placed:
+            spread = replicated(totals[key].reshape(like.shape))
+            placed[of_kind] = spread.astype(like.dtype)
+        return placed[of_kind]
+
     return [
         [
-            # Before and after the sum, or all leaves would be split as one of them is.
-            replicated(totals[group.stack, of_member].reshape(array.shape)).astype(
-                array.dtype
-            )
+            place((group.stack, of_member), array)
             for array, of_member in zip(of_group, named, strict=True)
         ]
         for group, of_group, named in zip(groups, arrays, names, strict=True)
@@ -147,10 +166,8 @@ def inverse_norm(squared: jax.Array) -> jax.Array:
     return 1 / jnp.where(zero, jnp.inf, norm)
 
 
-def rescaled(
-    y: jax.Array, before: jax.Array, after: jax.Array, otherwise: jax.Array
-) -> jax.Array:
-    """`y` of squared norm `after` at squared norm `before`; `otherwise` if one is 0.
+def norm_ratio(before: jax.Array, after: jax.Array, at_zero: float = 1.0) -> jax.Array:
+    """The ratio of the norms, given their squares; `at_zero` where one of them is 0.
 
     Zero is told by == and not by >, so that a NaN stays visible.
     """
@@ -159,7 +176,11 @@ def rescaled(
     before, after = (jnp.where(zero, 1.0, norm) for norm in (before, after))
     # The root of the ratio is exactly 1 for equal norms. The ratio of roots is not,
     # where the compiler makes it a product with a reciprocal root.
-    if otherwise is y:
-        return jnp.sqrt(before / after).astype(y.dtype) * y
-    ratio = 1 / jnp.where(zero, -1.0, jnp.sqrt(after / before))
+    if at_zero == 1:
+        return jnp.sqrt(before / after)
+    return 1 / jnp.where(zero, 1 / at_zero, jnp.sqrt(after / before))
+
+
+def rescaled(y: jax.Array, ratio: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """`y` times the ratio, `otherwise` where that is negative: marked by `at_zero`."""
     return jnp.where(ratio < 0, otherwise, ratio.astype(y.dtype) * y)
