@@ -18,6 +18,7 @@ from gradsmooth_optax._norms import (
     NormScope,
     inverse_norm,
     map_arrays,
+    marked_norm_ratio,
     norm_ratio,
     rescaled,
     squared_norms,
@@ -33,9 +34,9 @@ from gradsmooth_optax.controls import NormMatched
 Variant: TypeAlias = Literal["standard", "norm_preserving", "directional"]
 
 # A band of up to this many neighbors on each side is cheaper as shifts, a wider one as
-# a matmul: on a stacked leaf, and where a layer has a leaf of its own.
+# a matmul: where one leaf holds the whole stack, and where several do.
 _WIDEST_SHIFTED_BAND = 3
-_WIDEST_SHIFTED_BAND_OF_LEAVES = 6
+_WIDEST_SHIFTED_BAND_OF_SEVERAL_LEAVES = 6
 
 
 def apply_operator(
@@ -68,14 +69,13 @@ def apply_operator(
         ys = coupled(operator, groups, xs, unscaled, norm_scope)
     else:
         before = squared_norms(groups, xs, norm_scope)
-        scales: Scales = unscaled
+        us, scales = xs, unscaled
         if variant == "directional":
-            scales = map_arrays(inverse_norm, before)
-        us, scales = _scaled_once(groups, xs, scales)
+            us, scales = _scaled_once(groups, xs, map_arrays(inverse_norm, before))
         ys = coupled(operator, groups, us, scales, norm_scope)
         after = squared_norms(groups, ys, norm_scope)
         if variant == "directional":
-            ratios = map_arrays(_marked_ratio, before, after)
+            ratios = map_arrays(marked_norm_ratio, before, after)
             ys = map_arrays(rescaled, ys, ratios, map_arrays(widened, xs))
         else:
             # A zero layer may receive its neighbors' update.
@@ -88,23 +88,14 @@ def _scaled_once(
     groups: Sequence[Group], xs: Arrays, scales: Scales
 ) -> tuple[Arrays, Scales]:
     """u and its scales, or scale · u where every layer has a leaf of its own."""
-    once = [
-        of_scales is not None
-        and group.stages is None
-        and not any(member.axes for member in group.members)
-        for group, of_scales in zip(groups, scales, strict=True)
-    ]
-    us = scaled_arrays(xs, scales)
-    return (
-        [u if is_once else x for is_once, u, x in zip(once, us, xs, strict=True)],
-        [
-            None if is_once else scale
-            for is_once, scale in zip(once, scales, strict=True)
-        ],
-    )
-
-
-_marked_ratio = functools.partial(norm_ratio, at_zero=-1.0)
+    us, left = list(xs), list(scales)
+    for g, group in enumerate(groups):
+        if group.stages is None and not any(member.axes for member in group.members):
+            us[g], left[g] = (
+                [scaled(xs[g], scales[g], m) for m in range(len(us[g]))],
+                None,
+            )
+    return us, left
 
 
 def with_neighbors(groups: Sequence[Group]) -> list[Group]:
@@ -168,7 +159,7 @@ def coupled(
         us = scaled_arrays(xs, scales)
         ys = coupled(operator.operator, groups, xs, scales, norm_scope)
         wanted, own = (squared_norms(groups, arrays, norm_scope) for arrays in (ys, us))
-        ratios = map_arrays(_marked_ratio, wanted, own)
+        ratios = map_arrays(marked_norm_ratio, wanted, own)
         return map_arrays(rescaled, us, ratios, map_arrays(jnp.zeros_like, us))
     matrix_of = functools.cache(operator.matrix)
     return [
@@ -327,7 +318,7 @@ def _matmul(
         depth_axes = tuple(range(len(member.axes)))
         out = product[start:stop].reshape(member.layers.shape + group.shape)
         out = jnp.moveaxis(out, depth_axes, member.axes).reshape(u.shape)
-        outs.append(like(out, u))
+        outs.append(anchored(out, u) if member.axes else like(out, u))
         start = stop
     return outs
 
@@ -382,7 +373,7 @@ def _widest_shifted_band(group: Group) -> int:
         return group.whole.num_layers  # a matmul would need the layers of all stages
     if _is_one_stacked_leaf(group):
         return _WIDEST_SHIFTED_BAND
-    return _WIDEST_SHIFTED_BAND_OF_LEAVES
+    return _WIDEST_SHIFTED_BAND_OF_SEVERAL_LEAVES
 
 
 def _is_one_stacked_leaf(group: Group) -> bool:

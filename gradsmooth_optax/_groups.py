@@ -128,10 +128,9 @@ class Group:
         """The group over all stages, where it is split."""
         return self if self.stages is None else self.stages.whole
 
-    @property
-    def stage_width(self) -> int:
-        """By how much the layers of two stages differ, 0 where it is not split."""
-        return 0 if self.stages is None else self.stages.width
+    def of_stages(self, m: int) -> range:
+        """Which members of the whole are what member m is in stage 0, in stage 1, …"""
+        return range(m, len(self.whole.members), len(self.members))
 
     def positions(self, m: int) -> tuple[np.ndarray, np.ndarray]:
         """Position in its run, and length of that run, of every slot of member m.
@@ -139,8 +138,8 @@ class Group:
         Of a group that is split, for every stage, along a first axis.
         """
         if self.stages is not None:
-            whole, step = self.stages.whole, len(self.members)
-            places = [whole.positions(i) for i in range(m, len(whole.members), step)]
+            whole = self.stages.whole
+            places = [whole.positions(i) for i in self.of_stages(m)]
             positions, lengths = zip(*places, strict=True)
             return np.stack(positions), np.stack(lengths)
         ranks = self.ranks[m]
@@ -189,12 +188,14 @@ class Stages:
 
     Attributes:
       axis_name: of the mesh axis.
+      count: of stages.
       whole: the group over all stages; its members are those of stage 0, of stage 1, …
       width: consecutive layers that one stage holds at a time.
       starts: the first of them, once for each round of a circular pipeline.
     """
 
     axis_name: Hashable
+    count: int
     whole: Group
     width: int
     starts: tuple[int, ...]

@@ -217,6 +217,7 @@ def _orthogonal(units: Units, vs: Arrays, ys: Arrays) -> Arrays:
     keeps = {}
     for name, part in share.items():
         left = without_rounding(whole[name] - part * products[name], whole[name])
+        # 1 or 0, by a division: see `_norms.inverse_norm`.
         keeps[name] = (1 / jnp.where(left > 0, 1.0, jnp.inf)).astype(part.dtype)
     return map_arrays(
         lambda v, y, b, keep: keep * (v - b * y),

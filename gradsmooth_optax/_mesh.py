@@ -17,8 +17,9 @@ def axis_size(axis_name: Hashable, argument: str) -> int:
         raise ValueError(
             f"`{argument}` names the mesh axis {axis_name!r}, which is not bound where "
             f"the updates are. It is for updates inside `jax.shard_map` or `jax.pmap` "
-            f"over that axis. Under plain `jit` leave it out: there the compiler "
-            f"exchanges what is needed."
+            f"over that axis. Under plain `jit`, and for an axis that `shard_map` "
+            f"leaves to the compiler, leave it out: there the compiler exchanges what "
+            f"is needed."
         ) from None
 
 

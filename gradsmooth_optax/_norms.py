@@ -166,21 +166,32 @@ def inverse_norm(squared: jax.Array) -> jax.Array:
     return 1 / jnp.where(zero, jnp.inf, norm)
 
 
-def norm_ratio(before: jax.Array, after: jax.Array, at_zero: float = 1.0) -> jax.Array:
-    """The ratio of the norms, given their squares; `at_zero` where one of them is 0.
-
-    Zero is told by == and not by >, so that a NaN stays visible.
-    """
-    zero = (before == 0) | (after == 0)
-    # Replaced before the root, whose derivative at 0 would make gradients NaN.
-    before, after = (jnp.where(zero, 1.0, norm) for norm in (before, after))
+def norm_ratio(before: jax.Array, after: jax.Array) -> jax.Array:
+    """The ratio of the norms, given their squares; 1 where one of them is 0."""
+    _, before, after = _without_zeros(before, after)
     # The root of the ratio is exactly 1 for equal norms. The ratio of roots is not,
     # where the compiler makes it a product with a reciprocal root.
-    if at_zero == 1:
-        return jnp.sqrt(before / after)
-    return 1 / jnp.where(zero, 1 / at_zero, jnp.sqrt(after / before))
+    return jnp.sqrt(before / after)
+
+
+def marked_norm_ratio(before: jax.Array, after: jax.Array) -> jax.Array:
+    """The ratio of the norms, given their squares; -1 where one of them is 0."""
+    zero, before, after = _without_zeros(before, after)
+    return 1 / jnp.where(zero, -1.0, jnp.sqrt(after / before))
+
+
+def _without_zeros(
+    before: jax.Array, after: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where one of them is 0, and both with a 1 there.
+
+    Zero is told by == and not by >, so that a NaN stays visible. Replaced before the
+    root, whose derivative at 0 would make gradients NaN.
+    """
+    zero = (before == 0) | (after == 0)
+    return zero, jnp.where(zero, 1.0, before), jnp.where(zero, 1.0, after)
 
 
 def rescaled(y: jax.Array, ratio: jax.Array, otherwise: jax.Array) -> jax.Array:
-    """`y` times the ratio, `otherwise` where that is negative: marked by `at_zero`."""
+    """`y` times the marked ratio of norms, `otherwise` where one of them is 0."""
     return jnp.where(ratio < 0, otherwise, ratio.astype(y.dtype) * y)

@@ -190,7 +190,6 @@ def muon(
     strict: bool = True,
     axis_name: Hashable | None = None,
     axis_boundary: Boundary = "couple",
-    norm_axis_names: tuple[Hashable, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for matrices and Adam for the rest, smoothed over depth together.
 
@@ -216,7 +215,8 @@ def muon(
         `optax.contrib.MuonDimensionNumbers`, None for a leaf that goes to Adam; or a
         function of the parameters that returns it. None derives it from `depth`.
       radius: as in `smooth_over_depth`, and so are `variant`, `norm_scope`, `strict`,
-        `axis_name`, `axis_boundary` and `norm_axis_names`.
+        `axis_name` and `axis_boundary`. Muon needs whole matrices: there is no
+        `norm_axis_names` for matrices that are split by hand.
 
     Returns:
       The optimizer.
@@ -298,7 +298,6 @@ def muon(
             strict=strict,
             axis_name=axis_name,
             axis_boundary=axis_boundary,
-            norm_axis_names=norm_axis_names,
         ),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),

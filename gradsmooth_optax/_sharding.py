@@ -18,7 +18,7 @@ def like(y: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def replicated(y: jax.Array) -> jax.Array:
-    """`y`, a small array, on all devices.
+    """`y`, a small array, on all devices of a mesh that its type tells of.
 
     What it is computed from keeps its sharding then, whatever `y` is combined with.
     """
@@ -37,15 +37,13 @@ def whole_along(y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def anchored(y: jax.Array, x: jax.Array) -> jax.Array:
-    """`y`, of the shape of `x`, in a way that lets the compiler give it x's sharding.
+    """`y`, of the shape of a stacked `x`, so that the compiler gives it x's sharding.
 
     What a matmul over a split axis returns would be on all devices. The choice between
     y and x tells the partitioner that both are laid out alike; where nothing is split
     the compiler removes it.
     """
     y = like(y, x)
-    if not x.ndim:
-        return y
     rows = lax.broadcasted_iota(jnp.int32, (x.shape[0],) + (1,) * (x.ndim - 1), 0)
     return jnp.where(rows >= 0, y, x)
 

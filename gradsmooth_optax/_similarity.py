@@ -153,11 +153,12 @@ def _pairs(group: Group, m: int) -> Names:
     """(layer, next layer) of every slot of member m, None where there is no next."""
     whole, size = group.whole, group.members[m].layers.size
     names: list[tuple[int, int] | None] = [None] * size
-    for stage, i in enumerate(range(m, len(whole.members), len(group.members))):
+    width = 0 if group.stages is None else group.stages.width
+    for stage, i in enumerate(group.of_stages(m)):
         has_next = has_neighbor(whole, i, 1).ravel()
         for slot, rank in enumerate(whole.ranks[i].ravel()):
             if has_next[slot] and names[slot] is None:
-                shift = stage * group.stage_width
-                pair = whole.layers[rank] - shift, whole.layers[rank + 1] - shift
-                names[slot] = pair  # the same in every stage in which there is a next
+                here, following = whole.layers[rank], whole.layers[rank + 1]
+                # The same in every stage in which there is a next.
+                names[slot] = here - stage * width, following - stage * width
     return tuple(names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,24 +35,33 @@ def split_over(grouping: Grouping, axis_name: Hashable) -> Grouping:
         layers of which the other stages' cannot be told.
     """
     count = axis_size(axis_name, "axis_name")
-    extents = _extents(grouping, axis_name, count)
     if count == 1:
         return grouping
-    groups = []
-    for group in grouping.groups:
-        width, starts = extents[group.stack]
+    extents = _extents(grouping, axis_name, count)
+    groups = [
+        _stage_of(group, axis_name, count, *extents[group.stack])
+        if group.num_layers
+        else group
+        for group in grouping.groups
+    ]
+    for group in groups:
         for member in group.members:
             _check_split(grouping.leaves[member.leaf], member, axis_name)
-        _check_rounds(group, starts, axis_name)
-        members = tuple(
-            dataclasses.replace(member, layers=member.layers + stage * width)
-            for stage in range(count)
-            for member in group.members
-        )
-        whole = dataclasses.replace(group, members=members)
-        stages = Stages(axis_name, whole, width, starts)
-        groups.append(dataclasses.replace(group, stages=stages))
     return dataclasses.replace(grouping, groups=tuple(groups))
+
+
+def _stage_of(
+    group: Group, axis_name: Hashable, count: int, width: int, starts: tuple[int, ...]
+) -> Group:
+    _check_rounds(group, starts, axis_name)
+    members = tuple(
+        dataclasses.replace(member, layers=member.layers + stage * width)
+        for stage in range(count)
+        for member in group.members
+    )
+    whole = dataclasses.replace(group, members=members)
+    stages = Stages(axis_name, count, whole, width, starts)
+    return dataclasses.replace(group, stages=stages)
 
 
 def _extents(
@@ -60,17 +69,18 @@ def _extents(
 ) -> dict[Hashable, tuple[int, tuple[int, ...]]]:
     """Of every stack, how many consecutive layers a stage holds, and their starts."""
     leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
-    held: dict[Hashable, set[int]] = {}
+    layers: dict[Hashable, set[int]] = {}
+    steps: dict[Hashable, list[list[int]]] = {}
+    # Also of leaves that are left out: they say how deep a stage is.
     for (path, leaf), assignment in zip(
         leaves, grouping.spec.locate(leaves), strict=True
     ):
-        shape = np.shape(leaf)
-        if assignment is None or not all(
-            -len(shape) <= axis < len(shape) for axis in as_tuple(assignment.depth.axis)
-        ):
+        if assignment is None:
             continue
-        depth = assignment.depth
+        depth, shape = assignment.depth, np.shape(leaf)
         axes = as_tuple(depth.axis)
+        if not all(-len(shape) <= axis < len(shape) for axis in axes):
+            continue  # an error only where it is not left out
         if len(axes) > 1 and depth.stride is None and shape[axes[0]] > 1:
             raise ValueError(
                 f"`depth` says axis={depth.axis} for leaf {show_path(path)} without a "
@@ -80,30 +90,51 @@ def _extents(
                 f"`Depth(..., axis=(0, 1), stride=({count}, 1))` for {count} stages "
                 f"of one layer on axis 1."
             )
-        held.setdefault(depth.stack, set()).update(depth.layers(shape).ravel().tolist())
+        numbers = depth.layers(shape)
+        layers.setdefault(depth.stack, set()).update(numbers.ravel().tolist())
+        strides = as_tuple(depth.stride) or (1,) * len(axes)
+        along = [shape[axis] * step for axis, step in zip(axes, strides, strict=True)]
+        steps.setdefault(depth.stack, []).append(along)
     return {
-        stack: _rounds(stack, sorted(layers), axis_name, count)
-        for stack, layers in held.items()
-        if layers
+        stack: _rounds(stack, sorted(held), steps[stack], axis_name, count)
+        for stack, held in layers.items()
+        if held
     }
 
 
 def _rounds(
-    stack: Hashable, layers: list[int], axis_name: Hashable, count: int
+    stack: Hashable,
+    layers: list[int],
+    steps: list[list[int]],
+    axis_name: Hashable,
+    count: int,
 ) -> tuple[int, tuple[int, ...]]:
-    starts = [n for n in layers if n - 1 not in set(layers)]
+    """Consecutive layers of a stage, and the first of them in each round.
+
+    Args:
+      layers: that the stage holds, ascending.
+      steps: for every leaf and depth axis, to how much deeper a layer its end leads.
+    """
+    starts = [
+        n for n, before in zip(layers, [None, *layers], strict=False) if before != n - 1
+    ]
     width = len(layers) // len(starts)
     regular = [r * count * width + i for r in range(len(starts)) for i in range(width)]
-    if [n - layers[0] for n in layers] != regular:
-        raise ValueError(
-            f"a stage of `axis_name={axis_name!r}` holds layers {some(layers)} of "
-            f"stack {stack!r}, from which those of the other {count - 1} stages cannot "
-            f"be told: they must be consecutive, or blocks of n of them at a distance "
-            f"of {count} n (a circular pipeline). Number the layers inside a stage "
-            f"0, 1, 2, …, and give the `stride` of the whole array along an axis that "
-            f"is split. A stage in which some layers are masked is not supported."
-        )
-    return width, tuple(starts)
+    is_regular = [n - layers[0] for n in layers] == regular
+    # The axis that is split leads on to the next stage's layers. Without one, what
+    # looks like the rounds of a circular pipeline are gaps.
+    if is_regular and (len(starts) == 1 or all(width in along for along in steps)):
+        return width, tuple(starts)
+    raise ValueError(
+        f"a stage of `axis_name={axis_name!r}` holds layers {some(layers)} of stack "
+        f"{stack!r}, from which those of the other {count - 1} stages cannot be told. "
+        f"They must be consecutive; or, in a circular pipeline, blocks of n layers at "
+        f"a distance of {count} n, with the axis that is split among the depth axes "
+        f"of every leaf, at a stride of n, as in `Depth(..., axis=(0, 1), "
+        f"stride=({count} * n, n))`. Number the layers inside a stage 0, 1, 2, …, and "
+        f"let `depth` match all of them. A stage in which some layers are masked, or "
+        f"whose stack goes on outside of the pipeline, is not supported."
+    )
 
 
 def _check_rounds(group: Group, starts: tuple[int, ...], axis_name: Hashable) -> None:
@@ -118,8 +149,8 @@ def _check_rounds(group: Group, starts: tuple[int, ...], axis_name: Hashable) ->
             f"over `axis_name={axis_name!r}`, a stage of a circular pipeline holds "
             f"layers {some(group.layers)} of {name_of(group.stack, group.role)}, which "
             f"{'are ranked' if group.ranked else 'differ from round to round'}. That "
-            f"is not supported: leave `ranked` out, take the same layers of each "
-            f"round, or smooth under `jit` without `shard_map`."
+            f"is not supported with `axis_name`: smooth under `jit` without "
+            f"`shard_map`, or leave the role out with `.only(...)`."
         )
 
 
@@ -132,6 +163,23 @@ def _check_split(leaf: Any, member: Member, axis_name: Hashable) -> None:
             f"stacks that are not split by a transformation of their own without "
             f"`axis_name`, with `depth.only(lambda path, leaf: ...)`."
         )
+
+
+class _Edge(NamedTuple):
+    """Slots at one end of a stage that one member holds, and where they land.
+
+    Attributes:
+      member: which member.
+      box: its slots.
+      places: where the stage beside numbers them.
+      by_round: numbers by which the same place of the rounds before and after are
+        neighbors.
+    """
+
+    member: int
+    box: Box
+    places: np.ndarray
+    by_round: np.ndarray
 
 
 def with_halos(
@@ -153,52 +201,43 @@ def with_halos(
     if stages is None:
         return group, list(arrays)
     width = group.num_layers if group.ranked else stages.width
-    count = len(stages.whole.members) // len(group.members)
     if radius > width:
-        raise ValueError(
-            f"the operator reaches {radius} layers to each side, but over "
-            f"`axis_name={stages.axis_name!r}` a layer can receive only from its own "
-            f"stage and the ones beside it, with {width} layer{'s' * (width > 1)} each "
-            f"of {name_of(group.stack, group.role)}. Use one of a narrower band, such "
-            f"as `window(alpha, radius={width})`; `axis_boundary='stage'`, which "
-            f"couples inside of stages; or `jit` without `shard_map`."
-        )
+        raise ValueError(_too_wide_message(group, stages, radius, width))
     rounds, places = zip(
         *(_places(group, m) for m in range(len(group.members))), strict=True
     )
-    room = width + 2 * radius + 1  # between rounds
-    members = [
-        dataclasses.replace(member, layers=r * room + i)
-        for member, r, i in zip(group.members, rounds, places, strict=True)
-    ]
-    held = [None if a is None else list(a) for a in arrays]
+    room = width + 2 * radius + 1  # so that no halo of one round meets the next round
+    own = [r * room + i for r, i in zip(rounds, places, strict=True)]
+    members = [_numbered(m, n) for m, n in zip(group.members, own, strict=True)]
+    held = [None if of_group is None else list(of_group) for of_group in arrays]
     for side in (-1, 1):
         # Of the stage on the left its last layers, of that on the right its first.
-        edges = [i >= width - radius if side < 0 else i < radius for i in places]
-        cuts = [(m, box) for m, edge in enumerate(edges) for box in _boxes(edge)]
-        halo = [
-            dataclasses.replace(
-                members[m], layers=members[m].layers[box] + side * width
+        edges = [
+            _Edge(
+                m,
+                box,
+                own[m][box] + side * width,
+                places[m][box] * (len(stages.starts) + 1) + rounds[m][box],
             )
-            for m, box in cuts
+            for m, i in enumerate(places)
+            for box in _boxes(i >= width - radius if side < 0 else i < radius)
         ]
-        by_round = [
-            dataclasses.replace(
-                members[m], layers=places[m][box] * (len(stages.starts) + 1) + r
-            )
-            for m, box in cuts
-            for r in [rounds[m][box]]
-        ]
-        for of_group, given in zip(held, arrays, strict=True):
-            if of_group is None or given is None:
-                continue
-            sent = [_cut(given[m], group.members[m], box) for m, box in cuts]
-            of_group += _received(group, by_round, sent, side, count)
-        members += halo
-    beside = dataclasses.replace(
-        group, members=tuple(members), ranked=False, stages=None
+        members += [_numbered(group.members[e.member], e.places) for e in edges]
+        for received, of_group in zip(held, arrays, strict=True):
+            if received is not None and of_group is not None:
+                received += _received(group, stages, edges, of_group, side)
+    return _alone(group, members), held
+
+
+def _too_wide_message(group: Group, stages: Stages, radius: int, width: int) -> str:
+    return (
+        f"the operator reaches {radius} layers to each side, but over "
+        f"`axis_name={stages.axis_name!r}` a layer can receive only from its own stage "
+        f"and the ones beside it, with {width} layer{'s' * (width > 1)} each of "
+        f"{name_of(group.stack, group.role)}. Use one of a narrower band, such as "
+        f"`window(alpha, radius={width})`; `axis_boundary='stage'`, which couples "
+        f"inside of stages; or `jit` without `shard_map`."
     )
-    return beside, held
 
 
 def _places(group: Group, m: int) -> tuple[np.ndarray, np.ndarray]:
@@ -225,34 +264,51 @@ def _boxes(chosen: np.ndarray) -> list[Box]:
     return [tuple(slice(i, i + 1) for i in slot) for slot in slots.tolist()]
 
 
+def _received(
+    group: Group,
+    stages: Stages,
+    edges: Sequence[_Edge],
+    arrays: Sequence[jax.Array],
+    side: int,
+) -> list[jax.Array]:
+    """What the stage on one side has sent; 0 beyond the ends."""
+    last = stages.count - 1
+    moves = [(stage, stage - side) for stage in range(stages.count)]
+    inside = [(source, to) for source, to in moves if 0 <= to <= last]
+    is_circular = len(stages.starts) > 1
+    around = [(0, last) if side > 0 else (last, 0)] if is_circular else []
+    received = [
+        lax.ppermute(
+            _cut(arrays[edge.member], group.members[edge.member], edge.box),
+            stages.axis_name,
+            inside + around,
+        )
+        for edge in edges
+    ]
+    if not is_circular:
+        return received
+    # The first stage goes on where the last one ended in the round before.
+    ((_, end),) = around
+    at_end = lax.axis_index(stages.axis_name) == end
+    by_round = _alone(
+        group, [_numbered(group.members[e.member], e.by_round) for e in edges]
+    )
+    return [
+        jnp.where(at_end, at_offset(by_round, m, side, received), x)
+        for m, x in enumerate(received)
+    ]
+
+
 def _cut(x: jax.Array, member: Member, box: Box) -> jax.Array:
     for axis, part in zip(member.axes, box, strict=True):
         x = lax.slice_in_dim(x, part.start, part.stop, axis=axis)
     return x
 
 
-def _received(
-    group: Group, members: list[Member], sent: list[jax.Array], side: int, count: int
-) -> list[jax.Array]:
-    """What the stage on one side has sent; 0 beyond the ends."""
-    stages = group.stages
-    assert stages is not None
-    is_circular = len(stages.starts) > 1
-    moves = [(stage, stage - side) for stage in range(count)]
-    ends = [(source, to % count) for source, to in moves if not 0 <= to < count]
-    moves = [(source, to) for source, to in moves if 0 <= to < count]
-    if is_circular:
-        moves += ends
-    received = [lax.ppermute(x, stages.axis_name, moves) for x in sent]
-    if not is_circular:
-        return received
-    # The first stage goes on where the last one ended in the round before.
-    beside = dataclasses.replace(
-        group, members=tuple(members), ranked=False, stages=None
-    )
-    ((_, end),) = ends
-    at_end = lax.axis_index(stages.axis_name) == end
-    return [
-        jnp.where(at_end, at_offset(beside, m, side, received), x)
-        for m, x in enumerate(received)
-    ]
+def _numbered(member: Member, layers: np.ndarray) -> Member:
+    return dataclasses.replace(member, layers=layers)
+
+
+def _alone(group: Group, members: Sequence[Member]) -> Group:
+    """A group of these members whose neighbors are by number, and that is not split."""
+    return dataclasses.replace(group, members=tuple(members), ranked=False, stages=None)

@@ -77,8 +77,8 @@ def smooth_over_depth(
     scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
     mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
     float64 leaves). A non-finite update of one layer spreads to its neighbors: see
-    `optax.apply_if_finite` and `optax.zero_nans`; a `radius` over 3 on a stacked leaf,
-    over 6 on one leaf per layer, is a matmul, which spreads it to the whole stack.
+    `optax.apply_if_finite` and `optax.zero_nans`; a `radius` over 3, or 6 where
+    several leaves hold a stack, is a matmul, which spreads it to the whole stack.
     Norms are sums of squares in float32 and hold for updates of about 1e-19 to 1e19.
     While a role's update is being smoothed, it needs memory for one more copy of it.
 
@@ -96,15 +96,17 @@ def smooth_over_depth(
       norm_scope: whether these norms are of one "param" of a layer, or of the whole
         "block" of it: all parameters that `depth` matches in that layer of the stack.
       strict: whether it is an error if nothing matches, if layer numbers have a gap,
-        or if leaves of one `scanned` hold different numbers of layers, and a warning
-        if layers are probably not coupled, or not with their neighbors. False makes a
-        gap a boundary that is not coupled across.
+        or if leaves of one `scanned` hold different numbers of layers, and (without
+        `axis_name`) a warning if layers are probably not coupled, or not with their
+        neighbors. False makes a gap a boundary that is not coupled across.
       axis_name: inside `jax.shard_map` or `jax.pmap`, the mesh axis over which the
         layers of all matched stacks are split: stage s holds the s-th part of each
         stack, under the layer numbers of stage 0. Neighbors are by true depth: a stage
-        of a circular pipeline holds several blocks of layers, told by their numbers.
-        The layers that the tree holds are taken for all of the stage's: a last layer
-        that is masked in every role cannot be seen.
+        of a circular pipeline holds several blocks of layers, told by the `stride` of
+        the whole array along the axis that is split. The layers that the tree holds are
+        taken for all of the stage's: a first or last one that is masked in every role
+        cannot be seen. With `check_vma=False`, or in `pmap`, nor can a stack that every
+        device holds whole: leave it out with `.only(...)`.
         `radius` layers at each end of a stage are exchanged with the stages beside.
         Under plain `jit` leave it out, however the updates are sharded.
       axis_boundary: whether layers "couple" across stages, or only inside a "stage".
@@ -169,12 +171,13 @@ def apply_over_depth(
     The updates U = (u_1 .. u_L) of every role become (S ⊗ I) U, with S the operator's
     matrix for the number of layers of the run.
 
-    A band of up to three neighbors on each side, of six with one leaf per layer, is
-    applied as shifted copies, a wider one as one matmul over all layers. The matmul
-    needs a copy of the role's updates, spreads a non-finite update to all layers, and
-    gathers a leaf whose layer axis is sharded; the result keeps the sharding. Where
-    layers couple across the stages of an `axis_name`, the operator must be banded, with
-    a radius of at most the layers of one stage; it is then always shifted copies.
+    A band of up to three neighbors on each side, of six where several leaves hold a
+    stack, is applied as shifted copies, a wider one as one matmul over all layers. The
+    matmul needs a copy of the role's updates, spreads a non-finite update to all
+    layers, and gathers a leaf whose layer axis is sharded; the result keeps the
+    sharding. Where layers couple across the stages of an `axis_name`, the operator must
+    be banded, with a radius of at most the layers of one stage; it is then always
+    shifted copies.
 
     Args:
       depth: where depth is, as in `smooth_over_depth`.
@@ -232,12 +235,11 @@ def apply_over_depth(
         if operator.scheduled:
             resolved = operator.at(state.count)
             state = DepthSmoothingState(optax.safe_increment(state.count))
-        if resolved.is_identity:
-            check_structure(grouping, strict, gaps=axis_name is None)
-            return updates, state
         groups = _groups_on_mesh(
             grouping, strict, axis_name, axis_boundary, norm_axis_names
         )
+        if resolved.is_identity:
+            return updates, state
         new = apply_operator(groups, grouping.leaves, resolved, variant, norm_scope)
         return grouping.replaced(new), state
 
@@ -255,8 +257,11 @@ def _groups_on_mesh(
     for name in norm_axis_names:
         axis_size(name, "norm_axis_names")
     over_stages = grouping
-    if axis_name is not None and grouping.groups:
-        over_stages = split_over(grouping, axis_name)
+    if axis_name is not None:
+        axis_size(axis_name, "axis_name")
+        # Without a coupling of stages their gaps matter only where they are errors.
+        if grouping.groups and (strict or axis_boundary == "couple"):
+            over_stages = split_over(grouping, axis_name)
     check_structure(over_stages, strict)
     coupled = over_stages if axis_boundary == "couple" else grouping
     return [
@@ -282,6 +287,8 @@ def _check_mesh_axes(axis_name: Any, axis_boundary: Any, norm_axis_names: Any) -
             f"`norm_axis_names` must be a tuple of names of mesh axes, but is "
             f"{norm_axis_names!r}. Write `norm_axis_names=({norm_axis_names!r},)`."
         )
+    if len(set(norm_axis_names)) < len(norm_axis_names):
+        raise ValueError(f"`norm_axis_names` names an axis twice: {norm_axis_names!r}.")
     if axis_name is not None and axis_name in norm_axis_names:
         raise ValueError(
             f"`norm_axis_names` holds {axis_name!r}, which is the `axis_name` that "

@@ -140,6 +140,19 @@ for name, tx in transformations.items():
         shardings = {"none": NamedSharding(mesh, spec)}
         out = jax.jit(step, out_shardings=shardings)(split(["none"], specs))
         np.testing.assert_allclose(out["none"], alone, rtol=1e-5, atol=1e-6)
+
+# Several stacked leaves in one matmul.
+cycle = {f"layers_{i}": {"w": leaves[n]} for i, n in enumerate(["one", "two"])}
+for spec in (P("a"), P("a", "b")):
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, spec), cycle)
+    depth = gs.scanned(r"layers_(\\d+)/", stride=2, stack="all")
+    tx = gs.apply_over_depth(depth, gs.tikhonov(1.0))
+    step = lambda u: tx.update(u, tx.init(u))[0]
+    alone, out = step(cycle), jax.jit(step)(jax.device_put(cycle, shardings))
+    for name in cycle:
+        found, wanted = out[name]["w"], alone[name]["w"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        assert found.sharding.is_equivalent_to(shardings[name]["w"], 3), spec
 print("split apart is fine")
 """
 

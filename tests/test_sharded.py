@@ -329,6 +329,56 @@ def test_a_gap_in_all_roles_of_a_stage_is_told(strict):
     fails(ValueError, words, lambda: traced(tx, tree))
 
 
+PAIR = mesh_of(stage=2)
+UNEVEN = {
+    # Layers 0, 2, 4 of each half: every second position of a cycle.
+    "one position of a cycle": (
+        gs.scanned(r"layers_(\d+)/", stride=2),
+        {"layers_0": {"w": leaf(6, 3)}},
+        P("stage"),
+    ),
+    # Layer 1 of each stage is frozen.
+    "a frozen layer": (
+        gs.unrolled(r"layers_(\d+)/"),
+        {"layers_0": {"w": leaf(2, 3)}, "layers_2": {"w": leaf(2, 3)}},
+        P("stage"),
+    ),
+    # The stack goes on outside of the pipeline, on all devices.
+    "a remainder": (
+        gs.first_match(
+            gs.scanned("pipe/", stack="all"),
+            gs.unrolled(r"rest_(\d+)/", start=2, stack="all"),
+        ),
+        {"pipe": {"w": leaf(2, 3)}, "rest_0": {"w": leaf(3)}},
+        {"pipe": {"w": P("stage")}, "rest_0": {"w": P()}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_gaps_that_look_like_the_rounds_of_a_circular_pipeline_are_told(name):
+    depth, tree, specs = UNEVEN[name]
+    tx = gs.smooth_over_depth(depth, 0.3, axis_name="stage")
+    words = ["axis_name='stage'", "cannot be told", "stride"]
+    fails(
+        ValueError, words, lambda: traced(tx, tree, specs, mesh=PAIR, check_vma=False)
+    )
+
+
+def test_a_gap_is_no_matter_of_other_stages_where_they_are_not_coupled():
+    depth = gs.scanned(r"l(\d+)/", stride=4, stack="blocks")
+    tx = gs.smooth_over_depth(
+        depth, 0.3, axis_name="stage", axis_boundary="stage", strict=False
+    )
+    tree = {f"l{i}": {"w": leaf(8, 2)} for i in (0, 1, 3)}
+    assert not moved(traced(tx, tree))
+
+
+def test_a_stack_without_layers_passes_through():
+    tx = gs.smooth_over_depth(gs.scanned("blocks/"), 0.3, axis_name="stage")
+    assert not moved(traced(tx, {"blocks": {"w": leaf(0, 3)}}))
+
+
 def test_a_gap_in_one_role_is_an_error_if_strict():
     depth = gs.scanned(r"l(\d+)/", stride=3, stack="blocks")
     tx = gs.smooth_over_depth(depth, 0.3, axis_name="stage")
@@ -356,9 +406,17 @@ def test_a_gap_in_one_role_is_an_error_if_strict():
             ValueError,
             ["norm_axis_names", "'stage'", "axis_name"],
         ),
+        ({"norm_axis_names": ("a", "a")}, ValueError, ["norm_axis_names", "twice"]),
         ({"axis_name": ("stage",)}, TypeError, ["axis_name", "('stage',)"]),
     ],
-    ids=["boundary", "boundary alone", "norms str", "norms over depth", "axis tuple"],
+    ids=[
+        "boundary",
+        "boundary alone",
+        "norms str",
+        "norms over depth",
+        "norms twice",
+        "axis tuple",
+    ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(kwargs, error, words):
     kwargs = {"axis_name": "stage", **kwargs}
