@@ -91,10 +91,8 @@ def _scaled_once(
     us, left = list(xs), list(scales)
     for g, group in enumerate(groups):
         if group.stages is None and not any(member.axes for member in group.members):
-            us[g], left[g] = (
-                [scaled(xs[g], scales[g], m) for m in range(len(us[g]))],
-                None,
-            )
+            us[g] = [scaled(xs[g], scales[g], m) for m in range(len(group.members))]
+            left[g] = None
     return us, left
 
 
