@@ -120,11 +120,11 @@ def speed_text(reports: Mapping[str, Mapping[str, Any]]) -> str:
 def compiled_table(tpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
     """Returns what the TPU and the GPU compiler make of the main cases."""
 
-    def cells(report: Mapping[str, Any], case: str, moved: str) -> list[str]:
+    def cells(report: Mapping[str, Any], case: str) -> list[str]:
         measures = _first(report)["cases"][case]["measures"]
         collectives = measures["collectives"]
         return [
-            f"{measures[moved]:.2f}",
+            f"{measures['traffic']:.2f}",
             f"{measures['temporaries']:.2f}",
             str(collectives) if collectives else "",
         ]
@@ -135,10 +135,7 @@ def compiled_table(tpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
             "",
             *(f"{device}: {name}" for device in ("TPU", "GPU") for name in columns),
         ],
-        [
-            [name, *cells(tpu, case, "bytes"), *cells(gpu, case, "traffic")]
-            for case, name in _COMPILED
-        ],
+        [[name, *cells(tpu, case), *cells(gpu, case)] for case, name in _COMPILED],
     )
 
 
