@@ -90,7 +90,7 @@ def _scaled_once(
     """u and its scales, or scale · u where every layer has a leaf of its own."""
     us, left = list(xs), list(scales)
     for g, group in enumerate(groups):
-        if group.stages is None and not any(member.axes for member in group.members):
+        if group.stages is None and not group.is_stacked:
             us[g] = [scaled(xs[g], scales[g], m) for m in range(len(group.members))]
             left[g] = None
     return us, left

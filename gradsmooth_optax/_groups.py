@@ -86,6 +86,11 @@ class Group:
         return tuple(int(self.members[m].layers[index]) for m, index in self.slots)
 
     @property
+    def is_stacked(self) -> bool:
+        """Whether some leaf holds layers along an axis."""
+        return any(member.axes for member in self.members)
+
+    @property
     def num_layers(self) -> int:
         """How many layers the group has, over all its leaves."""
         return len(self.slots)

@@ -68,23 +68,24 @@ def _where_in_run(norm: jax.Array, group: Group, m: int) -> jax.Array:
 def inner_products(groups: Sequence[Group], xs: Arrays, ys: Arrays) -> Arrays:
     """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth.
 
-    Over all of the slot, where its other axes are split over mesh axes.
+    Scalars where every layer of the group has a leaf of its own. Over all of the slot,
+    where its other axes are split over mesh axes.
     """
     return [
         [
-            summed_over(group.norm_axes, inner_product(x, y, member.axes))
-            for member, x, y in zip(group.members, of_x, of_y, strict=True)
+            summed_over(group.norm_axes, _inner_product(x, y, group, m))
+            for m, (x, y) in enumerate(zip(of_x, of_y, strict=True))
         ]
         for group, of_x, of_y in zip(groups, xs, ys, strict=True)
     ]
 
 
-def inner_product(x: jax.Array, y: jax.Array, depth_axes: tuple[int, ...]) -> jax.Array:
-    """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
+def _inner_product(x: jax.Array, y: jax.Array, group: Group, m: int) -> jax.Array:
     x, y = widened(x), widened(y)
     product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
+    depth_axes = group.members[m].axes
     other = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
-    return jnp.sum(product, axis=other, keepdims=True)
+    return jnp.sum(product, axis=other, keepdims=group.is_stacked)
 
 
 def summed_by_name(
@@ -101,7 +102,9 @@ def summed_by_name(
     totals: dict[tuple[Hashable, Names], jax.Array] = {}
     for group, of_group, named in zip(groups, arrays, names, strict=True):
         for array, of_member in zip(of_group, named, strict=True):
-            vector = replicated(array).astype(widest).reshape(len(of_member))
+            vector = replicated(array).astype(widest)
+            if vector.ndim:
+                vector = vector.reshape(len(of_member))
             is_in = np.array([name is not None for name in of_member])
             if not is_in.all():
                 vector = jnp.where(is_in, vector, jnp.zeros_like(vector))
@@ -149,7 +152,8 @@ def _with_overlaps(
                     shared[other].append((i, j))
         for other, pairs in shared.items():
             here, there = np.array(pairs).T
-            total = total.at[here].add(totals[stack, other][there])
+            added = totals[stack, other].reshape(len(other))[there]
+            total = total.reshape(len(names)).at[here].add(added)
         joined[stack, names] = total
     return joined
 
