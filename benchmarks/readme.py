@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import format_table
+from benchmarks.speed.peers import HOOK, OURS
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,6 +145,7 @@ def cpu_table(speed: Mapping[str, Any]) -> str:
     small, large = (speed["operators"][f"{size} MB float32"] for size in (64, 512))
     half = speed["operators"]["64 MB bfloat16"]["stacked"]
     chains, steps = speed["chains"]["stacked"], speed["steps"]["default GPT"]
+    peers = speed["peers"]["225 MB"]["unrolled"]
     deepest = max(speed["compile"], key=int)
     compiled = speed["compile"][deepest]
     preserving = "window(0.2), norm_preserving"
@@ -162,6 +164,11 @@ def cpu_table(speed: Mapping[str, Any]) -> str:
         "smoothing after Adam, `adamw()`, `lion()`, `rmsprop()` / without": times(
             *(chains[k] for k in ("scale_by_adam(), S, lr", "adamw(), S")),
             *(chains[k] for k in ("lion(), S", "rmsprop(), S")),
+        ),
+        "window, 225 MB, one leaf per layer: here, `optax.trace`, a PyTorch hook (in "
+        "place), the same under `torch.compile` / `0.9 u`": times(
+            *(peers[who] for who in (f"{OURS}: window", "optax: trace")),
+            *(peers[who] for who in (f"{HOOK}: window", f"{HOOK}, compiled: window")),
         ),
         "update of AdamW, SGD, Muon on the default GPT / without": times(
             *(steps[k]["window"] for k in ("adamw", "sgd", "muon"))
