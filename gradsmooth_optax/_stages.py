@@ -120,10 +120,14 @@ def _rounds(
     ]
     width = len(layers) // len(starts)
     regular = [r * count * width + i for r in range(len(starts)) for i in range(width)]
-    is_regular = [n - layers[0] for n in layers] == regular
-    # The axis that is split leads on to the next stage's layers. Without one, what
-    # looks like the rounds of a circular pipeline are gaps.
-    if is_regular and (len(starts) == 1 or all(width in along for along in steps)):
+    # The axis that is split leads on to the next stage's layers. Where a stride leads
+    # further, or what looks like the rounds of a circular pipeline has no such axis,
+    # there are gaps.
+    fits = all(
+        width in along or (len(starts) == 1 and max(along, default=0) <= width)
+        for along in steps
+    )
+    if fits and [n - layers[0] for n in layers] == regular:
         return width, tuple(starts)
     raise ValueError(
         f"a stage of `axis_name={axis_name!r}` holds layers {some(layers)} of stack "

@@ -337,6 +337,12 @@ UNEVEN = {
         {"layers_0": {"w": leaf(6, 3)}},
         P("stage"),
     ),
+    # Layer 0 of each half, of which layer 1 is not matched.
+    "one position of one cycle": (
+        gs.scanned(r"layers_(\d+)/", stride=2),
+        {"layers_0": {"w": leaf(2, 3)}},
+        P("stage"),
+    ),
     # Layer 1 of each stage is frozen.
     "a frozen layer": (
         gs.unrolled(r"layers_(\d+)/"),
