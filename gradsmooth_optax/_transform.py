@@ -231,13 +231,13 @@ def apply_over_depth(
         del params, extra_args
         # Grouped anew: paths and masks may differ from those of the parameters.
         grouping = group_by_depth(spec, updates)
+        groups = _groups_on_mesh(
+            grouping, strict, axis_name, axis_boundary, norm_axis_names
+        )
         resolved = operator
         if operator.scheduled:
             resolved = operator.at(state.count)
             state = DepthSmoothingState(optax.safe_increment(state.count))
-        groups = _groups_on_mesh(
-            grouping, strict, axis_name, axis_boundary, norm_axis_names
-        )
         if resolved.is_identity:
             return updates, state
         new = apply_operator(groups, grouping.leaves, resolved, variant, norm_scope)

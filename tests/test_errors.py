@@ -786,3 +786,14 @@ def test_a_lone_array_may_be_one_layer():
     u = jnp.ones(3)
     tx = gs.smooth_over_depth(depth)
     assert tx.update(u, tx.init(u))[0] is u
+
+
+def test_a_wrong_structure_is_told_before_the_state_is_looked_at():
+    tree = {
+        name: {"layers_0": {"bias": jnp.ones(3)}, "layers_1": {"bias": jnp.ones(3)}}
+        for name in ("decoder", "mtp")
+    }
+    depth = gs.unrolled(stack="one")
+    tx = gs.smooth_over_depth(depth, lambda count: 0.1, strict=False)
+    with pytest.raises(ValueError, match="gives layer 0"):
+        tx.update(tree, None)
