@@ -145,9 +145,10 @@ def _without_negative(
 ) -> tuple[jax.Array, list[tuple[int, int, int]]]:
     """Crops by slices what negative padding would crop.
 
-    The GSPMD partitioner, jax's default before 0.7, computes wrong numbers for negative
-    padding of a replicated array whose result is sharded. Elsewhere padding is better:
-    it keeps a sharded axis even.
+    XLA computes wrong numbers for negative padding of a replicated array whose result
+    is sharded. The barrier in `_apply.arrays_of` keeps Shardy from asking for that, but
+    not GSPMD, jax's default before 0.7. Elsewhere padding is better: it keeps a sharded
+    axis even.
     """
     for axis, (low, high, _) in enumerate(padding):
         stop = x.shape[axis] + min(high, 0)

@@ -55,7 +55,7 @@ ENTRY %main.2 (a: f32[3,4], b: bf16[3,4]) -> (f32[3,4], f32[3,4]) {
   %call = f32[3,4]{1,0} custom-call(%f2), custom_call_target="gemm"
   ROOT %out = (f32[3,4]{1,0}, f32[3,4]{1,0}) tuple(%call, %first)
 }
-"""  # noqa: E501
+"""  # noqa: E501 # a program as the compiler prints it
 
 
 def test_every_kernel_counts_its_unique_operands_and_its_results_once():

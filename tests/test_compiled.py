@@ -78,7 +78,7 @@ def test_every_operator_lowers_for_accelerators_without_custom_calls(name):
 
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
-    reason="XLA for CPU removes optimization barriers before it fuses",
+    reason="XLA for CPU of jax 0.10 removes optimization barriers before it fuses",
 )
 def test_an_update_is_computed_once_on_cpu_and_not_for_each_shifted_copy():
     # Else rmsprop followed by smoothing takes several times as long, see the README.
