@@ -146,9 +146,9 @@ def _without_negative(
     """Crops by slices what negative padding would crop.
 
     XLA computes wrong numbers for negative padding of a replicated array whose result
-    is sharded. The barrier in `_apply.arrays_of` keeps Shardy from asking for that, but
-    not GSPMD, jax's default before 0.7. Elsewhere padding is better: it keeps a sharded
-    axis even.
+    is sharded. The barrier in `_apply.arrays_of` keeps Shardy from asking for that;
+    with GSPMD, jax's default before 0.7, it is not relied on. Elsewhere padding is
+    better: it keeps a sharded axis even.
     """
     for axis, (low, high, _) in enumerate(padding):
         stop = x.shape[axis] + min(high, 0)
