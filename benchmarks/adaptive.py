@@ -32,6 +32,7 @@ from benchmarks.comparison import (
 )
 from benchmarks.corpus import load_corpus
 from benchmarks.interleaving import Plan, new_run
+from benchmarks.json_files import write_json
 from benchmarks.optimizers import depth_spec, matrices, warmup_cosine
 from benchmarks.pretrain import (
     build_evaluation,
@@ -42,7 +43,6 @@ from benchmarks.pretrain import (
 )
 from benchmarks.pretrain_options import Config, build_parser, parse_options
 from benchmarks.provenance import provenance
-from benchmarks.report import write_json
 from benchmarks.training import init_params, init_state
 
 Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]

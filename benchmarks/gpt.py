@@ -5,6 +5,7 @@ matrices `(L, inputs, outputs)`, so that rank 2 per layer tells them from norm s
 for the smoothing's projections, for weight decay and for Muon alike.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,6 +102,7 @@ class GPT(nn.Module):
         if not self.rotary:
             x = x + self._table(self.context, "positions")(jnp.arange(tokens.shape[1]))
         x = x / _EMBEDDING_SCALE
+        self.sow("intermediates", "input", x)
 
         # CSE is no danger inside a scan, and preventing it costs time.
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
@@ -162,3 +164,12 @@ def _dense(
         kernel_init=_fan_in(1.0) if kernel_init is None else kernel_init,
         name=name,
     )
+
+
+def init_gpt(model: GPT) -> Callable[[jax.Array], Any]:
+    """Returns what makes a model's parameters from a key."""
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    return init

@@ -67,6 +67,23 @@ def _in_blocks(path: tuple) -> bool:
     return any(getattr(entry, "key", None) == "blocks" for entry in path)
 
 
+def preconditioner(name: str, b2: float = 0.95) -> optax.GradientTransformation:
+    """Returns what a base optimizer does before smoothing, decay and learning rate.
+
+    Args:
+        name: "adamw", "sgd" or "muon", as in `smoothed_optimizer`.
+        b2: Adam's decay of squared gradients, in Muon of what it leaves to Adam.
+    """
+    if name == "adamw":
+        return optax.scale_by_adam(b2=b2)
+    if name == "sgd":
+        return optax.trace(0.9)
+    if name == "muon":
+        # At this rate its updates are those of the partition inside.
+        return gs.muon(-1.0, depth_spec("full"), 0.0, adam_b2=b2, **_MUON)
+    raise _unknown(name)
+
+
 def smoothed_optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
@@ -112,16 +129,25 @@ def smoothed_optimizer(
             depth,
             **smoothing,
             adam_b2=0.95,
-            # Updates as large as Adam's, so that both parts share the learning rate.
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=hidden_matrices,
+            **_MUON,
             weight_decay=weight_decay,
             weight_decay_mask=matrices,
         )
     else:
-        raise ValueError(
-            f"there is no optimizer {name!r}; use one of {[*DEFAULT_LEARNING_RATES]}"
-        )
+        raise _unknown(name)
     if clip is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(clip), optimizer)
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(
+        f"there is no optimizer {name!r}; use one of {[*DEFAULT_LEARNING_RATES]}"
+    )
+
+
+_MUON: dict[str, Any] = {
+    # Updates as large as Adam's, so that both parts share the learning rate.
+    "consistent_rms": 0.2,
+    "muon_weight_dimension_numbers": hidden_matrices,
+}

@@ -39,18 +39,19 @@ from benchmarks.corpus import (
     spread_windows,
     unigram_entropy,
 )
-from benchmarks.figures import learning_curves
-from benchmarks.gpt import GPT
+from benchmarks.gpt import GPT, init_gpt
 from benchmarks.interleaving import Evaluate, Plan, Run, Train, new_run, train_in_turns
+from benchmarks.json_files import write_json
+from benchmarks.next_token import mean_loss, next_token_loss
 from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
+from benchmarks.pretrain_figures import learning_curves
 from benchmarks.pretrain_options import Config, Places, build_parser, parse_options
+from benchmarks.pretrain_report import arm_results, results_table
 from benchmarks.provenance import provenance, versions
-from benchmarks.report import arm_results, results_table, write_json
 from benchmarks.training import (
     TrainState,
     init_params,
     init_state,
-    mean_loss,
     train_steps,
 )
 
@@ -100,7 +101,7 @@ def run_benchmark(config: Config, places: Places) -> int:
 
         model = build_model(config)
         seeds = jnp.arange(config.seeds)
-        params = init_params(model, seeds)
+        params = init_params(init_gpt(model), seeds)
         print(summary(config, corpus, arms, params), flush=True)
 
         plan = Plan(config.steps, config.chunk, config.eval_every)
@@ -301,12 +302,11 @@ def compile_arms(
 ) -> dict[str, Train]:
     """Returns what trains each arm, compiled, so that turns take only training time."""
     text = jnp.asarray(corpus.train)
-    batches = functools.partial(
-        sample_windows, batch=config.batch, context=config.context
-    )
+    draw = functools.partial(sample_windows, batch=config.batch, context=config.context)
+    loss = functools.partial(next_token_loss, model)
 
     def compiled(name: str) -> Train:
-        steps = train_steps(model, arms[name], batches, config.chunk)
+        steps = train_steps(loss, arms[name], draw, config.chunk)
         executable = steps.lower(
             states[name], seeds, text, np.int32(0), np.int32(0)
         ).compile()
@@ -322,7 +322,7 @@ def build_evaluation(config: Config, model: GPT, corpus: Corpus) -> Evaluate:
     windows = jnp.asarray(
         spread_windows(corpus.validation, config.eval_windows, config.context)
     )
-    return lambda params: mean_loss(model, params, windows)
+    return jax.jit(jax.vmap(lambda params: mean_loss(model, params, windows)))
 
 
 def train(

@@ -536,3 +536,8 @@ def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
 
 def name_of(stack: Hashable, role: Hashable) -> str:
     return f"stack {stack!r} for role {role!r}"
+
+
+def text_of(name: Hashable) -> str:
+    """The name of a stack or a role as a key that jax can sort beside others."""
+    return name if isinstance(name, str) else repr(name)

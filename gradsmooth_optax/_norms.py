@@ -170,6 +170,13 @@ def inverse_norm(squared: jax.Array) -> jax.Array:
     return 1 / jnp.where(zero, jnp.inf, norm)
 
 
+def cosine(dot: jax.Array, squared: jax.Array, other: jax.Array) -> jax.Array:
+    """⟨u, v⟩ / ‖u‖‖v‖ from the squared norms, and 0 where one of them is 0."""
+    zero, squared, other = _without_zeros(squared, other)
+    norms = jnp.sqrt(squared) * jnp.sqrt(other)
+    return jnp.clip(dot / jnp.where(zero, jnp.inf, norms), -1.0, 1.0)
+
+
 def norm_ratio(before: jax.Array, after: jax.Array) -> jax.Array:
     """The ratio of the norms, given their squares; 1 where one of them is 0."""
     _, before, after = _without_zeros(before, after)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradsmooth_optax._groups import Group
+from gradsmooth_optax._groups import Group, text_of
 from gradsmooth_optax._neighbors import has_neighbor
 from gradsmooth_optax._norms import Arrays, inner_products
 from gradsmooth_optax._precision import num_bits
@@ -114,9 +114,5 @@ class Units:
 
 
 def _name(group: Group, per: Per) -> str:
-    stack, role = (_text(name) for name in (group.stack, group.role))
+    stack, role = (text_of(name) for name in (group.stack, group.role))
     return f"{stack}/{role}" if per == "role" else stack
-
-
-def _text(name: Hashable) -> str:
-    return name if isinstance(name, str) else repr(name)

@@ -78,9 +78,9 @@ def shuffled(operator: Any, seed: int) -> Operator:
     """`operator` over the layers in a random order, the same at every step.
 
     S' = Pᵀ S P with P a permutation of the run's layers that is drawn once from `seed`
-    and the number of layers: as much coupling, but between layers at random, whatever
-    their distance. By chance about two of the L - 1 pairs of neighbors stay coupled,
-    so a stack of few layers is hardly shuffled, and one of two not at all.
+    and the number of layers: as much coupling, but between layers at random. Drawn from
+    the permutations after which no neighbors are neighbors still; three layers have
+    none, and keep one of their two pairs, and two layers are not shuffled at all.
 
     Args:
       operator: an operator with a matrix, or a function num_layers -> (L, L).
@@ -115,8 +115,9 @@ class Shuffled(Operator):
     def matrix(self, num_layers: int) -> Matrix:
         rng = np.random.default_rng([self.seed, num_layers])
         order = rng.permutation(num_layers)
-        # From the first to the last or back, neighbors would be neighbors still.
-        while num_layers > 2 and np.abs(np.diff(order)).sum() == num_layers - 1:
+        # Where no order parts all neighbors, one that parts the most.
+        most_kept = 1 if num_layers in (2, 3) else 0
+        while np.sum(np.abs(np.diff(order)) == 1) > most_kept:
             order = rng.permutation(num_layers)
         return self.operator.matrix(num_layers)[np.ix_(order, order)]
 

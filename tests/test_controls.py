@@ -103,12 +103,13 @@ def test_shuffled_is_the_operator_over_the_layers_in_another_order(
     np.testing.assert_array_equal(shuffled, matrix[np.ix_(order, order)])
 
 
-@pytest.mark.parametrize("num_layers", range(3, 9))
-def test_shuffled_never_leaves_all_neighbors_together(num_layers):
+@pytest.mark.parametrize("num_layers", [2, 3, 4, 5, 6, 12, 24])
+def test_shuffled_couples_no_neighbors_where_there_is_such_an_order(num_layers):
+    kept = {2: 1, 3: 1}.get(num_layers, 0)
     matrix = gs.window(0.5).matrix(num_layers)
     for seed in range(20):
         shuffled = gs.controls.shuffled(gs.window(0.5), seed).matrix(num_layers)
-        assert not np.allclose(shuffled, matrix)
+        assert np.count_nonzero(np.diag(shuffled, 1)) == kept
         assert np.count_nonzero(shuffled) == np.count_nonzero(matrix)
 
 

@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 
 from benchmarks import checkpoints
-from benchmarks.figures import learning_curves
 from benchmarks.interleaving import Plan, new_run, train_in_turns
+from benchmarks.json_files import write_json
 from benchmarks.pretrain import train
-from benchmarks.report import arm_results, results_table, thinned, write_json
+from benchmarks.pretrain_figures import learning_curves
+from benchmarks.pretrain_report import arm_results, results_table, thinned
 from benchmarks.training import TrainState
 
 PLAN = Plan(steps=11, chunk=3, eval_every=5)

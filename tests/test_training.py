@@ -9,7 +9,8 @@ from optax import contrib
 
 from benchmarks import training
 from benchmarks.corpus import sample_windows, spread_windows
-from benchmarks.gpt import GPT
+from benchmarks.gpt import GPT, init_gpt
+from benchmarks.next_token import mean_loss, next_token_loss
 from benchmarks.optimizers import (
     hidden_matrices,
     matrices,
@@ -19,6 +20,7 @@ from benchmarks.optimizers import (
 
 MODEL = GPT(256, layers=2, width=8, heads=2, context=8)
 TEXT = np.frombuffer(b"All work and no play makes Jack a dull boy.\n" * 20, np.uint8)
+INIT = init_gpt(MODEL)
 SEEDS = jnp.arange(2)
 
 
@@ -26,13 +28,14 @@ SEEDS = jnp.arange(2)
 def trainer(seeds: int):
     """A compiled trainer of as many seeds, with its optimizer."""
     optimizer = smoothed_optimizer("adamw", 1e-2, 0.2, weight_decay=0.1, clip=1.0)
-    batches = functools.partial(sample_windows, batch=2, context=8)
-    return optimizer, training.train_steps(MODEL, optimizer, batches, 10)
+    loss = functools.partial(next_token_loss, MODEL)
+    draw = functools.partial(sample_windows, batch=2, context=8)
+    return optimizer, training.train_steps(loss, optimizer, draw, 10)
 
 
 @functools.cache
 def initial_params(num_seeds: int):
-    return training.init_params(MODEL, SEEDS[:num_seeds])
+    return training.init_params(INIT, SEEDS[:num_seeds])
 
 
 def trained(num_seeds: int, calls: list[int]):
@@ -87,7 +90,10 @@ def test_the_evaluation_is_the_mean_over_all_windows():
     params = initial_params(2)
     windows = spread_windows(TEXT, num_windows=7, context=8)
     # Seven windows, three at once: the rest counts too.
-    losses = training.mean_loss(MODEL, params, jnp.asarray(windows), at_once=3)
+    evaluate = functools.partial(
+        mean_loss, MODEL, windows=jnp.asarray(windows), at_once=3
+    )
+    losses = jax.jit(jax.vmap(evaluate))(params)
     predict = jax.jit(jax.vmap(lambda p: MODEL.apply({"params": p}, windows[:, :-1])))
     logits = np.asarray(predict(params), np.float64)  # (S, windows, context, 256)
     normalizer = np.log(np.exp(logits).sum(-1))

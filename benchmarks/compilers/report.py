@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from benchmarks.comparison import format_table
 from benchmarks.compilers.cases import Case, cases
+from benchmarks.json_files import write_json
 from benchmarks.provenance import provenance
-from benchmarks.report import write_json
 
 Measures = Mapping[str, float]
 

@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.json_files import write_json
 from benchmarks.provenance import provenance
-from benchmarks.report import write_json
 from benchmarks.speed.compile_time import (
     compile_times,
     learning_optimizers,

@@ -15,6 +15,8 @@ import optax
 
 import gradsmooth_optax as gs
 from benchmarks.corpus import sample_windows
+from benchmarks.gpt import init_gpt
+from benchmarks.next_token import next_token_loss
 from benchmarks.optimizers import smoothed_optimizer
 from benchmarks.pretrain import build_model
 from benchmarks.pretrain_options import Config, build_parser, parse_options
@@ -105,7 +107,8 @@ def optimizer_steps(
     config = default_config()
     trees = {
         "default GPT": jax.tree.map(
-            lambda leaf: leaf[0], init_params(build_model(config), jnp.arange(1))
+            lambda leaf: leaf[0],
+            init_params(init_gpt(build_model(config)), jnp.arange(1)),
         ),
         f"{megabytes:g} MB": updates_of(megabytes, layers, "stacked"),
     }
@@ -164,11 +167,11 @@ def training_steps(
             "norm_preserving": {"alpha": 0.2, "variant": "norm_preserving"},
         }
     model, seeds = build_model(config), jnp.arange(config.seeds)
-    params = init_params(model, seeds)
+    params = init_params(init_gpt(model), seeds)
     text = jnp.asarray(np.random.default_rng(0).integers(0, 256, 2**20, np.uint8))
 
-    def batches(text: jax.Array, key: jax.Array, step: jax.Array) -> jax.Array:
-        return sample_windows(text, key, step, config.batch, config.context)
+    draw = partial(sample_windows, batch=config.batch, context=config.context)
+    loss = partial(next_token_loss, model)
 
     def call(alpha: float = 0.0, **options: Any) -> Callable[[], Any]:
         tx = smoothed_optimizer(
@@ -181,7 +184,7 @@ def training_steps(
         )
         state = init_state(tx, params)
         counts = np.int32(0), np.int32(steps_per_turn)
-        train = train_steps(model, tx, batches, steps_per_turn)
+        train = train_steps(loss, tx, draw, steps_per_turn)
         run = train.lower(state, seeds, text, *counts).compile()
 
         def turn() -> Any:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.comparison import paired_difference
-from benchmarks.report import BITS_PER_NAT
+from benchmarks.pretrain_report import BITS_PER_NAT
 
 # Okabe and Ito's colors, told apart by color-blind readers; line styles and markers do
 # the same for readers of a black-and-white print.
@@ -23,8 +23,8 @@ def learning_curves(
     """Draws validation curves, and beside them the paired differences to the base.
 
     Args:
-        arms: from `report.arm_results`, also as read back from JSON; the first is the
-            base.
+        arms: from `pretrain_report.arm_results`, also as read back from JSON; the
+            first is the base.
         title: of the figure.
         unigram_entropy: what a model without context cannot beat, in bits per byte.
     """

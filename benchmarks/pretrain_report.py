@@ -1,9 +1,7 @@
 """The results of paired arms as one JSON value, and the table made of it."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,20 +120,3 @@ def _difference(values: Mapping[str, Any]) -> PairedDifference:
         for name in ("mean", "half_width")
     )
     return PairedDifference(mean, half_width, values["wins"], values["num_seeds"])
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Writes JSON that every reader takes: what is not finite becomes null."""
-    path.write_text(
-        json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8"
-    )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

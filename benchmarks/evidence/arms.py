@@ -1,0 +1,112 @@
+"""The arms of an experiment: what is coupled, how, and the controls of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import optax
+
+import gradsmooth_optax as gs
+
+Operator = Literal[
+    "none", "window", "similarity_window", "mean", "learn_alpha", "learn_operator"
+]
+Control = Literal["norm_matched", "shuffled_depth", "full_average"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to couple the updates of a base optimizer.
+
+    Attributes:
+        name: as in tables; no two arms share one.
+        operator: the operator along depth; "none" is the base.
+        alpha: its strength, of the learned ones the one they start at.
+        variant: of `apply_over_depth`; its norms are per parameter.
+        scope: "full" couples all parameters of the blocks, "proj" the projections.
+        control: what the arm is a control of, or None.
+    """
+
+    name: str
+    operator: Operator = "window"
+    alpha: float = 0.2
+    variant: Literal["standard", "norm_preserving"] = "standard"
+    scope: Literal["full", "proj"] = "full"
+    control: Control | None = None
+
+
+BASE = Arm("base", "none", 0.0)
+WINDOW = Arm("window(0.2)")
+WEAK_WINDOW = Arm("window(0.1)", alpha=0.1)
+NORM_PRESERVING = Arm("window(0.2), norm-preserving", variant="norm_preserving")
+PROJECTIONS = Arm("window(0.2), proj", scope="proj")
+
+SMOOTHED = (
+    WEAK_WINDOW,
+    WINDOW,
+    Arm("window(0.5)", alpha=0.5),
+    PROJECTIONS,
+    NORM_PRESERVING,
+    Arm("similarity_window(0.2)", "similarity_window"),
+    Arm("learn_alpha", "learn_alpha", 0.1),
+    Arm("learn_operator", "learn_operator", 0.1),
+)
+CONTROLS = (
+    Arm("norm-matched window(0.2)", control="norm_matched"),
+    Arm("shuffled window(0.2)", control="shuffled_depth"),
+    Arm("mean over depth", "mean", 1.0, control="full_average"),
+)
+
+
+class Coupled(NamedTuple):
+    """An optimizer's preconditioner with an arm's coupling.
+
+    Attributes:
+        transformation: both.
+        inner: `(gradient, state, params) -> updates` of the preconditioner alone, with
+            the state of `transformation`.
+    """
+
+    transformation: optax.GradientTransformationExtraArgs
+    inner: Callable[[Any, Any, Any], Any]
+
+
+def coupled(arm: Arm, inner: optax.GradientTransformation, depth: Any) -> Coupled:
+    """Returns a preconditioner with an arm's coupling.
+
+    Args:
+        arm: says how to couple.
+        inner: the preconditioner.
+        depth: where all parameters of the blocks are, a depth spec.
+    """
+    if arm.scope == "proj":
+        depth = depth.only_projections()
+    if arm.operator in _LEARNED:
+        learned = _LEARNED[arm.operator](inner, depth, alpha=arm.alpha)
+        return Coupled(
+            learned, lambda g, state, p: inner.update(g, state.inner_state, p)[0]
+        )
+    smooth = (
+        optax.identity()
+        if arm.operator == "none"
+        else gs.apply_over_depth(depth, _operator(arm), variant=arm.variant)
+    )
+    return Coupled(
+        optax.chain(inner, smooth), lambda g, state, p: inner.update(g, state[0], p)[0]
+    )
+
+
+_LEARNED = {"learn_alpha": gs.learn_alpha, "learn_operator": gs.learn_operator}
+
+
+def _operator(arm: Arm) -> Any:
+    if arm.operator == "mean":
+        return gs.mean_over_depth()
+    if arm.operator == "similarity_window":
+        return gs.similarity_window(arm.alpha)
+    operator = gs.window(arm.alpha)
+    if arm.control == "norm_matched":
+        return gs.controls.norm_matched(operator)
+    if arm.control == "shuffled_depth":
+        return gs.controls.shuffled(operator, seed=0)
+    return operator

@@ -1,0 +1,85 @@
+"""Why an arm may help: what its updates and its residual stream look like.
+
+All functions here are of one seed, for `jax.vmap`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.evidence.arms import Coupled
+from benchmarks.evidence.task import Task
+from benchmarks.training import data_key
+from gradsmooth_optax import diagnostics
+
+Measures = Mapping[str, jax.Array]
+
+
+def model_probe(
+    task: Task, micro_batches: int
+) -> Callable[[Any, jax.Array, Any, jax.Array], tuple[Any, Measures]]:
+    """Returns what measures a model on the batch of a step; the same for all arms.
+
+    Args:
+        task: what is trained.
+        micro_batches: M, the parts that a batch is cut into; it divides the batch.
+
+    Returns:
+        A function `(params, seed, data, step) -> (gradient, measures)`:
+        `line_shape_score` and `residual_alignment` of the residual stream, and
+        `gradient_noise`, the variance of a micro-batch's gradient of the blocks over
+        the squared norm of the mean gradient.
+    """
+
+    def probe(params: Any, seed: jax.Array, data: Any, step: jax.Array) -> Any:
+        batch = task.draw(data, data_key(seed), step)
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch
+        )
+        gradients = jax.vmap(jax.grad(task.loss), in_axes=(None, 0))(params, parts)
+        noise = diagnostics.gradient_noise(gradients, task.depth).values()
+        variance = sum(jnp.sum(of_stack.variance) for of_stack in noise)
+        signal = sum(jnp.sum(of_stack.squared_norm_of_mean) for of_stack in noise)
+        states = task.states(params, batch)
+        return jax.tree.map(lambda leaf: leaf.mean(0), gradients), {
+            "line_shape_score": diagnostics.line_shape_score(states),
+            "residual_alignment": diagnostics.residual_alignment(states),
+            "gradient_noise": variance / signal,
+        }
+
+    return probe
+
+
+def update_probe(
+    task: Task, coupled: Coupled
+) -> Callable[[Any, Any, Any], dict[str, Measures]]:
+    """Returns what measures an arm's update of the blocks before and after coupling.
+
+    Args:
+        task: what is trained.
+        coupled: of the arm.
+
+    Returns:
+        A function `(gradient, state, params) -> measures`, with `roughness`, relative
+        to the squared norm, and the mean `adjacent_cosine`; each "before" and "after".
+    """
+
+    def probe(gradient: Any, state: Any, params: Any) -> Any:
+        inner = coupled.inner(gradient, state, params)
+        after, _ = coupled.transformation.update(gradient, state, params)
+        before, after = _statistics(inner, task), _statistics(after, task)
+        return {name: {"before": before[name], "after": after[name]} for name in before}
+
+    return probe
+
+
+def _statistics(updates: Any, task: Task) -> Measures:
+    stacks = diagnostics.depth_statistics(updates, task.depth).values()
+    roughness = sum(stack.roughness for stack in stacks)
+    squares = sum(jnp.sum(stack.norms**2) for stack in stacks)
+    return {
+        "roughness": roughness / squares,
+        "adjacent_cosine": jnp.mean(jnp.concatenate([s.cosines for s in stacks])),
+    }

@@ -1,0 +1,127 @@
+"""How large every task is trained: in minutes, for the committed results, on a TPU.
+
+The options of a run are one flat dictionary, which is also the `config` of its result
+file: those of the task's `build`, those of `Job`, and
+
+    depths          numbers of layers
+    learning_rate   where the search begins
+    screen_seeds    how many seeds the screen has
+    confirm_seeds   how many others the confirmation has
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.evidence.arms import BASE, PROJECTIONS, Arm
+from benchmarks.evidence.trials import Job
+
+Options = Mapping[str, Any]
+
+_LM = {
+    **{"depths": [6, 12, 24], "width": 32, "heads": 2, "context": 32, "batch": 4},
+    **{"eval_windows": 128, "dtype": "float32", "remat": False, "corpus": None},
+    **{"steps": 200, "warmup": 20, "b2": 0.95, "clip": 1.0, "micro_batches": 4},
+    **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
+}
+_REVERSE = {
+    **{"depths": [24], "width": 32, "heads": 4, "length": 12, "vocabulary": 32},
+    **{"batch": 8, "eval_sequences": 1024},
+    **{"steps": 200, "warmup": None, "b2": 0.999, "clip": None, "micro_batches": 4},
+    **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
+}
+_QUICK = {"steps": 40, "lanes": 2, "screen_seeds": 2, "confirm_seeds": 4}
+
+_PRESETS: dict[str, dict[str, Options]] = {
+    "lm": {
+        "full": _LM,
+        "quick": _LM | _QUICK | {"depths": [4], "width": 16, "warmup": 4},
+        # Where coupling might help: noisier gradients, longer training, more layers.
+        "small-batch": _LM | {"depths": [12], "batch": 2, "micro_batches": 2},
+        "long": _LM | {"depths": [12], "steps": 1000, "warmup": 100},
+        "deep": _LM | {"depths": [48]},
+        # The paper's two depths, at 1.2 and 1.5 billion parameters in the blocks.
+        "tpu": _LM
+        | {"depths": [24, 30], "width": 2048, "heads": 16, "context": 2048}
+        | {"batch": 256, "eval_windows": 512, "dtype": "bfloat16", "remat": True}
+        | {"steps": 20_000, "warmup": 500, "lanes": 1, "learning_rate": 6e-4},
+    },
+    "reverse": {
+        "full": _REVERSE,
+        "quick": _REVERSE | _QUICK | {"depths": [6]},
+        "tpu": _REVERSE
+        | {"depths": [96], "width": 1024, "heads": 16, "length": 512, "batch": 256}
+        | {"steps": 20_000, "lanes": 1},
+    },
+}
+_BY_OPTIMIZER: dict[str, dict[str, Options]] = {
+    "lm": {
+        "adamw": {"learning_rate": 8e-3, "weight_decay": 0.1},
+        "sgd": {"learning_rate": 1.0, "weight_decay": 0.0},
+        "muon": {"learning_rate": 1.6e-2, "weight_decay": 0.1},
+    },
+    "reverse": {
+        "adamw": {"learning_rate": 1e-3, "weight_decay": 0.01},
+        "sgd": {"learning_rate": 0.1, "weight_decay": 0.0},
+        "muon": {"learning_rate": 1e-3, "weight_decay": 0.01},
+    },
+}
+
+NAMES = tuple(dict.fromkeys(name for of_task in _PRESETS.values() for name in of_task))
+# Those whose results are no evidence, and so are not committed.
+NOT_COMMITTED = ("quick", "tpu")
+
+
+class OptionError(ValueError):
+    """There is no such preset or option; the message lists those that there are."""
+
+
+def options_of(
+    task: str, optimizer: str, preset: str, changes: Options | None = None
+) -> dict[str, Any]:
+    """Returns the options of a run.
+
+    Args:
+        task: its name.
+        optimizer: the base's name.
+        preset: its name.
+        changes: options that differ from the preset's.
+
+    Raises:
+        OptionError: for a preset that the task does not have, or an unknown option.
+    """
+    if preset not in _PRESETS[task]:
+        raise OptionError(
+            f"there is no preset {preset!r} of {task!r}; there are "
+            f"{', '.join(_PRESETS[task])}"
+        )
+    options = {**_BY_OPTIMIZER[task][optimizer], **_PRESETS[task][preset]}
+    for name in changes or {}:
+        if name not in options:
+            raise OptionError(
+                f"there is no option {name!r} of {task!r}; there are "
+                f"{', '.join(sorted(options))}"
+            )
+    return {**options, **(changes or {})}
+
+
+def job_of(optimizer: str, options: Options) -> Job:
+    """Returns how a task is trained."""
+    names = {field.name for field in dataclasses.fields(Job)} - {"optimizer"}
+    return Job(optimizer, **{name: options[name] for name in names})
+
+
+def task_options(options: Options) -> dict[str, Any]:
+    """Returns the options that are the task's own."""
+    others = {field.name for field in dataclasses.fields(Job)}
+    others |= {"depths", "learning_rate", "screen_seeds", "confirm_seeds"}
+    return {name: value for name, value in options.items() if name not in others}
+
+
+def confirmed_anyway(
+    task: str, optimizer: str, preset: str
+) -> tuple[tuple[Arm, float], ...]:
+    """Returns arms and learning rates to confirm whatever the screen says."""
+    if (task, optimizer, preset) == ("reverse", "adamw", "full"):
+        return (BASE, 2e-3), (PROJECTIONS, 2e-3)  # the replication's own
+    return ()

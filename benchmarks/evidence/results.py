@@ -1,0 +1,116 @@
+"""The result file of a task and optimizer: read, checked, written trial by trial."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.search import Trial
+from benchmarks.evidence.trials import Job, Measured
+from benchmarks.pretrain_report import thinned
+
+# Points that a curve keeps, and digits of what is no metric.
+_POINTS, _DIGITS = 20, 5
+
+
+class ResultsMismatch(ValueError):
+    """The result file is of other options, or in use; the message says what to do."""
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from the result file at `path`, whatever ends this one.
+
+    Raises:
+        ResultsMismatch: if another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResultsMismatch(f"another process writes {str(path)!r}") from None
+        yield
+    lock.unlink(missing_ok=True)
+
+
+def read_finished(
+    path: Path, config: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the arms and the sittings of a result file, none where there is no file.
+
+    Raises:
+        ResultsMismatch: if they are of other options than `config`.
+    """
+    if not path.exists():
+        return [], []
+    saved = json.loads(path.read_text())
+    different = [
+        f"{key} was {saved['config'].get(key)!r}, now {config.get(key)!r}"
+        for key in sorted(saved["config"].keys() | config.keys())
+        if saved["config"].get(key) != config.get(key)
+    ]
+    if different:
+        raise ResultsMismatch(
+            f"{str(path)!r} is of a run with other options: {'; '.join(different)}. "
+            "Name another file with --out, or remove this one"
+        )
+    return saved["arms"], saved["sittings"]
+
+
+def arm_result(
+    trial: Trial, seeds: list[int], job: Job, measured: Measured
+) -> dict[str, Any]:
+    """Returns what a result file says of a trial, as JSON values."""
+    arm = trial.arm
+    steps, losses = thinned(measured.train_loss.mean(axis=1)[:, None], _POINTS)
+    mechanism = {
+        name: _of_seeds(values) for name, values in sorted(measured.mechanism.items())
+    }
+    return {
+        "name": arm.name,
+        "stage": trial.stage,
+        "layers": trial.layers,
+        "operator": arm.operator,
+        "alpha": arm.alpha,
+        "variant": arm.variant,
+        "scope": arm.scope,
+        "control": arm.control,
+        "learning_rate": trial.learning_rate,
+        "seeds": seeds,
+        "metric_per_seed": _numbers(measured.metric, 8),
+        "diverged": (~np.isfinite(measured.metric)).tolist(),
+        "curve": {"steps": steps.tolist(), "train_loss": _numbers(losses[:, 0])},
+        "mechanism": {"steps": job.probed, **mechanism},
+        "seconds_per_step": _numbers(np.array([measured.seconds_per_step]))[0],
+    }
+
+
+def write_results(header: Mapping[str, Any], arms: list[Any], path: Path) -> None:
+    """Writes a result file, whole or not at all, with one line for each arm."""
+    lines = [f" {json.dumps(key)}: {json.dumps(header[key])}," for key in header]
+    of_arms = ",\n".join(f"  {json.dumps(arm, allow_nan=False)}" for arm in arms)
+    text = "\n".join(["{", *lines, ' "arms": [', of_arms, " ]", "}", ""])
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def _of_seeds(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _of_seeds(of_name) for name, of_name in values.items()}
+    return _numbers(values.mean(axis=-1))
+
+
+def _numbers(values: np.ndarray, digits: int = _DIGITS) -> list[float | None]:
+    """Rounded; null, as JSON has no other word, for what is not finite."""
+    return [
+        float(f"{value:.{digits}g}") if np.isfinite(value) else None
+        for value in values.tolist()
+    ]

@@ -1,0 +1,158 @@
+"""Which trial comes next: the learning rates of the screen, and what is confirmed.
+
+All of it follows from the trials that are finished, so a run that was killed goes on
+where it stopped.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from benchmarks.evidence.arms import (
+    BASE,
+    CONTROLS,
+    NORM_PRESERVING,
+    SMOOTHED,
+    WEAK_WINDOW,
+    WINDOW,
+    Arm,
+)
+
+Stage = Literal["screen", "confirm"]
+
+# Factors of two by which a search may leave the rate it starts at.
+_FARTHEST = 8
+
+
+class Trial(NamedTuple):
+    """One arm at one learning rate and depth, over the seeds of a stage."""
+
+    layers: int
+    stage: Stage
+    arm: Arm
+    learning_rate: float
+
+
+class NoOptimum(ValueError):
+    """No learning rate in reach is better than those on both sides of it."""
+
+
+def next_trial(
+    finished: Sequence[Mapping[str, Any]],
+    depths: Sequence[int],
+    start: float,
+    lower_is_better: bool,
+    also: Sequence[tuple[Arm, float]] = (),
+) -> Trial | None:
+    """Returns the trial that comes next, or None where all are finished.
+
+    Args:
+        finished: the arms of a result file.
+        depths: the numbers of layers, in order.
+        start: the learning rate at which the search of the first base begins.
+        lower_is_better: of the metric.
+        also: arms and rates to confirm in any case.
+
+    Raises:
+        NoOptimum: if an arm is best at an end of all rates in reach.
+    """
+    for layers in depths:
+        here = [arm for arm in finished if arm["layers"] == layers]
+        trial = _next_at_depth(here, start, lower_is_better, also)
+        if trial is not None:
+            return Trial(layers, *trial)
+        start = best_rate(screened(here, BASE, lower_is_better))
+    return None
+
+
+def _next_at_depth(
+    finished: Sequence[Mapping[str, Any]],
+    start: float,
+    lower_is_better: bool,
+    also: Sequence[tuple[Arm, float]],
+) -> tuple[Stage, Arm, float] | None:
+    found = {
+        arm: screened(finished, arm, lower_is_better)
+        for arm in (BASE, *SMOOTHED, *CONTROLS)
+    }
+    for arm, costs in found.items():
+        rate = next_rate(costs, start)
+        if rate is not None:
+            return "screen", arm, rate
+        if arm is BASE:
+            start = best_rate(costs)
+    done = {
+        (arm["name"], arm["learning_rate"])
+        for arm in finished
+        if arm["stage"] == "confirm"
+    }
+    for arm, rate in _to_confirm(found, also):
+        if (arm.name, rate) not in done:
+            return "confirm", arm, rate
+    return None
+
+
+def _to_confirm(
+    found: Mapping[Arm, Mapping[float, float]], also: Sequence[tuple[Arm, float]]
+) -> Iterator[tuple[Arm, float]]:
+    """Each arm at its own best rate and the base's, and the base at all of these."""
+    best_screened = min(SMOOTHED, key=lambda arm: min(found[arm].values()))
+    chosen = (WEAK_WINDOW, WINDOW, NORM_PRESERVING, best_screened, *CONTROLS)
+    of_base = best_rate(found[BASE])
+    yield BASE, of_base
+    for arm in dict.fromkeys(chosen):
+        for rate in {of_base: None, best_rate(found[arm]): None}:
+            yield BASE, rate
+            yield arm, rate
+    yield from also
+
+
+def screened(
+    finished: Sequence[Mapping[str, Any]], arm: Arm, lower_is_better: bool
+) -> dict[float, float]:
+    """Returns {learning rate: mean metric over seeds} of an arm's screen.
+
+    As a cost: lower is better, and infinite where a seed diverged.
+    """
+    costs = {}
+    for result in finished:
+        if result["stage"] == "screen" and result["name"] == arm.name:
+            values = np.array(result["metric_per_seed"], float)  # null is NaN
+            mean = float(np.mean(values)) * (1 if lower_is_better else -1)
+            costs[result["learning_rate"]] = mean if math.isfinite(mean) else math.inf
+    return costs
+
+
+def next_rate(costs: Mapping[float, float], start: float) -> float | None:
+    """Returns the learning rate to try next, or None where the optimum is inside.
+
+    The rates are `start` times powers of two.
+
+    Args:
+        costs: {rate: cost} of those that were tried.
+        start: the rate to begin at.
+
+    Raises:
+        NoOptimum: if the best rate is at an end, 2⁸ from `start`.
+    """
+    for rate in (start, start / 2, start * 2):
+        if rate not in costs:
+            return rate
+    best = best_rate(costs)
+    if best not in (min(costs), max(costs)):
+        return None
+    rate = best / 2 if best == min(costs) else best * 2
+    if abs(math.log2(rate / start)) > _FARTHEST:
+        raise NoOptimum(
+            f"the best of the learning rates {sorted(costs)} is the one at the end, "
+            f"{best:g}. Begin the search "
+            "elsewhere with --option learning_rate=VALUE"
+        )
+    return rate
+
+
+def best_rate(costs: Mapping[float, float]) -> float:
+    """Returns the learning rate of the lowest cost, of several the lowest rate."""
+    return min(sorted(costs), key=costs.__getitem__)

@@ -1,0 +1,81 @@
+"""Language modeling: the GPT of `benchmarks.pretrain` on the standard library's source.
+
+The metric is the loss on windows spread over held-out files, in nats per byte.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+import gradsmooth_optax as gs
+from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
+from benchmarks.evidence.task import Metric, Task
+from benchmarks.gpt import GPT, init_gpt
+from benchmarks.next_token import mean_loss, next_token_loss
+from benchmarks.optimizers import matrices
+
+METRIC = Metric("validation loss", "nats/byte", lower_is_better=True)
+
+
+def build(
+    layers: int,
+    *,
+    width: int,
+    heads: int,
+    context: int,
+    batch: int,
+    eval_windows: int,
+    dtype: str = "float32",
+    remat: bool = False,
+    corpus: list[str] | None = None,
+) -> Task:
+    """Returns the task at a depth.
+
+    Args:
+        layers: L.
+        width: of the residual stream.
+        heads: of attention, in every layer.
+        context: bytes per window.
+        batch: windows per step.
+        eval_windows: windows of the held-out text.
+        dtype: of activations.
+        remat: whether to recompute activations in the backward pass.
+        corpus: text files, or None for the standard library's source.
+    """
+    paths = None if corpus is None else [Path(path) for path in corpus]
+    text = load_corpus(paths, shortest=context + 1)
+    model = GPT(
+        vocabulary=VOCABULARY,
+        layers=layers,
+        width=width,
+        heads=heads,
+        context=context,
+        remat=remat,
+        dtype=jnp.dtype(dtype),
+    )
+    windows = jnp.asarray(spread_windows(text.validation, eval_windows, context))
+
+    def states(params: Any, tokens: jax.Array) -> jax.Array:
+        _, kept = cast(
+            tuple,
+            model.apply({"params": params}, tokens[:, :-1], mutable="intermediates"),
+        )
+        (first,), blocks = kept["intermediates"]["input"], kept["intermediates"]
+        (after,) = blocks["blocks"]["states"]
+        return jnp.concatenate([first[None], after])
+
+    return Task(
+        metric=METRIC,
+        num_layers=layers,
+        depth=gs.scanned("blocks/"),
+        data=jnp.asarray(text.train),
+        init=init_gpt(model),
+        draw=functools.partial(sample_windows, batch=batch, context=context),
+        loss=functools.partial(next_token_loss, model),
+        evaluate=lambda params: mean_loss(model, params, windows),
+        states=states,
+        decayed=matrices,
+    )

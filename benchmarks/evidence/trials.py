@@ -1,0 +1,184 @@
+"""Training of one arm at one learning rate: what is measured, over paired seeds."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.evidence.arms import Arm, coupled
+from benchmarks.evidence.mechanism import model_probe, update_probe
+from benchmarks.evidence.task import Task
+from benchmarks.optimizers import preconditioner, warmup_cosine
+from benchmarks.training import TrainState, init_params, init_state, train_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How a task is trained, the same for all arms.
+
+    Attributes:
+        optimizer: the base, see `benchmarks.optimizers`.
+        steps: of a run.
+        warmup: steps of linear rise before the cosine decay to a tenth; None for a
+            constant learning rate.
+        weight_decay: decoupled.
+        b2: of Adam.
+        clip: largest global norm of the gradient, or None.
+        lanes: seeds that train at once.
+        micro_batches: parts of a batch whose gradients are compared.
+    """
+
+    optimizer: str
+    steps: int
+    warmup: int | None
+    weight_decay: float
+    b2: float = 0.95
+    clip: float | None = None
+    lanes: int = 4
+    micro_batches: int = 4
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate of every step, in units of the highest."""
+        if self.warmup is None:
+            return optax.constant_schedule(1.0)
+        return warmup_cosine(1.0, self.warmup, self.steps)
+
+    @property
+    def probed(self) -> list[int]:
+        """After how many steps the mechanism is measured."""
+        shares = (0.1, 0.25, 0.5, 0.75, 1.0)
+        return sorted({max(1, round(share * self.steps)) for share in shares})
+
+
+class Measured(NamedTuple):
+    """What a trial measured, of S seeds.
+
+    Attributes:
+        metric: of the last parameters, shape `(S,)`.
+        train_loss: of every step, shape `(steps, S)`.
+        mechanism: {name: values or {"before", "after": values}}, of shape
+            `(len(job.probed), S)`.
+        seconds_per_step: of as many seeds as there are lanes, the median over calls.
+    """
+
+    metric: np.ndarray
+    train_loss: np.ndarray
+    mechanism: dict[str, Any]
+    seconds_per_step: float
+
+
+# (learning rate, seeds, called with the steps done) -> what was measured.
+RunTrial = Callable[[float, Sequence[int], Callable[[int], Any]], Measured]
+
+
+def build_optimizer(job: Job, task: Task, arm: Arm) -> optax.GradientTransformation:
+    """Returns the optimizer of an arm, with its learning rate in its state.
+
+    So one compiled program serves all rates, see `at_rate`.
+    """
+    return optax.chain(
+        _coupled(job, task, arm).transformation,
+        optax.add_decayed_weights(job.weight_decay, task.decayed),
+        optax.scale_by_schedule(job.schedule),
+        optax.inject_hyperparams(optax.scale)(step_size=-1.0),
+    )
+
+
+def _coupled(job: Job, task: Task, arm: Arm) -> Any:
+    clip = optax.identity() if job.clip is None else optax.clip_by_global_norm(job.clip)
+    inner = optax.chain(clip, preconditioner(job.optimizer, job.b2))
+    return coupled(arm, inner, task.depth)
+
+
+def at_rate(opt_state: Any, learning_rate: float) -> Any:
+    """Returns the state of an optimizer from `build_optimizer` at a learning rate."""
+    (step_size,) = optax.tree_utils.tree_get_all_with_path(opt_state, "step_size")
+    rates = jnp.full_like(step_size[1], -learning_rate)
+    return optax.tree_utils.tree_set(opt_state, step_size=rates)
+
+
+class Measures(NamedTuple):
+    """The compiled functions that all arms of a job and task share.
+
+    Attributes:
+        evaluate: parameters stacked over seeds -> metric `(S,)`.
+        probe: (parameters, seeds, data, step) -> gradients and measures of the model.
+    """
+
+    evaluate: Any
+    probe: Any
+
+
+def build_measures(job: Job, task: Task) -> Measures:
+    """Returns what measures parameters, whatever trained them."""
+    probe = model_probe(task, job.micro_batches)
+    return Measures(
+        jax.jit(jax.vmap(task.evaluate)),
+        jax.jit(jax.vmap(probe, in_axes=(0, 0, None, None))),
+    )
+
+
+def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
+    """Returns what trains an arm, compiled at its first call."""
+    optimizer = build_optimizer(job, task, arm)
+    probed = job.probed
+    most_steps = max(np.diff(probed, prepend=0)).item()
+    train = train_steps(task.loss, optimizer, task.draw, most_steps)
+    probe_updates = jax.jit(jax.vmap(update_probe(task, _coupled(job, task, arm))))
+
+    def of_lanes(
+        learning_rate: float, seeds: jax.Array, progress: Callable[[int], Any]
+    ) -> Measured:
+        params = init_params(task.init, seeds)
+        state = init_state(optimizer, params)
+        state = TrainState(state.params, at_rate(state.opt_state, learning_rate))
+        losses, seconds, probes = [], [], []
+        for start, end in zip([0, *probed[:-1]], probed, strict=True):
+            began = time.perf_counter()
+            state, some = train(
+                state, seeds, task.data, np.int32(start), np.int32(end - start)
+            )
+            losses.append(np.asarray(some)[: end - start])
+            seconds.append((time.perf_counter() - began) / (end - start))
+            # The step that comes next, whose batch no parameter has seen.
+            gradient, of_model = measures.probe(
+                state.params, seeds, task.data, np.int32(end)
+            )
+            of_updates = probe_updates(gradient, state.opt_state[0], state.params)
+            probes.append(jax.device_get(dict(of_updates) | dict(of_model)))
+            progress(end - start)
+        return Measured(
+            metric=np.asarray(measures.evaluate(state.params)),
+            train_loss=np.concatenate(losses),
+            mechanism=jax.tree.map(lambda *values: np.stack(values), *probes),
+            # The first call compiles.
+            seconds_per_step=statistics.median(seconds[1:] or seconds),
+        )
+
+    def run(
+        learning_rate: float, seeds: Sequence[int], progress: Callable[[int], Any]
+    ) -> Measured:
+        if len(seeds) % job.lanes:
+            raise ValueError(f"{len(seeds)} seeds are no multiple of {job.lanes} lanes")
+        parts = [
+            of_lanes(learning_rate, jnp.array(lanes), progress)
+            for lanes in np.reshape(seeds, (-1, job.lanes)).tolist()
+        ]
+        metric, train_loss, mechanism, seconds = zip(*parts, strict=True)
+        joined = functools.partial(np.concatenate, axis=-1)
+        return Measured(
+            joined(metric),
+            joined(train_loss),
+            jax.tree.map(lambda *values: joined(values), *mechanism),
+            statistics.median(seconds),
+        )
+
+    return run

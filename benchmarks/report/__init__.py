@@ -1,0 +1,1 @@
+"""From the results of `python -m benchmarks.evidence` to their report."""

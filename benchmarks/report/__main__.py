@@ -1,0 +1,85 @@
+"""Writes the report of all results of `python -m benchmarks.evidence`.
+
+    python -m benchmarks.report
+    python -m benchmarks.report --check
+
+Reads `<task>/*.json` in the directory of results, and writes its README.md and
+figures/*.svg. With `--check` nothing is written, and the exit status is 1 if README.md
+is not what would be written, or a figure is missing, left over or, where the same
+version of matplotlib made it, different.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.report.figures import drawings, made_by_this_version, svg
+from benchmarks.report.records import read_sources
+from benchmarks.report.text import report
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the options `argv` and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    sources = read_sources(options.results)
+    if not sources:
+        parser.error(
+            f"no <task>/*.json in {options.results}. To fix: run "
+            "`python -m benchmarks.evidence`, or name another directory with --results"
+        )
+    figures = {name: svg(figure) for name, figure in drawings(sources).items()}
+    text = report(sources, figures)
+    if options.check:
+        stale = differences(options.results, text, figures)
+        print("\n".join(stale) or "the report is what the results say")
+        return 1 if stale else 0
+    write(options.results, text, figures)
+    print(f"{options.results / 'README.md'} and {len(figures)} figures are written")
+    return 0
+
+
+def write(results: Path, text: str, figures: Mapping[str, str]) -> None:
+    """Writes the report, and removes the figures of one before it."""
+    directory = results / "figures"
+    directory.mkdir(exist_ok=True)
+    for name in _left_over(results, figures):
+        (directory / name).unlink()
+    (results / "README.md").write_text(text, "utf-8")
+    for name, figure in figures.items():
+        (directory / name).write_text(figure, "utf-8")
+
+
+def differences(results: Path, text: str, figures: Mapping[str, str]) -> list[str]:
+    """Returns what the report in `results` has other than this one, in words."""
+    found = [f"figures/{name} is left over" for name in _left_over(results, figures)]
+    readme = results / "README.md"
+    if not readme.exists() or readme.read_text("utf-8") != text:
+        found.append("README.md differs from the results")
+    for name, figure in figures.items():
+        path = results / "figures" / name
+        if not path.exists():
+            found.append(f"figures/{name} is missing")
+            continue
+        there = path.read_text("utf-8")
+        if made_by_this_version(there) and there != figure:
+            found.append(f"figures/{name} differs from the results")
+    return found
+
+
+def _left_over(results: Path, figures: Mapping[str, str]) -> list[str]:
+    there = sorted(path.name for path in (results / "figures").glob("*.svg"))
+    return [name for name in there if name not in figures]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

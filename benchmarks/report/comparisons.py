@@ -1,0 +1,200 @@
+"""Comparisons of tuned arms: rates from the screen, differences from the confirmation.
+
+The rate at which an arm is compared is the best of its screen. The seeds that a
+difference is taken over are others, so nothing is selected on them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from benchmarks.comparison import PairedDifference, paired_difference
+from benchmarks.report.records import Arm, Kind, Setting
+
+
+class TunedRate(NamedTuple):
+    """The best of the rates that were screened, and whether it is the last one."""
+
+    rate: float
+    at_an_end: bool
+
+
+# ── which arm is which, by what it does ──────────────────────────────────────
+
+
+def is_base(kind: Kind) -> bool:
+    """Returns whether this is the optimizer without smoothing."""
+    return kind.operator == "none" and kind.control is None
+
+
+def is_smoothed(kind: Kind) -> bool:
+    """Returns whether this couples neighbors, rather than being a base or control."""
+    return kind.operator != "none" and kind.control is None
+
+
+def is_window(kind: Kind, alpha: float) -> bool:
+    """Returns whether this is the plain window of strength `alpha` on all layers."""
+    return (
+        is_smoothed(kind)
+        and kind.operator == "window"
+        and math.isclose(kind.alpha, alpha)
+        and (kind.variant, kind.scope) == ("standard", "full")
+    )
+
+
+def base_of(setting: Setting) -> Kind | None:
+    """Returns the base arm's kind, or None if it has not run."""
+    return next(filter(is_base, kinds(setting)), None)
+
+
+def window_of(setting: Setting, alpha: float) -> Kind | None:
+    """Returns the kind of the plain window of strength `alpha`, or None."""
+    return next((k for k in kinds(setting) if is_window(k, alpha)), None)
+
+
+def control_of(setting: Setting, control: str) -> Kind | None:
+    """Returns the kind of one control, or None if it has not run."""
+    return next((k for k in kinds(setting) if k.control == control), None)
+
+
+def preserving_of(setting: Setting) -> Kind | None:
+    """Returns the norm-preserving arm, the one on all layers' parameters if it ran."""
+    found = [
+        k for k in kinds(setting) if is_smoothed(k) and k.variant == "norm_preserving"
+    ]
+    return min(found, key=lambda kind: kind.scope != "full", default=None)
+
+
+def best_screened_of(setting: Setting) -> Kind | None:
+    """Returns the smoothed arm with the best mean over the screen, each at its best."""
+    return _best_screened(setting, list(filter(is_smoothed, kinds(setting))))
+
+
+def kinds(setting: Setting) -> list[Kind]:
+    """Returns every kind that has run: the base, smoothed arms, controls."""
+    found = list(dict.fromkeys(a.kind for a in (*setting.screen, *setting.confirm)))
+
+    def place(kind: Kind) -> tuple[bool, bool]:
+        return kind.control is not None, not is_base(kind)
+
+    return sorted(found, key=place)
+
+
+# ── rates and arms ───────────────────────────────────────────────────────────
+
+
+def tuned_rate(setting: Setting, kind: Kind) -> TunedRate | None:
+    """Returns the rate with the best mean over the screening seeds.
+
+    Of several the lowest. A rate at which a seed diverged is a rate that was tried, and
+    never the best.
+    """
+    levels = {
+        arm.learning_rate: _level(arm) for arm in setting.screen if arm.kind == kind
+    }
+    rate = min(sorted(levels), key=lambda rate: levels[rate], default=math.nan)
+    if not math.isfinite(levels.get(rate, math.inf)):
+        return None
+    return TunedRate(rate, rate in (min(levels), max(levels)))
+
+
+def arm_at(arms: Sequence[Arm], kind: Kind | None, rate: float) -> Arm | None:
+    """Returns the arm of one kind and learning rate, or None if it has not run."""
+    for arm in arms:
+        if arm.kind == kind and math.isclose(arm.learning_rate, rate, rel_tol=1e-6):
+            return arm
+    return None
+
+
+def confirmed(setting: Setting, kind: Kind | None) -> Arm | None:
+    """Returns the confirmation of a kind at its own tuned rate, or None."""
+    tuned = None if kind is None else tuned_rate(setting, kind)
+    return None if tuned is None else arm_at(setting.confirm, kind, tuned.rate)
+
+
+# ── differences ──────────────────────────────────────────────────────────────
+
+
+def difference(arm: Arm | None, other: Arm | None) -> PairedDifference | None:
+    """Returns `arm` minus `other` over the seeds of both; None if one has not run."""
+    if arm is None or other is None:
+        return None
+    shared = sorted(set(arm.seeds) & set(other.seeds))
+    if not shared:
+        return None
+
+    def losses(of: Arm) -> np.ndarray:
+        return np.array([of.losses[of.seeds.index(seed)] for seed in shared])
+
+    return paired_difference(losses(arm), losses(other))
+
+
+def best_against_best(
+    setting: Setting, kind: Kind | None, other: Kind | None
+) -> PairedDifference | None:
+    """Returns the difference of two kinds, each at its own tuned rate."""
+    return difference(confirmed(setting, kind), confirmed(setting, other))
+
+
+def at_base_rate(setting: Setting, kind: Kind) -> PairedDifference | None:
+    """Returns the difference to the base, both at the base's tuned rate."""
+    base = confirmed(setting, base_of(setting))
+    if base is None:
+        return None
+    return difference(arm_at(setting.confirm, kind, base.learning_rate), base)
+
+
+def is_better(found: PairedDifference | None) -> bool:
+    """Returns whether the whole interval is on the better side."""
+    return found is not None and found.mean + found.half_width < 0
+
+
+def is_worse(found: PairedDifference | None) -> bool:
+    """Returns whether the whole interval is on the worse side."""
+    return found is not None and found.mean - found.half_width > 0
+
+
+def has_diverged(found: PairedDifference | None) -> bool:
+    """Returns whether a run of either arm diverged."""
+    return found is not None and math.isnan(found.mean)
+
+
+def p_value(found: PairedDifference) -> float:
+    """Returns the two-sided p-value of the t-test that the interval belongs to.
+
+    It is 1 for differences that have no interval.
+    """
+    freedom = found.num_seeds - 1
+    if math.isnan(found.half_width) or found.mean == 0:
+        return 1.0
+    if found.half_width == 0:
+        return 0.0
+    error = found.half_width / scipy.stats.t.ppf(0.975, freedom)
+    return float(2 * scipy.stats.t.sf(abs(found.mean) / error, freedom))
+
+
+def survive_holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Returns which hypotheses Holm's step-down procedure rejects at `level`."""
+    rejected = [False] * len(p_values)
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    for rank, index in enumerate(order):
+        if p_values[index] > level / (len(p_values) - rank):
+            break
+        rejected[index] = True
+    return rejected
+
+
+def _best_screened(setting: Setting, among: Sequence[Kind]) -> Kind | None:
+    def level(kind: Kind) -> float:
+        return min(_level(arm) for arm in setting.screen if arm.kind == kind)
+
+    tuned = [kind for kind in among if tuned_rate(setting, kind) is not None]
+    return min(tuned, key=level, default=None)
+
+
+def _level(arm: Arm) -> float:
+    mean = float(np.mean(arm.losses))
+    return math.inf if math.isnan(mean) else mean

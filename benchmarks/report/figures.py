@@ -1,0 +1,398 @@
+"""The figures of the report, as SVG that is the same every time.
+
+All places are set in inches, so that no solver has a say in them.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.comparison import PairedDifference
+from benchmarks.report.comparisons import (
+    arm_at,
+    base_of,
+    best_against_best,
+    best_screened_of,
+    control_of,
+    difference,
+    has_diverged,
+    is_base,
+    is_better,
+    is_worse,
+    kinds,
+    preserving_of,
+    tuned_rate,
+    window_of,
+)
+from benchmarks.report.mechanism import mechanism_arms, quantities
+from benchmarks.report.names import better, metric_name, run_name, setting_name
+from benchmarks.report.records import Arm, Kind, Setting, Source
+
+# Okabe and Ito's colors, told apart by color-blind readers; line styles and markers do
+# the same for readers of a black-and-white print.
+_BLACK, _BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+)
+_COLORS = (_BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY)
+_LINES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+_MARKERS = (*"osD^vPX<>*", (4, 1), "d")
+
+_RC = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "gradsmooth_optax",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def drawings(sources: Sequence[Source]) -> dict[str, Figure]:
+    """Returns all figures by their file names; those without data are left out."""
+    with _style():
+        found = {"differences.svg": forest([s for x in sources for s in x.settings])}
+        for source in sources:
+            found[f"{source.stem}-rates.svg"] = rates(source.settings)
+            found[f"{source.stem}-mechanism.svg"] = mechanism(source.settings)
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def svg(figure: Figure) -> str:
+    """Returns a figure as SVG that says nothing of when it was drawn."""
+    text = io.StringIO()
+    with _style():
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    # Editors and git strip what matplotlib leaves at the ends of lines.
+    return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
+
+
+def made_by_this_version(text: str) -> bool:
+    """Returns whether an SVG was drawn by the matplotlib that is installed."""
+    return f"Matplotlib v{matplotlib.__version__}," in text
+
+
+# ── best against best ────────────────────────────────────────────────────────
+
+
+def forest(settings: Sequence[Setting]) -> Figure | None:
+    """Draws the differences to the base with intervals, a panel per task."""
+    tasks = list(dict.fromkeys(s.task for s in settings if s.confirm))
+    if not tasks:
+        return None
+    panels = [[s for s in settings if s.task == task and s.confirm] for task in tasks]
+    row, gap, top, bottom = 0.85, 0.85, 0.75, 0.6
+    heights = [row * len(panel) for panel in panels]
+    height = top + sum(heights) + gap * (len(panels) - 1) + bottom
+    figure = Figure(figsize=(9, height), dpi=100)
+    lower = height - top
+    for panel, tall in zip(panels, heights, strict=True):
+        lower -= tall
+        _draw_forest(_axes(figure, (2.2, lower, 6.6, tall)), panel)
+        lower -= gap
+    figure.legend(
+        handles=[_forest_key(figure.axes[0], role) for role in _ROLES],
+        loc="upper center",
+        ncols=6,
+        bbox_to_anchor=(0.5, 1 - 0.3 / height),
+        columnspacing=1.2,
+    )
+    figure.text(
+        *(0.5, 1 - 0.2 / height),
+        "best against best, minus the base, with 95 % intervals; filled: excludes 0",
+        ha="center",
+        va="center",
+    )
+    return figure
+
+
+_ROLES = {
+    "window(0.1)": (_SKY, "o"),
+    "window(0.2)": (_BLUE, "s"),
+    "norm-preserving": (_GREEN, "D"),
+    "best screened, if another": (_ORANGE, "P"),
+    "norm-matched": (_RED, "v"),
+    "shuffled": (_PINK, "^"),
+}
+
+
+def _kinds_of_roles(setting: Setting) -> list[Kind | None]:
+    first = [window_of(setting, 0.1), window_of(setting, 0.2), preserving_of(setting)]
+    best = best_screened_of(setting)
+    controls = [control_of(setting, c) for c in ("norm_matched", "shuffled_depth")]
+    return [*first, None if best in first else best, *controls]
+
+
+def _draw_forest(ax: Axes, settings: Sequence[Setting]) -> None:
+    metric = settings[0].metric
+    ax.axvline(0, color=_BLACK, linewidth=1)
+    for row, setting in enumerate(settings):
+        for index, (kind, role) in enumerate(
+            zip(_kinds_of_roles(setting), _ROLES, strict=True)
+        ):
+            found = best_against_best(setting, kind, base_of(setting))
+            place = row + (index - 2.5) * 0.14
+            if found is not None:
+                _draw_interval(ax, place, found, metric.sign, role)
+        if row:
+            ax.axhline(row - 0.5, color="0.8", linewidth=0.8)
+    ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings])
+    ax.set_ylim(len(settings) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel(f"{metric_name(metric)}, difference; {better(metric)}")
+    ax.margins(x=0.08)
+
+
+def _draw_interval(
+    ax: Axes, place: float, found: PairedDifference, sign: int, role: str
+) -> None:
+    color, marker = _ROLES[role]
+    if has_diverged(found):
+        ax.annotate(
+            f"{role}: diverged",
+            (0, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=6,
+            color=color,
+        )
+        return
+    excludes = is_better(found) or is_worse(found)
+    ax.errorbar(
+        sign * found.mean,
+        place,
+        xerr=found.half_width if np.isfinite(found.half_width) else 0,
+        color=color,
+        marker=marker,
+        markersize=4.5,
+        markerfacecolor=color if excludes else "white",
+        linewidth=1.3,
+    )
+
+
+def _forest_key(ax: Axes, role: str) -> Any:
+    color, marker = _ROLES[role]
+    (key,) = ax.plot([], [], color=color, marker=marker, markersize=4.5, label=role)
+    return key
+
+
+# ── the screen ───────────────────────────────────────────────────────────────
+
+
+def rates(settings: Sequence[Setting]) -> Figure | None:
+    """Draws the metric at every screened rate, and below it the difference to base."""
+    settings = [setting for setting in settings if setting.screen]
+    if not settings:
+        return None
+    styles = _line_styles(settings)
+    tall, left, gap = 2.3, 0.75, 0.75
+    wide = max(3.3, 8 / len(settings) - gap)
+    width = left + (wide + gap) * len(settings)
+    below = 0.6 + _legend_height(styles, width)
+    figure = Figure(
+        figsize=(
+            width,
+            2 * tall + below + 0.85,
+        ),
+        dpi=100,
+    )
+    for column, setting in enumerate(settings):
+        x = left + column * (wide + gap)
+        upper = _axes(figure, (x, below + tall + 0.25, wide, tall))
+        lower = _axes(figure, (x, below, wide, tall))
+        _draw_levels(upper, setting, styles)
+        _draw_differences(lower, setting, styles)
+        upper.set_title(f"{setting.layers} layers")
+        if not column:
+            upper.set_ylabel(f"{metric_name(setting.metric)}\nmean over seeds")
+            lower.set_ylabel("minus base, same rate")
+    direction = better(settings[0].metric)
+    _title(
+        figure,
+        f"{run_name(settings[0])}: screen; {direction}; what is far off is cut",
+    )
+    _legend_below(figure, styles)
+    return figure
+
+
+def _draw_levels(ax: Axes, setting: Setting, styles: Mapping[Kind, Any]) -> None:
+    sign = setting.metric.sign
+    for kind, style in styles.items():
+        ax.plot(
+            *_by_rate(setting, kind, lambda arm: np.mean(arm.losses), sign), **style
+        )
+    base = base_of(setting)
+    _limit(ax, _by_rate(setting, base, lambda arm: np.mean(arm.losses), sign)[1], 0.12)
+    _rate_axis(ax, setting)
+    ax.tick_params(labelbottom=False)
+
+
+def _draw_differences(ax: Axes, setting: Setting, styles: Mapping[Kind, Any]) -> None:
+    base = base_of(setting)
+
+    def minus_base(arm: Arm) -> float:
+        found = difference(arm, arm_at(setting.screen, base, arm.learning_rate))
+        return np.nan if found is None else found.mean
+
+    ax.axhline(0, color=_BLACK, linewidth=2)
+    tuned = None if base is None else tuned_rate(setting, base)
+    drawn = []
+    for kind, style in styles.items():
+        if not is_base(kind):
+            x, y = _by_rate(setting, kind, minus_base, setting.metric.sign)
+            ax.plot(x, y, **style)
+            # What is far off, the mean over depth or a rate far from the best, would
+            # flatten all that matters.
+            if kind.control != "full_average":
+                near = tuned is None or abs(np.log2(x / tuned.rate)) < 1.5
+                drawn.extend(y[np.broadcast_to(near, y.shape)])
+    _limit(ax, np.array([0.0, *drawn]), 0.08)
+    _rate_axis(ax, setting)
+    ax.set_xlabel("learning rate")
+
+
+def _by_rate(
+    setting: Setting, kind: Kind | None, value: Any, sign: int
+) -> tuple[np.ndarray, np.ndarray]:
+    arms = sorted(
+        (arm for arm in setting.screen if arm.kind == kind),
+        key=lambda arm: arm.learning_rate,
+    )
+    return (
+        np.array([arm.learning_rate for arm in arms]),
+        sign * np.array([value(arm) for arm in arms], float),
+    )
+
+
+def _limit(ax: Axes, values: np.ndarray, margin: float) -> None:
+    """Shows the range of `values`; lines beyond it leave the panel."""
+    finite = values[np.isfinite(values)]
+    if finite.size and np.ptp(finite) > 0:
+        pad = margin * np.ptp(finite)
+        ax.set_ylim(finite.min() - pad, finite.max() + pad)
+
+
+def _rate_axis(ax: Axes, setting: Setting) -> None:
+    found = sorted({arm.learning_rate for arm in setting.screen})
+    ax.set_xscale("log", base=2)
+    small = len(found) > 6
+    ax.set_xticks(
+        found,
+        [f"{rate:.3g}" for rate in found],
+        rotation=45 if small else 0,
+        fontsize=7,
+    )
+    ax.minorticks_off()
+    ax.set_xlim(found[0] / 2**0.25, found[-1] * 2**0.25)
+
+
+# ── the mechanism ────────────────────────────────────────────────────────────
+
+
+def mechanism(settings: Sequence[Setting]) -> Figure | None:
+    """Draws what was recorded over training, of the deepest setting that has it."""
+    with_arms = [(s, mechanism_arms(s)) for s in settings]
+    with_arms = [(s, arms) for s, arms in with_arms if arms]
+    if not with_arms:
+        return None
+    setting, recorded = with_arms[-1]
+    shown = [window_of(setting, 0.2), preserving_of(setting)]
+    arms = [a for a in recorded if is_base(a.kind) or a.kind in shown or a.kind.control]
+    names = quantities(arms)
+    styles = _line_styles([setting])
+    styles = {arm.kind: styles[arm.kind] for arm in arms}
+
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    wide, tall, left, gap, between = 2.3, 1.75, 0.55, 0.55, 0.75
+    width = max(left + columns * (wide + gap), 8.5)
+    below = 0.75 + _legend_height(styles, width)
+    figure = Figure(
+        figsize=(
+            width,
+            below + rows * tall + (rows - 1) * between + 0.85,
+        ),
+        dpi=100,
+    )
+    for index, name in enumerate(names):
+        row, column = divmod(index, columns)
+        y = below + (rows - 1 - row) * (tall + between)
+        ax = _axes(figure, (left + column * (wide + gap), y, wide, tall))
+        for arm in arms:
+            if name in arm.mechanism:
+                ax.plot(arm.mechanism["steps"], arm.mechanism[name], **styles[arm.kind])
+        ax.set_title(name.replace("_", " "))
+        if index + columns >= len(names):
+            ax.set_xlabel("step")
+    rate = f"{arms[0].learning_rate:g}" if arms else ""
+    _title(figure, f"{setting_name(setting)}, all at the base's best rate, {rate}")
+    _legend_below(figure, styles)
+    return figure
+
+
+# ── parts ────────────────────────────────────────────────────────────────────
+
+
+def _line_styles(settings: Sequence[Setting]) -> dict[Kind, dict[str, Any]]:
+    """Returns how to draw every kind: the base thick and black, no two others alike."""
+    found = list(dict.fromkeys(kind for s in settings for kind in kinds(s)))
+    styles: dict[Kind, dict[str, Any]] = {}
+    others: Iterator[int] = iter(range(len(found)))
+    for kind in found:
+        style = {"label": kind.name, "markersize": 4, "linewidth": 1.3}
+        if is_base(kind):
+            styles[kind] = style | {"color": _BLACK, "linewidth": 2.6, "zorder": 3}
+            continue
+        index = next(others)
+        styles[kind] = style | {
+            "color": _COLORS[index % len(_COLORS)],
+            "linestyle": _LINES[index % len(_LINES)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+        }
+    return styles
+
+
+def _axes(figure: Figure, inches: tuple[float, float, float, float]) -> Axes:
+    width, height = figure.get_size_inches()
+    x, y, wide, tall = inches
+    return figure.add_axes((x / width, y / height, wide / width, tall / height))
+
+
+def _title(figure: Figure, text: str) -> None:
+    height = figure.get_size_inches()[1]
+    figure.text(0.5, 1 - 0.2 / height, text, ha="center", va="center", fontsize=10)
+
+
+def _legend_columns(width: float) -> int:
+    return int(width / 2.6)  # inches, enough for the longest name
+
+
+def _legend_height(styles: Mapping[Kind, Any], width: float) -> float:
+    return 0.2 * -(-len(styles) // _legend_columns(width))
+
+
+def _legend_below(figure: Figure, styles: Mapping[Kind, Mapping[str, Any]]) -> None:
+    ax = figure.axes[0]
+    handles = [ax.plot([], [], **style)[0] for style in styles.values()]
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=min(_legend_columns(figure.get_figwidth()), len(handles)),
+        handlelength=3.5,
+    )
+
+
+def _style() -> Any:
+    """What users set for their own figures has no say in these."""
+    return matplotlib.style.context(["default", _RC])

@@ -1,0 +1,170 @@
+"""Result files read into records whose metric is lower where it is better."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Metric(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        name: such as "validation loss".
+        unit: such as "nats/byte", or "".
+        sign: 1 where lower is better, -1 where higher is. `Arm.losses` is the metric
+            times the sign, and what is shown is the loss times the sign.
+    """
+
+    name: str
+    unit: str
+    sign: int
+
+
+class Kind(NamedTuple):
+    """What an arm does to the updates, at whatever learning rate."""
+
+    name: str
+    operator: str
+    alpha: float
+    variant: str
+    scope: str
+    control: str | None
+
+
+class Arm(NamedTuple):
+    """One kind at one learning rate.
+
+    Attributes:
+        kind: what it does.
+        learning_rate: its rate.
+        seeds: the seeds it ran with.
+        losses: one per seed, lower is better; NaN where the run diverged.
+        mechanism: quantity, such as "roughness, after", to its values over training,
+            with "steps" among them; empty if nothing was recorded.
+    """
+
+    kind: Kind
+    learning_rate: float
+    seeds: tuple[int, ...]
+    losses: np.ndarray
+    mechanism: Mapping[str, np.ndarray]
+
+
+class Setting(NamedTuple):
+    """One model trained by one optimizer: what a verdict is about."""
+
+    task: str
+    optimizer: str
+    preset: str
+    layers: int
+    metric: Metric
+    screen: tuple[Arm, ...]
+    confirm: tuple[Arm, ...]
+
+
+class Source(NamedTuple):
+    """A result file: its settings, shallow to deep, and where its numbers come from."""
+
+    stem: str
+    settings: tuple[Setting, ...]
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commit: Mapping[str, Any] | None
+    date: str
+    machine: Mapping[str, Any]
+
+
+def read_sources(results: Path) -> list[Source]:
+    """Reads all `<task>/*.json` below `results`, full runs before other presets."""
+    sources = [read_source(path) for path in results.glob("*/*.json")]
+    return sorted(sources, key=_place)
+
+
+def read_source(path: Path) -> Source:
+    """Reads one result file.
+
+    Raises:
+        ValueError: if two arms of one stage and depth are the same.
+    """
+    value = json.loads(path.read_text("utf-8"))
+    depths = sorted({arm["layers"] for arm in value["arms"]})
+    try:
+        settings = tuple(_setting(value, layers) for layers in depths)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Source(
+        stem=f"{path.parent.name}-{path.stem}",
+        settings=settings,
+        config=value["config"],
+        versions=value["versions"],
+        commit=value["commit"],
+        date=value["date"],
+        machine=value["machine"],
+    )
+
+
+def _place(source: Source) -> tuple[Any, ...]:
+    if not source.settings:
+        return (source.stem,)
+    first = source.settings[0]
+    return first.task, first.optimizer, first.preset != "full", source.stem
+
+
+def _setting(value: Mapping[str, Any], layers: int) -> Setting:
+    metric = Metric(
+        value["metric"]["name"],
+        value["metric"]["unit"],
+        1 if value["metric"]["lower_is_better"] else -1,
+    )
+
+    def stage(name: str) -> tuple[Arm, ...]:
+        arms = [
+            _arm(arm, metric.sign)
+            for arm in value["arms"]
+            if arm["layers"] == layers and arm["stage"] == name
+        ]
+        seen = set()
+        for arm in arms:
+            if (arm.kind, arm.learning_rate) in seen:
+                raise ValueError(
+                    f"{arm.kind.name} at {arm.learning_rate} is there twice in the "
+                    f"{name} stage of {layers} layers"
+                )
+            seen.add((arm.kind, arm.learning_rate))
+        return tuple(arms)
+
+    return Setting(
+        value["task"],
+        value["optimizer"],
+        value["preset"],
+        layers,
+        metric,
+        stage("screen"),
+        stage("confirm"),
+    )
+
+
+def _arm(value: Mapping[str, Any], sign: int) -> Arm:
+    losses = sign * np.array(value["metric_per_seed"], float)
+    losses[np.array(value["diverged"], bool) | ~np.isfinite(losses)] = np.nan
+    return Arm(
+        Kind(*(value[field] for field in Kind._fields)),
+        value["learning_rate"],
+        tuple(value["seeds"]),
+        losses,
+        _mechanism(value.get("mechanism") or {}),
+    )
+
+
+def _mechanism(value: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Before and after become quantities of their own."""
+    flat = {}
+    for name, series in value.items():
+        if isinstance(series, Mapping):
+            flat |= {f"{name}, {moment}": of for moment, of in series.items()}
+        else:
+            flat[name] = series
+    return {name: np.array(of, float) for name, of in flat.items() if of is not None}

@@ -1,0 +1,375 @@
+"""The report as Markdown, but for its verdict."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.comparison import (
+    PairedDifference,
+    format_difference,
+    format_table,
+)
+from benchmarks.report.comparisons import (
+    arm_at,
+    at_base_rate,
+    base_of,
+    best_against_best,
+    confirmed,
+    control_of,
+    difference,
+    has_diverged,
+    is_base,
+    is_better,
+    is_smoothed,
+    is_worse,
+    kinds,
+    tuned_rate,
+)
+from benchmarks.report.headline import headline
+from benchmarks.report.mechanism import mechanism_arms, quantities
+from benchmarks.report.names import better, metric_name, run_name, setting_name
+from benchmarks.report.records import Arm, Kind, Metric, Setting, Source
+from benchmarks.report.verdicts import Outcome, Verdict, outcomes
+
+NOT_RUN = "not run"
+
+# What an independent replication of the paper published of the task "reverse":
+# 24-layer encoder, AdamW at 2e-3, window(0.2) on the projections, 5 seeds.
+REPLICATION_RATE = 2e-3
+_PUBLISHED = ("published", "5", "3.1121", "3.0911", "-0.0209 [-0.0264, -0.0154]", "")
+
+
+def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
+    """Returns the text of the report.
+
+    Args:
+        sources: the results.
+        figures: file names of the figures there are.
+    """
+    of_all = outcomes([s for source in sources for s in source.settings])
+    figures = set(figures)
+    parts = [
+        "<!-- Written by `python -m benchmarks.report`. -->",
+        "# Does depth smoothing help?",
+        headline(of_all),
+        "## Every setting",
+        _HOW_TO_READ,
+        summary(of_all),
+        _figure("differences", "Best against best, with intervals", figures),
+        replication([outcome.setting for outcome in of_all]),
+        *(_source_part(source, of_all, figures) for source in sources),
+        "## Where the numbers come from",
+        provenance(sources),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_HOW_TO_READ = """\
+Every difference is an arm minus the base optimizer without smoothing, best against
+best: each at the learning rate that is the best of its own screen (factors of two),
+over fresh paired seeds (same initialization, same data), with a 95 % t-interval and
+the seeds in which the arm is better. **Bold**: the interval excludes 0. †: also after
+Holm's correction over all differences of this table. The verdict is on window(0.2),
+against the base, against *norm-matched* (every layer's base update scaled to the norm
+that the smoothed one has: the smaller step without the coupling) and against
+*shuffled* (the same operator over randomly permuted layers: coupling, but not of
+neighbors), each at its own best rate."""
+
+
+# ── the summary ──────────────────────────────────────────────────────────────
+
+
+def summary(of_all: Sequence[Outcome]) -> str:
+    """Returns the table with one row per setting."""
+    header = [
+        "setting",
+        "metric",
+        "base (best rate)",
+        "window(0.1)",
+        "window(0.2)",
+        "norm-preserving",
+        "best screened arm",
+        "verdict on window(0.2)",
+    ]
+    return format_table(header, [_summary_row(outcome) for outcome in of_all])
+
+
+def _summary_row(outcome: Outcome) -> list[str]:
+    setting = outcome.setting
+    base = base_of(setting)
+    rate = None if base is None else rate_text(setting, base)
+    *columns, best = outcome.roles
+    verdict = outcome.verdict.value
+    if outcome.verdict is not Verdict.UNFINISHED and outcome.untuned:
+        verdict += f" (best rate at an end: {', '.join(outcome.untuned)})"
+    return [
+        setting_name(setting),
+        f"{metric_name(setting.metric)}, {better(setting.metric)}",
+        NOT_RUN
+        if rate is None
+        else f"{level_text(setting.metric, confirmed(setting, base))} ({rate})",
+        *(_role_text(outcome, kind) for kind in columns),
+        _best_text(outcome, best, columns),
+        verdict,
+    ]
+
+
+def _role_text(outcome: Outcome, kind: Kind | None) -> str:
+    found = None if kind is None else outcome.differences[kind]
+    mark = "†" if kind in outcome.survivors else ""
+    return difference_text(outcome.setting.metric, found) + mark
+
+
+def _best_text(
+    outcome: Outcome, best: Kind | None, columns: Sequence[Kind | None]
+) -> str:
+    if best is None:
+        return NOT_RUN
+    return best.name if best in columns else f"{best.name}: {_role_text(outcome, best)}"
+
+
+# ── one file ─────────────────────────────────────────────────────────────────
+
+
+def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -> str:
+    if not source.settings:
+        return f"## {source.stem}\n\nNo arm has finished."
+    first = source.settings[0]
+    parts = [f"## {run_name(first)}"]
+    for setting in source.settings:
+        (verdict,) = (o.verdict for o in of_all if o.setting is setting)
+        parts += [
+            f"### {setting_name(setting)}: {verdict.value}",
+            f"Metric: {metric_name(setting.metric)}, {better(setting.metric)}.",
+            confirm_table(setting),
+            _details(
+                "Screen: mean over its seeds at every rate", screen_table(setting)
+            ),
+            _details(
+                "Mechanism at the end of training, at the base's best rate",
+                mechanism_table(setting),
+            ),
+        ]
+    parts += [
+        _figure(f"{source.stem}-rates", "Metric at every screened rate", figures),
+        _figure(f"{source.stem}-mechanism", "Mechanism over training", figures),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def confirm_table(setting: Setting) -> str:
+    """Returns the table of the confirmed arms, or why there is none."""
+    if not setting.confirm:
+        return "The confirmation has not run."
+    base = base_of(setting)
+    header = ["arm", "best rate", "at its best rate", "at the base's best rate"]
+    header += ["best against best", "against norm-matched", "against shuffled"]
+    against = [base, control_of(setting, "norm_matched")]
+    against += [control_of(setting, "shuffled_depth")]
+    there = {arm.kind for arm in setting.confirm}
+    rows = []
+    for kind in kinds(setting):
+        if kind not in there:
+            continue
+        metric = setting.metric
+        row = [kind.name, rate_text(setting, kind)]
+        row += [level_text(metric, confirmed(setting, kind))]
+        if is_base(kind):
+            rows.append([*row, "base", "base", "", ""])
+            continue
+        row += [difference_text(metric, at_base_rate(setting, kind))]
+        for other in against if is_smoothed(kind) else against[:1]:
+            found = best_against_best(setting, kind, other)
+            row.append(difference_text(metric, found))
+        rows.append(row + [""] * (len(header) - len(row)))
+    return format_table(header, rows)
+
+
+def screen_table(setting: Setting) -> str:
+    """Returns the mean of every screened arm at every rate, the best in bold."""
+    rates = sorted({arm.learning_rate for arm in setting.screen})
+    rows = []
+    for kind in kinds(setting):
+        tuned = tuned_rate(setting, kind)
+        cells = []
+        for rate in rates:
+            arm = arm_at(setting.screen, kind, rate)
+            text = "" if arm is None else level_text(setting.metric, arm)
+            is_best = tuned is not None and tuned.rate == rate
+            cells.append(f"**{text}**" if is_best else text)
+        if any(cells):
+            end = "yes" if tuned is not None and tuned.at_an_end else ""
+            rows.append([kind.name, *cells, end])
+    if not rows:
+        return ""
+    header = ["arm", *(f"{rate:g}" for rate in rates), "best at an end of its rates"]
+    return format_table(header, rows)
+
+
+def mechanism_table(setting: Setting) -> str:
+    """Returns what was last recorded of every arm at the base's best rate."""
+    arms = mechanism_arms(setting)
+    names = quantities(arms)
+    rows = [
+        [arm.kind.name, *(_last(arm.mechanism.get(name)) for name in names)]
+        for arm in arms
+    ]
+    header = ["arm", *(name.replace("_", " ") for name in names)]
+    return format_table(header, rows) if names else ""
+
+
+def _last(values: np.ndarray | None) -> str:
+    if values is None or not values.size or not math.isfinite(values[-1]):
+        return ""
+    return f"{values[-1]:.3g}"
+
+
+# ── the published replication ────────────────────────────────────────────────
+
+
+def replication(settings: Sequence[Setting]) -> str:
+    """Returns the published replication and the same from these results, or ""."""
+    here = [s for s in settings if s.task == "reverse"]
+    if not here:
+        return ""
+    header = ["", "seeds", "base", "window(0.2), proj", "difference [95 %]", "wins"]
+    rows = [list(_PUBLISHED), *(_replication_row(setting) for setting in here)]
+    return (
+        "## The published replication\n\n"
+        "An independent replication of the paper trained a 24-layer encoder to reverse "
+        f"a sequence, with AdamW at {REPLICATION_RATE:g} and the window(0.2) on the "
+        "projections. Evaluation loss, lower is better, at that rate:\n\n"
+        f"{format_table(header, rows)}\n\n{' '.join(map(_best_here, here))}"
+    )
+
+
+def _best_here(setting: Setting) -> str:
+    base = base_of(setting)
+    if base is None or tuned_rate(setting, base) is None:
+        return "What the base's best rate is here has not been screened yet."
+    best = rate_text(setting, base)
+    return f"The base's best rate here ({setting_name(setting)}): {best}."
+
+
+def _replication_row(setting: Setting) -> list[str]:
+    name = f"the same here ({setting_name(setting)})"
+    window = next(
+        (
+            kind
+            for kind in kinds(setting)
+            if is_smoothed(kind)
+            and (kind.operator, kind.variant, kind.scope)
+            == ("window", "standard", "proj")
+            and math.isclose(kind.alpha, 0.2)
+        ),
+        None,
+    )
+    arms = [
+        arm_at(setting.confirm, kind, REPLICATION_RATE)
+        for kind in (base_of(setting), window)
+    ]
+    found = difference(arms[1], arms[0])
+    if found is None:
+        return [name, "", *(level_text(setting.metric, arm) for arm in arms), "", ""]
+    low, high = found.mean - found.half_width, found.mean + found.half_width
+    return [
+        name,
+        str(found.num_seeds),
+        *(level_text(setting.metric, arm) for arm in arms),
+        "diverged"
+        if has_diverged(found)
+        else f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]",
+        f"{found.wins}/{found.num_seeds}",
+    ]
+
+
+# ── provenance ───────────────────────────────────────────────────────────────
+
+
+def provenance(sources: Sequence[Source]) -> str:
+    """Returns what every file was made with."""
+    return "\n\n".join(_provenance(source) for source in sources)
+
+
+def _provenance(source: Source) -> str:
+    if not source.settings:
+        return f"**{source.stem}**: no arm has finished."
+    first = source.settings[0]
+    commit = "unknown"
+    if source.commit is not None:
+        modified = ", modified" if source.commit["modified"] else ""
+        commit = f"`{source.commit['sha'][:10]}`{modified}"
+    lines = [
+        f"**{run_name(first)}**: `python -m benchmarks.evidence --task {first.task} "
+        f"--optimizer {first.optimizer} --preset {first.preset}`",
+        f"- {source.date}, commit {commit}",
+        f"- seeds: {_seeds(source, 'screen')} to screen, "
+        f"{_seeds(source, 'confirm')} to confirm",
+        f"- versions: {_pairs(source.versions)}",
+        f"- machine: {_pairs(source.machine)}",
+        f"- options: {_pairs(source.config)}",
+    ]
+    return "\n".join([lines[0], "", *lines[1:]])
+
+
+def _seeds(source: Source, stage: str) -> str:
+    counts = {
+        len(arm.seeds) for setting in source.settings for arm in getattr(setting, stage)
+    }
+    return " or ".join(map(str, sorted(counts))) or "none yet"
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    def text(value: object) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return ", ".join(f"{key} {text(value)}" for key, value in values.items())
+
+
+# ── cells ────────────────────────────────────────────────────────────────────
+
+
+def difference_text(metric: Metric, found: PairedDifference | None) -> str:
+    """Returns a difference in the metric's own sign, with the seeds won."""
+    if found is None:
+        return NOT_RUN
+    wins = f"({found.wins}/{found.num_seeds})"
+    if has_diverged(found):
+        return f"diverged {wins}"
+    text = format_difference(found._replace(mean=metric.sign * found.mean))
+    return (
+        f"**{text}** {wins}"
+        if is_better(found) or is_worse(found)
+        else f"{text} {wins}"
+    )
+
+
+def level_text(metric: Metric, arm: Arm | None) -> str:
+    """Returns the mean of the metric over an arm's seeds."""
+    if arm is None:
+        return NOT_RUN
+    diverged = int(np.sum(np.isnan(arm.losses)))
+    if diverged:
+        return f"diverged in {diverged} of {arm.losses.size}"
+    return f"{metric.sign * np.mean(arm.losses):.4f}"
+
+
+def rate_text(setting: Setting, kind: Kind) -> str:
+    """Returns a kind's best screened rate, and whether it is at an end of its rates."""
+    tuned = tuned_rate(setting, kind)
+    if tuned is None:
+        return "not screened"
+    return f"{tuned.rate:g}, at an end" if tuned.at_an_end else f"{tuned.rate:g}"
+
+
+def _details(title: str, body: str) -> str:
+    if not body:
+        return ""
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def _figure(name: str, title: str, figures: set[str]) -> str:
+    file = f"{name}.svg"
+    return f"![{title}](figures/{file})" if file in figures else ""
