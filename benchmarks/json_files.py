@@ -1,10 +1,12 @@
-"""JSON files that every reader takes."""
+"""JSON files that every reader takes, and where the committed ones are."""
 
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def write_json(value: Any, path: Path) -> None:

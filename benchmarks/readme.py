@@ -1,11 +1,12 @@
-"""Writes what the README says of speed, from the committed results.
+"""Writes what the README says of speed and of evidence, from the committed results.
 
     python -m benchmarks.readme
     python -m benchmarks.readme --check
 
 Replaces the costs in the table of operators, and what is between
-`<!-- speed -->` and `<!-- end of speed -->`. With `--check` nothing is written, and the
-exit status is 1 if the README says something else than the results.
+`<!-- speed -->` and `<!-- end of speed -->`, and between the same marks of evidence.
+With `--check` nothing is written, and the exit status is 1 if the README says something
+else than the results.
 """
 
 import argparse
@@ -17,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import format_table
+from benchmarks.json_files import RESULTS
+from benchmarks.report.headline import headline
+from benchmarks.report.records import Source, read_sources
+from benchmarks.report.text import HOW_TO_READ, summary
+from benchmarks.report.verdicts import outcomes
 from benchmarks.speed.peers import HOOK, OURS
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +41,10 @@ OPERATORS = (
     "controls.shuffled(window(0.2), 0)",
 )
 _COST = re.compile(r"\d+\.\d× / \d+\.\d×")
-_SPEED = re.compile(r"(<!-- speed -->\n).*?(\n<!-- end of speed -->)", re.DOTALL)
+_PARTS = {
+    part: re.compile(f"(<!-- {part} -->\n).*?(<!-- end of {part} -->)", re.DOTALL)
+    for part in ("speed", "evidence")
+}
 
 # (case of the compile benchmarks, how the README calls it).
 _COMPILED = (
@@ -65,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = ROOT / "README.md"
     old = path.read_text()
     reports = {
-        name: json.loads((ROOT / "results" / f"{name}.json").read_text())
+        name: json.loads((RESULTS / f"{name}.json").read_text())
         for name in ("speed", "tpu_compile", "gpu_compile")
     }
-    new = written(old, reports)
+    new = written(old, reports, read_sources(RESULTS))
     if new == old:
         print("README.md says what the results say")
         return 0
@@ -78,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if options.check else 0
 
 
-def written(readme: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the README with the figures of the reports in their places."""
+def written(
+    readme: str, reports: Mapping[str, Mapping[str, Any]], sources: Sequence[Source]
+) -> str:
+    """Returns the README with what the reports and sources say in its places."""
     found = costs(reports["speed"])
     before, heading, rest = readme.partition("## Which operator\n")
     section, next_heading, after = rest.partition("\n## ")
@@ -88,7 +99,12 @@ def written(readme: str, reports: Mapping[str, Mapping[str, Any]]) -> str:
     if next(cells, None) is not None:
         raise ValueError("README.md has fewer rows with a cost than there should be")
     readme = before + heading + section + next_heading + after
-    return _SPEED.sub(lambda at: f"{at[1]}{speed_text(reports)}{at[2]}", readme)
+    texts = {"speed": speed_text(reports), "evidence": evidence_text(sources)}
+    for part, text in texts.items():
+        readme = _PARTS[part].sub(
+            lambda at, text=text: f"{at[1]}{text}\n{at[2]}", readme
+        )
+    return readme
 
 
 def costs(speed: Mapping[str, Any]) -> dict[str, str]:
@@ -98,6 +114,12 @@ def costs(speed: Mapping[str, Any]) -> dict[str, str]:
         name: f"{of['median']:.1f}× / {unrolled[name]['median']:.1f}×"
         for name, of in stacked.items()
     }
+
+
+def evidence_text(sources: Sequence[Source]) -> str:
+    """Returns the verdict of the report and its table of all settings."""
+    of_all = outcomes([setting for source in sources for setting in source.settings])
+    return f"{headline(of_all)}\n\n{HOW_TO_READ}\n\n{summary(of_all)}"
 
 
 def speed_text(reports: Mapping[str, Mapping[str, Any]]) -> str:

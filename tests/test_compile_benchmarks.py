@@ -16,7 +16,7 @@ from benchmarks.compilers import hlo
 from benchmarks.compilers import report as compile_report
 from benchmarks.compilers.cases import Bars, Case, Sizes, cases
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TINY = Sizes(
     layers=4,
     width=8,

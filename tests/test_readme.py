@@ -42,7 +42,7 @@ def test_every_spec_of_the_depth_table_can_be_written_as_shown():
         hash(eval(call, {"gs": gs}))
 
 
-def test_what_the_readme_says_of_speed_is_what_the_committed_results_say():
+def test_what_the_readme_says_of_speed_and_evidence_is_what_the_results_say():
     pytest.importorskip("flax")  # the extra "bench"
     from benchmarks import readme
 
@@ -52,25 +52,21 @@ def test_what_the_readme_says_of_speed_is_what_the_committed_results_say():
 def test_a_figure_that_is_not_of_the_results_is_noticed_and_mended():
     pytest.importorskip("flax")  # the extra "bench"
     from benchmarks import readme
+    from benchmarks.report.headline import headline
+    from benchmarks.report.records import read_sources
+    from benchmarks.report.verdicts import outcomes
 
     reports = {
-        name: json.loads((ROOT / "results" / f"{name}.json").read_text())
+        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         for name in ("speed", "tpu_compile", "gpu_compile")
     }
+    sources = read_sources(ROOT / "benchmarks" / "results")
+    verdict = headline(
+        outcomes([setting for source in sources for setting in source.settings])
+    )
     cost = readme.costs(reports["speed"])["tikhonov(1.0)"]
     table = readme.compiled_table(reports["tpu_compile"], reports["gpu_compile"])
     wrong = README.replace(cost, "0.1× / 0.1×").replace(table, "as fast as light")
+    wrong = wrong.replace(verdict, "It always helps.")
     assert wrong != README
-    assert readme.written(wrong, reports) == README
-
-
-def test_the_table_of_adaptive_operators_is_the_committed_run():
-    pytest.importorskip("flax")
-    from benchmarks.adaptive import table, times
-
-    def read(name):
-        return json.loads((ROOT / "results" / name).read_text())
-
-    assert table(read("adaptive.json")) in README
-    assert times(read("adaptive.json")) in README
-    assert times(read("adaptive_time.json")) in README
+    assert readme.written(wrong, reports, sources) == README

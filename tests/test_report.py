@@ -175,11 +175,11 @@ def test_an_unfinished_run_is_shown_as_unfinished(tmp_path, missing):
     assert "gain at tuned rates" not in text  # nothing is known yet
 
 
-def test_a_file_without_arms_and_one_without_base_are_shown(tmp_path):
+def test_a_depth_without_arms_and_a_file_without_base_are_shown(tmp_path):
     no_base = result({}, optimizer="sgd")
     no_base["arms"] = [of for of in no_base["arms"] if of["name"] != "base"]
     text = text_of(tmp_path, result({}) | {"arms": []}, no_base)
-    assert "No arm has finished." in text
+    assert "### lm, adamw, 6 layers: unfinished\n" in text
     assert "lm, sgd, 6 layers: unfinished" in text
     assert main(["--results", str(tmp_path)]) == 0
 

@@ -24,7 +24,7 @@ from benchmarks.speed.bars import bars, figure, holds
 from benchmarks.speed.compile_time import compile_times, layered_params, optimizers
 from benchmarks.speed.report import bars_table, failures, tables
 
-RESULT = Path(__file__).parent.parent / "results" / "speed.json"
+RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "speed.json"
 WINDOW = "window(0.2)"
 
 

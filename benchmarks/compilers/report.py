@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from benchmarks.comparison import format_table
 from benchmarks.compilers.cases import Case, cases
-from benchmarks.json_files import write_json
+from benchmarks.json_files import RESULTS, write_json
 from benchmarks.provenance import provenance
 
 Measures = Mapping[str, float]
@@ -53,7 +53,9 @@ def build_parser(
         "--only", default="*", metavar="PATTERN", help="cases, such as 'step, Adam*'"
     )
     parser.add_argument(
-        "--out", type=Path, help=f"JSON (default of a whole run: results/{name}.json)"
+        "--out",
+        type=Path,
+        help=f"JSON (default of a whole run: benchmarks/results/{name}.json)",
     )
     return parser
 
@@ -105,7 +107,7 @@ def run(
         print(f"{table(of_topology['cases'])}\n", flush=True)
 
     is_whole = not options.quick and options.only == "*" and not options.topology
-    out = options.out or (Path(f"results/{name}.json") if is_whole else None)
+    out = options.out or (RESULTS / f"{name}.json" if is_whole else None)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(report, out)

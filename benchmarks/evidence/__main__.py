@@ -40,10 +40,10 @@ from benchmarks.evidence.results import (
 from benchmarks.evidence.search import NoOptimum, Trial, next_trial
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.trials import RunTrial, build_measures, build_trial
+from benchmarks.json_files import RESULTS
 from benchmarks.optimizers import DEFAULT_LEARNING_RATES
 from benchmarks.provenance import provenance
 
-RESULTS = Path(__file__).parent.parent / "results"
 # What a shell reports for a program that Ctrl-C ended.
 _INTERRUPTED = 130
 

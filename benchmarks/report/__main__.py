@@ -14,11 +14,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.json_files import RESULTS
 from benchmarks.report.figures import drawings, made_by_this_version, svg
 from benchmarks.report.records import read_sources
 from benchmarks.report.text import report
-
-RESULTS = Path(__file__).parent.parent / "results"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,7 +61,7 @@ def control_of(setting: Setting, control: str) -> Kind | None:
 
 
 def preserving_of(setting: Setting) -> Kind | None:
-    """Returns the norm-preserving arm, the one on all layers' parameters if it ran."""
+    """Returns the norm-preserving arm, the one of full scope if it ran."""
     found = [
         k for k in kinds(setting) if is_smoothed(k) and k.variant == "norm_preserving"
     ]

@@ -5,7 +5,7 @@ All places are set in inches, so that no solver has a say in them.
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -195,8 +195,8 @@ def rates(settings: Sequence[Setting]) -> Figure | None:
     settings = [setting for setting in settings if setting.screen]
     if not settings:
         return None
-    styles = _line_styles(settings)
-    tall, left, gap = 2.3, 0.75, 0.75
+    styles = _line_styles(list(dict.fromkeys(k for s in settings for k in kinds(s))))
+    tall, left, gap = 2.3, 0.95, 0.75
     wide = max(3.3, 8 / len(settings) - gap)
     width = left + (wide + gap) * len(settings)
     below = 0.6 + _legend_height(styles, width)
@@ -257,7 +257,7 @@ def _draw_differences(ax: Axes, setting: Setting, styles: Mapping[Kind, Any]) ->
             if kind.control != "full_average":
                 near = tuned is None or abs(np.log2(x / tuned.rate)) < 1.5
                 drawn.extend(y[np.broadcast_to(near, y.shape)])
-    _limit(ax, np.array([0.0, *drawn]), 0.08)
+    _limit(ax, np.array([0.0, *drawn]), 0.4)
     _rate_axis(ax, setting)
     ax.set_xlabel("learning rate")
 
@@ -310,8 +310,7 @@ def mechanism(settings: Sequence[Setting]) -> Figure | None:
     shown = [window_of(setting, 0.2), preserving_of(setting)]
     arms = [a for a in recorded if is_base(a.kind) or a.kind in shown or a.kind.control]
     names = quantities(arms)
-    styles = _line_styles([setting])
-    styles = {arm.kind: styles[arm.kind] for arm in arms}
+    styles = _line_styles([arm.kind for arm in arms])
 
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
@@ -344,17 +343,15 @@ def mechanism(settings: Sequence[Setting]) -> Figure | None:
 # ── parts ────────────────────────────────────────────────────────────────────
 
 
-def _line_styles(settings: Sequence[Setting]) -> dict[Kind, dict[str, Any]]:
+def _line_styles(of: Sequence[Kind]) -> dict[Kind, dict[str, Any]]:
     """Returns how to draw every kind: the base thick and black, no two others alike."""
-    found = list(dict.fromkeys(kind for s in settings for kind in kinds(s)))
     styles: dict[Kind, dict[str, Any]] = {}
-    others: Iterator[int] = iter(range(len(found)))
-    for kind in found:
+    for kind in of:
         style = {"label": kind.name, "markersize": 4, "linewidth": 1.3}
         if is_base(kind):
             styles[kind] = style | {"color": _BLACK, "linewidth": 2.6, "zorder": 3}
             continue
-        index = next(others)
+        index = sum(not is_base(other) for other in styles)
         styles[kind] = style | {
             "color": _COLORS[index % len(_COLORS)],
             "linestyle": _LINES[index % len(_LINES)],

@@ -90,7 +90,8 @@ def read_source(path: Path) -> Source:
         ValueError: if two arms of one stage and depth are the same.
     """
     value = json.loads(path.read_text("utf-8"))
-    depths = sorted({arm["layers"] for arm in value["arms"]})
+    # Depths that a run has not come to yet are settings too, unfinished ones.
+    depths = sorted({*value["config"]["depths"], *(a["layers"] for a in value["arms"])})
     try:
         settings = tuple(_setting(value, layers) for layers in depths)
     except ValueError as error:
@@ -107,8 +108,6 @@ def read_source(path: Path) -> Source:
 
 
 def _place(source: Source) -> tuple[Any, ...]:
-    if not source.settings:
-        return (source.stem,)
     first = source.settings[0]
     return first.task, first.optimizer, first.preset != "full", source.stem
 

@@ -55,7 +55,7 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
         "# Does depth smoothing help?",
         headline(of_all),
         "## Every setting",
-        _HOW_TO_READ,
+        HOW_TO_READ,
         summary(of_all),
         _figure("differences", "Best against best, with intervals", figures),
         replication([outcome.setting for outcome in of_all]),
@@ -66,7 +66,7 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_HOW_TO_READ = """\
+HOW_TO_READ = """\
 Every difference is an arm minus the base optimizer without smoothing, best against
 best: each at the learning rate that is the best of its own screen (factors of two),
 over fresh paired seeds (same initialization, same data), with a 95 % t-interval and
@@ -134,8 +134,6 @@ def _best_text(
 
 
 def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -> str:
-    if not source.settings:
-        return f"## {source.stem}\n\nNo arm has finished."
     first = source.settings[0]
     parts = [f"## {run_name(first)}"]
     for setting in source.settings:
@@ -294,8 +292,6 @@ def provenance(sources: Sequence[Source]) -> str:
 
 
 def _provenance(source: Source) -> str:
-    if not source.settings:
-        return f"**{source.stem}**: no arm has finished."
     first = source.settings[0]
     commit = "unknown"
     if source.commit is not None:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.json_files import write_json
+from benchmarks.json_files import RESULTS, write_json
 from benchmarks.provenance import provenance
 from benchmarks.speed.compile_time import (
     compile_times,
@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repetitions", type=int, default=1, help="of compilation (default: 1)"
     )
-    parser.add_argument("--out", type=Path, default=Path("results/speed.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 if a bar does not hold"
     )
