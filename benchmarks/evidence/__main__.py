@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.corpus import CorpusError
-from benchmarks.evidence import presets
+from benchmarks.evidence import placement, presets
 from benchmarks.evidence.arms import Arm
 from benchmarks.evidence.results import (
     ResultsMismatch,
@@ -38,8 +38,14 @@ from benchmarks.evidence.results import (
     write_results,
 )
 from benchmarks.evidence.search import NoOptimum, Trial, next_trial
+from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
-from benchmarks.evidence.trials import RunTrial, build_measures, build_trial
+from benchmarks.evidence.trials import (
+    Measures,
+    RunTrial,
+    build_measures,
+    build_trial,
+)
 from benchmarks.json_files import RESULTS
 from benchmarks.optimizers import DEFAULT_LEARNING_RATES
 from benchmarks.provenance import provenance
@@ -153,13 +159,15 @@ def run(
     }
 
     @functools.cache
-    def measures(layers: int) -> Any:
+    def at_depth(layers: int) -> tuple[Task, Measures]:
         task = module.build(layers, **presets.task_options(options))
+        task = placement.with_split_batches(task)
         return task, build_measures(job, task)
 
     @functools.cache
     def trainer(layers: int, arm: Arm) -> RunTrial:
-        return build_trial(job, measures(layers)[0], arm, measures(layers)[1])
+        task, measures = at_depth(layers)
+        return build_trial(job, task, arm, measures)
 
     def following() -> Trial | None:
         return next_trial(

@@ -77,9 +77,9 @@ def update_probe(
 
 def _statistics(updates: Any, task: Task) -> Measures:
     stacks = diagnostics.depth_statistics(updates, task.depth).values()
-    roughness = sum(stack.roughness for stack in stacks)
-    squares = sum(jnp.sum(stack.norms**2) for stack in stacks)
+    roughness = jnp.stack([stack.roughness for stack in stacks])
+    squares = jnp.concatenate([stack.norms**2 for stack in stacks])
     return {
-        "roughness": roughness / squares,
+        "roughness": jnp.sum(roughness) / jnp.sum(squares),
         "adjacent_cosine": jnp.mean(jnp.concatenate([s.cosines for s in stacks])),
     }

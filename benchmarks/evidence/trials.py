@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.evidence import placement
 from benchmarks.evidence.arms import Arm, coupled
 from benchmarks.evidence.mechanism import model_probe, update_probe
 from benchmarks.evidence.task import Task
 from benchmarks.optimizers import preconditioner, warmup_cosine
-from benchmarks.training import TrainState, init_params, init_state, train_steps
+from benchmarks.training import TrainState, init_params, train_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,10 @@ def _coupled(job: Job, task: Task, arm: Arm) -> Any:
     return coupled(arm, inner, task.depth)
 
 
-def at_rate(opt_state: Any, learning_rate: float) -> Any:
+def at_rate(opt_state: Any, learning_rate: jax.typing.ArrayLike) -> Any:
     """Returns the state of an optimizer from `build_optimizer` at a learning rate."""
-    (step_size,) = optax.tree_utils.tree_get_all_with_path(opt_state, "step_size")
-    rates = jnp.full_like(step_size[1], -learning_rate)
+    step_sizes = optax.tree_utils.tree_get(opt_state, "step_size")
+    rates = jnp.full_like(step_sizes, -jnp.asarray(learning_rate))
     return optax.tree_utils.tree_set(opt_state, step_size=rates)
 
 
@@ -132,14 +133,20 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
     probed = job.probed
     most_steps = max(np.diff(probed, prepend=0)).item()
     train = train_steps(task.loss, optimizer, task.draw, most_steps)
+
+    def initial(learning_rate: Any, seeds: jax.Array) -> TrainState:
+        params = init_params(task.init, seeds)
+        opt_state = jax.vmap(optimizer.init)(params)
+        return TrainState(params, at_rate(opt_state, learning_rate))
+
+    shapes = jax.eval_shape(initial, 1.0, jax.ShapeDtypeStruct((job.lanes,), jnp.int32))
+    initial = jax.jit(initial, out_shardings=placement.shardings(shapes))
     probe_updates = jax.jit(jax.vmap(update_probe(task, _coupled(job, task, arm))))
 
     def of_lanes(
         learning_rate: float, seeds: jax.Array, progress: Callable[[int], Any]
     ) -> Measured:
-        params = init_params(task.init, seeds)
-        state = init_state(optimizer, params)
-        state = TrainState(state.params, at_rate(state.opt_state, learning_rate))
+        state = initial(learning_rate, seeds)
         losses, seconds, probes = [], [], []
         for start, end in zip([0, *probed[:-1]], probed, strict=True):
             began = time.perf_counter()
