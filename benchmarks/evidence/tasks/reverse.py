@@ -1,9 +1,9 @@
 """Reversing a sequence of random symbols: the task of the paper's one replication.
 
-A pre-norm transformer encoder, initialized as PyTorch's layers are, reads a sequence
-and says at position i the symbol at the mirrored position. Sequences are drawn anew at
-every step. The metric is the cross-entropy on fixed sequences, in nats per symbol; that
-of guessing is ln(vocabulary).
+An encoder of PyTorch's `TransformerEncoderLayer(norm_first=True)`, initialized as those
+are, reads a sequence and says at position i the symbol at the mirrored position.
+Sequences are drawn anew at every step. The metric is the cross-entropy on fixed
+sequences, in nats per symbol; that of guessing is ln(vocabulary).
 """
 
 from typing import Any, cast
@@ -103,7 +103,7 @@ class Layer(nn.Module):
             mixed.reshape(batch, time, width)
         )
         h = nn.LayerNorm(epsilon=1e-5, name="mlp_norm")(x)
-        h = nn.gelu(_torch_dense(2 * width, width, "mlp_in")(h), approximate=False)
+        h = nn.relu(_torch_dense(2 * width, width, "mlp_in")(h))
         x = x + _torch_dense(width, 2 * width, "mlp_out")(h)
         self.sow("intermediates", "states", x)
         return x, None
@@ -120,9 +120,12 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, symbols: jax.Array) -> jax.Array:
-        normal = nn.initializers.normal(1.0)
-        table = nn.Embed(self.vocabulary, self.width, embedding_init=normal, name="in")
-        places = self.param("positions", normal, (self.length, self.width))
+        normal = nn.initializers.normal
+        table = nn.Embed(
+            self.vocabulary, self.width, embedding_init=normal(1.0), name="in"
+        )
+        # As large as the symbols' they would make the task easy: 0.9 nats, not 3.1.
+        places = self.param("positions", normal(0.02), (self.length, self.width))
         x = table(symbols) + places
         self.sow("intermediates", "input", x)
         blocks = nn.scan(
