@@ -51,11 +51,24 @@ SMOOTHED = (
     Arm("learn_alpha", "learn_alpha", 0.1),
     Arm("learn_operator", "learn_operator", 0.1),
 )
-CONTROLS = (
-    Arm("norm-matched window(0.2)", control="norm_matched"),
-    Arm("shuffled window(0.2)", control="shuffled_depth"),
-    Arm("mean over depth", "mean", 1.0, control="full_average"),
-)
+
+
+def controls_of(arm: Arm) -> tuple[Arm, ...]:
+    """Returns the same step without coupling, and the coupling of other layers.
+
+    None of arms whose coupling depends on the updates, or that keep the norms anyway.
+    """
+    if (arm.operator, arm.variant) != ("window", "standard"):
+        return ()
+    return (
+        dataclasses.replace(
+            arm, name=f"norm-matched {arm.name}", control="norm_matched"
+        ),
+        dataclasses.replace(arm, name=f"shuffled {arm.name}", control="shuffled_depth"),
+    )
+
+
+MEAN = Arm("mean over depth", "mean", 1.0, control="full_average")
 
 
 class Coupled(NamedTuple):

@@ -38,7 +38,7 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "quick": _LM | _QUICK | {"depths": [4], "width": 16, "warmup": 4},
         # Where coupling might help: noisier gradients, longer training, more layers.
         "small-batch": _LM | {"depths": [12], "batch": 2, "micro_batches": 2},
-        "long": _LM | {"depths": [12], "steps": 1000, "warmup": 100},
+        "long": _LM | {"depths": [12], "steps": 600, "warmup": 60},
         "deep": _LM | {"depths": [48]},
         # The paper's two depths, at 1.2 and 1.5 billion parameters in the blocks.
         "tpu": _LM

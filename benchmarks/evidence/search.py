@@ -12,12 +12,13 @@ import numpy as np
 
 from benchmarks.evidence.arms import (
     BASE,
-    CONTROLS,
+    MEAN,
     NORM_PRESERVING,
     SMOOTHED,
     WEAK_WINDOW,
     WINDOW,
     Arm,
+    controls_of,
 )
 
 Stage = Literal["screen", "confirm"]
@@ -75,7 +76,7 @@ def _next_at_depth(
 ) -> tuple[Stage, Arm, float] | None:
     found = {
         arm: screened(finished, arm, lower_is_better)
-        for arm in (BASE, *SMOOTHED, *CONTROLS)
+        for arm in (BASE, *SMOOTHED, *controls_of(WINDOW), MEAN)
     }
     for arm, costs in found.items():
         rate = next_rate(costs, start)
@@ -97,15 +98,18 @@ def _next_at_depth(
 def _to_confirm(
     found: Mapping[Arm, Mapping[float, float]], also: Sequence[tuple[Arm, float]]
 ) -> Iterator[tuple[Arm, float]]:
-    """Each arm at its own best rate and the base's, and the base at all of these."""
-    best_screened = min(SMOOTHED, key=lambda arm: min(found[arm].values()))
-    chosen = (WEAK_WINDOW, WINDOW, NORM_PRESERVING, best_screened, *CONTROLS)
-    of_base = best_rate(found[BASE])
-    yield BASE, of_base
-    for arm in dict.fromkeys(chosen):
-        for rate in {of_base: None, best_rate(found[arm]): None}:
-            yield BASE, rate
-            yield arm, rate
+    """All chosen arms at every rate that is the best of one of them in the screen.
+
+    So two arms are compared over the same rates, and none has more luck with them. Only
+    the mean over depth, which may need far higher rates, has its own.
+    """
+    best = min(SMOOTHED, key=lambda arm: min(found[arm].values()))
+    screened = (BASE, WINDOW, *controls_of(WINDOW), WEAK_WINDOW, NORM_PRESERVING, best)
+    chosen = dict.fromkeys((*screened, *controls_of(best)))
+    for rate in dict.fromkeys(best_rate(found[arm]) for arm in screened):
+        yield from ((arm, rate) for arm in chosen)
+    for rate in (best_rate(found[BASE]), best_rate(found[MEAN])):
+        yield from ((BASE, rate), (MEAN, rate))
     yield from also
 
 

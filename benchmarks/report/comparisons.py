@@ -1,7 +1,9 @@
-"""Comparisons of tuned arms: rates from the screen, differences from the confirmation.
+"""Comparisons of tuned arms: rates by the screen, differences by the confirmation.
 
-The rate at which an arm is compared is the best of its screen. The seeds that a
-difference is taken over are others, so nothing is selected on them.
+The screen says at which rates the arms are confirmed, each arm at the best rates of
+all. Two arms are compared over the rates that both were confirmed at, each at the one
+where its mean over these seeds is better: the few seeds of a screen take neighboring
+rates for one another, and the difference of two rates would pass for one of arms.
 """
 
 import math
@@ -110,9 +112,18 @@ def arm_at(arms: Sequence[Arm], kind: Kind | None, rate: float) -> Arm | None:
 
 
 def confirmed(setting: Setting, kind: Kind | None) -> Arm | None:
-    """Returns the confirmation of a kind at its own tuned rate, or None."""
+    """Returns the confirmation of a kind at its best rate there, or None.
+
+    None as well as long as the best rate of its screen is not confirmed.
+    """
+    return _best(setting, kind, [arm for arm in setting.confirm if arm.kind == kind])
+
+
+def _best(setting: Setting, kind: Kind | None, arms: Sequence[Arm]) -> Arm | None:
     tuned = None if kind is None else tuned_rate(setting, kind)
-    return None if tuned is None else arm_at(setting.confirm, kind, tuned.rate)
+    if tuned is None or arm_at(arms, kind, tuned.rate) is None:
+        return None
+    return min(arms, key=lambda arm: (_level(arm), arm.learning_rate))
 
 
 # ── differences ──────────────────────────────────────────────────────────────
@@ -135,12 +146,21 @@ def difference(arm: Arm | None, other: Arm | None) -> PairedDifference | None:
 def best_against_best(
     setting: Setting, kind: Kind | None, other: Kind | None
 ) -> PairedDifference | None:
-    """Returns the difference of two kinds, each at its own tuned rate."""
-    return difference(confirmed(setting, kind), confirmed(setting, other))
+    """Returns the difference of two kinds, each at the best rate of those of both."""
+    pairs = [
+        (arm, arm_at(setting.confirm, other, arm.learning_rate))
+        for arm in setting.confirm
+        if arm.kind == kind
+    ]
+    shared = [(arm, beside) for arm, beside in pairs if beside is not None]
+    if kind is None or other is None or not shared:
+        return None
+    ours, theirs = zip(*shared, strict=True)
+    return difference(_best(setting, kind, ours), _best(setting, other, theirs))
 
 
 def at_base_rate(setting: Setting, kind: Kind) -> PairedDifference | None:
-    """Returns the difference to the base, both at the base's tuned rate."""
+    """Returns the difference to the base, both at the base's best rate."""
     base = confirmed(setting, base_of(setting))
     if base is None:
         return None

@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-from benchmarks.report.comparisons import arm_at, base_of, kinds, tuned_rate
+from benchmarks.report.comparisons import (
+    arm_at,
+    base_of,
+    confirmed,
+    kinds,
+    tuned_rate,
+)
 from benchmarks.report.records import Arm, Setting
 
 # The order in which quantities are shown; others follow.
@@ -22,8 +28,10 @@ def mechanism_arms(setting: Setting) -> list[Arm]:
     tuned = None if base is None else tuned_rate(setting, base)
     if tuned is None:
         return []
+    best = confirmed(setting, base)
+    rate = tuned.rate if best is None else best.learning_rate
     for stage in (setting.confirm, setting.screen):
-        arms = [arm_at(stage, kind, tuned.rate) for kind in kinds(setting)]
+        arms = [arm_at(stage, kind, rate) for kind in kinds(setting)]
         recorded = [arm for arm in arms if arm is not None and quantities([arm])]
         if recorded:
             return recorded

@@ -68,14 +68,16 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
 
 HOW_TO_READ = """\
 Every difference is an arm minus the base optimizer without smoothing, best against
-best: each at the learning rate that is the best of its own screen (factors of two),
-over fresh paired seeds (same initialization, same data), with a 95 % t-interval and
-the seeds in which the arm is better. **Bold**: the interval excludes 0. †: also after
+best, over fresh paired seeds (same initialization, same data), with a 95 % t-interval
+and the seeds in which the arm is better. A screen on other seeds finds every arm's best
+learning rate (factors of two); all arms of the table are run at all of these rates, and
+two of them are compared with each at the better one for it. **Bold**: the interval
+excludes 0. †: also after
 Holm's correction over all differences of this table. The verdict is on window(0.2),
 against the base, against *norm-matched* (every layer's base update scaled to the norm
 that the smoothed one has: the smaller step without the coupling) and against
 *shuffled* (the same operator over randomly permuted layers: coupling, but not of
-neighbors), each at its own best rate."""
+neighbors), each at its best rate."""
 
 
 # ── the summary ──────────────────────────────────────────────────────────────
@@ -91,6 +93,7 @@ def summary(of_all: Sequence[Outcome]) -> str:
         "window(0.2)",
         "norm-preserving",
         "best screened arm",
+        "mean over depth",
         "verdict on window(0.2)",
     ]
     return format_table(header, [_summary_row(outcome) for outcome in of_all])
@@ -112,6 +115,10 @@ def _summary_row(outcome: Outcome) -> list[str]:
         else f"{level_text(setting.metric, confirmed(setting, base))} ({rate})",
         *(_role_text(outcome, kind) for kind in columns),
         _best_text(outcome, best, columns),
+        difference_text(
+            setting.metric,
+            best_against_best(setting, control_of(setting, "full_average"), base),
+        ),
         verdict,
     ]
 
@@ -353,11 +360,12 @@ def level_text(metric: Metric, arm: Arm | None) -> str:
 
 
 def rate_text(setting: Setting, kind: Kind) -> str:
-    """Returns a kind's best screened rate, and whether it is at an end of its rates."""
-    tuned = tuned_rate(setting, kind)
+    """Returns a kind's best rate, and whether it is at an end of those screened."""
+    tuned, best = tuned_rate(setting, kind), confirmed(setting, kind)
     if tuned is None:
         return "not screened"
-    return f"{tuned.rate:g}, at an end" if tuned.at_an_end else f"{tuned.rate:g}"
+    rate = tuned.rate if best is None else best.learning_rate
+    return f"{rate:g}, at an end" if tuned.at_an_end else f"{rate:g}"
 
 
 def _details(title: str, body: str) -> str:

@@ -1,0 +1,1065 @@
+"""The evidence harness keeps its promises: the search, the arms, the numbers, files."""
+
+import functools
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+pytest.importorskip("flax")
+
+from benchmarks.corpus import load_corpus, sample_windows, spread_windows
+from benchmarks.evidence import __main__ as command
+from benchmarks.evidence import arms, presets, results, search, trials
+from benchmarks.evidence.arms import BASE, CONTROLS, SMOOTHED, WINDOW
+from benchmarks.evidence.search import NoOptimum, Trial, next_rate, next_trial
+from benchmarks.evidence.tasks import TASKS
+from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
+from benchmarks.training import TrainState, init_params, train_steps
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    **{"depths": [3], "width": 8, "heads": 1, "context": 8, "batch": 4},
+    **{"steps": 4, "warmup": 1, "eval_windows": 2, "micro_batches": 2, "lanes": 2},
+    **{"screen_seeds": 2, "confirm_seeds": 2, "corpus": [str(ROOT / "LICENSE")]},
+}
+ALL_ARMS = (BASE, *SMOOTHED, *CONTROLS)
+by_name = pytest.mark.parametrize("arm", ALL_ARMS, ids=lambda arm: arm.name)
+
+
+# The search for a learning rate.
+
+# As far as a search may go, and so as many trials as it may take.
+REACH = 8
+STARTS = st.sampled_from([1.0, 1e-3, 8e-3, 0.3])
+COSTS = st.one_of(st.floats(-10, 10), st.just(math.inf), st.integers(0, 2))
+
+
+def searched(cost, start):
+    """All that a search tries, {rate: cost}, in order."""
+    costs = {}
+    while (rate := next_rate(costs, start)) is not None:
+        assert rate not in costs, "tried twice"
+        costs[rate] = cost(rate)
+        assert len(costs) <= 2 * REACH + 1
+    return costs
+
+
+@hypothesis.given(
+    st.lists(COSTS, min_size=2 * REACH + 1, max_size=2 * REACH + 1), STARTS
+)
+@hypothesis.settings(max_examples=200)
+def test_a_search_ends_with_no_better_rate_on_either_side_or_says_so(costs, start):
+    of_rate = {start * 2.0**k: c for k, c in zip(range(-8, 9), costs, strict=True)}
+    try:
+        found = searched(of_rate.__getitem__, start)  # a KeyError: beyond its reach
+    except NoOptimum:
+        # Nothing else would do: either way from the start costs fall to the end.
+        lowest = min(of_rate.values())
+        assert lowest in (of_rate[start / 256], of_rate[start * 256]) or any(
+            of_rate[start * 2.0**k] < of_rate[start] or of_rate[start] == math.inf
+            for k in (-1, 1)
+        )
+        return
+    best = search.best_rate(found)
+    assert found[best] == min(found.values()) < math.inf
+    assert found[best / 2] >= found[best] <= found[best * 2]
+    # Factors of two without a gap.
+    exponents = sorted(math.log2(rate / start) for rate in found)
+    assert exponents == list(range(int(exponents[0]), int(exponents[-1]) + 1))
+
+
+@hypothesis.given(
+    st.lists(st.floats(0.1, 2), min_size=16, max_size=16), st.integers(-7, 7), STARTS
+)
+def test_a_search_finds_the_one_optimum_and_tries_little_else(slopes, optimum, start):
+    def cost(rate):
+        exponent = round(math.log2(rate / start))
+        low, high = sorted([exponent, optimum])
+        return sum(slopes[low + 8 : high + 8])
+
+    found = searched(cost, start)
+    assert search.best_rate(found) == start * 2.0**optimum
+    assert len(found) == abs(optimum) + 3
+
+
+@pytest.mark.parametrize("largest", range(-6, 3))
+def test_rates_that_diverge_lead_to_smaller_ones(largest):
+    found = searched(
+        lambda rate: -rate if math.log2(rate) <= largest else math.inf, 1.0
+    )
+    assert search.best_rate(found) == 2.0**largest
+    assert found[2.0 ** (largest + 1)] == math.inf
+
+
+@pytest.mark.parametrize(("sign", "end"), [(1, 2.0**-8), (-1, 2.0**8)])
+def test_a_search_without_end_names_the_rates_and_what_to_do(sign, end):
+    with pytest.raises(NoOptimum) as error:
+        searched(lambda rate: sign * rate, 1.0)
+    message = str(error.value)
+    assert f"{end:g}" in message
+    assert "0.5, 1.0" in message
+    assert "--option learning_rate=VALUE" in message
+
+
+def test_a_screen_is_its_mean_as_a_cost_and_infinite_where_a_seed_diverged():
+    def result(stage, name, rate, *values):
+        named = {"stage": stage, "name": name, "learning_rate": rate}
+        return {**named, "metric_per_seed": list(values)}
+
+    finished = [
+        result("screen", BASE.name, 1.0, 2.0, 4.0),
+        result("screen", BASE.name, 2.0, 1.0, None),
+        result("screen", WINDOW.name, 4.0, 1.0, 1.0),
+        result("confirm", BASE.name, 8.0, 1.0, 1.0),
+    ]
+    screened = functools.partial(search.screened, finished)
+    assert screened(BASE, True) == {1.0: 3.0, 2.0: math.inf}
+    assert screened(BASE, False) == {1.0: -3.0, 2.0: math.inf}
+
+
+# The order of trials, on an experiment without training.
+
+DEPTHS = (6, 12)
+CELLS = [(layers, arm.name) for layers in DEPTHS for arm in ALL_ARMS]
+EXPERIMENTS = st.fixed_dictionaries(
+    {
+        # (exponent of the best rate, its metric) of every depth and arm
+        "optima": st.fixed_dictionaries(
+            dict.fromkeys(CELLS, st.tuples(st.integers(-2, 2), st.floats(1, 3)))
+        ),
+        "lower_is_better": st.booleans(),
+        "start": STARTS,
+    }
+)
+few = hypothesis.settings(max_examples=5)
+
+
+class Experiment:
+    """Every arm has one best rate; what is confirmed says the opposite of the screen."""
+
+    def __init__(self, optima, lower_is_better, start):
+        self.optima, self.start, self.lower = optima, start, lower_is_better
+
+    def rate(self, layers, arm):
+        return self.start * 2.0 ** self.optima[layers, arm.name][0]
+
+    def cost(self, layers, arm):
+        return self.optima[layers, arm.name][1]
+
+    def result(self, trial):
+        off = math.log2(trial.learning_rate / self.rate(trial.layers, trial.arm))
+        cost = self.cost(trial.layers, trial.arm) + abs(off)
+        cost *= (1 if self.lower else -1) * (1 if trial.stage == "screen" else -1)
+        return {
+            "layers": trial.layers,
+            "stage": trial.stage,
+            "name": trial.arm.name,
+            "learning_rate": trial.learning_rate,
+            "metric_per_seed": [cost - 0.25, cost + 0.25],
+        }
+
+    def next(self, finished, also=()):
+        return next_trial(finished, DEPTHS, self.start, self.lower, also)
+
+    def all(self, also=()):
+        done, finished = [], []
+        while trial := self.next(finished, also):
+            done.append(trial)
+            finished.append(json.loads(json.dumps(self.result(trial))))
+        return done, finished
+
+
+@few
+@hypothesis.given(EXPERIMENTS)
+def test_what_is_confirmed_is_what_the_protocol_says_and_nothing_twice(values):
+    experiment = Experiment(**values)
+    done, _ = experiment.all()
+    assert max(Counter(done).values()) == 1
+    for layers in DEPTHS:
+        best = min(SMOOTHED, key=functools.partial(experiment.cost, layers))
+        named = ("window(0.1)", "window(0.2)", "window(0.2), norm-preserving")
+        chosen = {arm for arm in SMOOTHED if arm.name in named} | {best, *CONTROLS}
+        of_base = experiment.rate(layers, BASE)
+        wanted = {(BASE, of_base)}
+        for arm in chosen:
+            for rate in (of_base, experiment.rate(layers, arm)):
+                wanted |= {(arm, rate), (BASE, rate)}
+        confirmed = {
+            (t.arm, t.learning_rate) for t in done if t[:2] == (layers, "confirm")
+        }
+        assert confirmed == wanted
+
+
+@few
+@hypothesis.given(EXPERIMENTS)
+def test_every_arm_is_screened_from_the_bases_best_rate_at_every_depth(values):
+    experiment = Experiment(**values)
+    done, _ = experiment.all()
+    start = experiment.start
+    for layers in DEPTHS:
+        rates = {arm: [] for arm in ALL_ARMS}
+        for trial in done:
+            if trial[:2] == (layers, "screen"):
+                rates[trial.arm].append(trial.learning_rate)
+        # That of the next depth begins where that of the last depth ended.
+        assert rates[BASE][0] == start
+        start = experiment.rate(layers, BASE)
+        for arm in ALL_ARMS:
+            best = experiment.rate(layers, arm)
+            assert {best / 2, best, best * 2} <= set(rates[arm])
+            if arm is not BASE:
+                assert rates[arm][0] == start
+    stages = [(trial.layers, trial.stage) for trial in done]
+    assert list(dict.fromkeys(stages)) == [
+        (layers, stage) for layers in DEPTHS for stage in ("screen", "confirm")
+    ]
+
+
+@few
+@hypothesis.given(EXPERIMENTS, st.randoms(use_true_random=False))
+def test_a_run_goes_on_with_the_same_trial_wherever_it_stopped(values, random):
+    experiment = Experiment(**values)
+    done, finished = experiment.all()
+    for stop in [0, 1, *random.sample(range(len(done)), 8), len(done) - 1]:
+        # Whatever the order in which the finished ones stand in the file.
+        shuffled = random.sample(finished[:stop], stop)
+        assert experiment.next(shuffled) == done[stop]
+    assert experiment.next(finished[::-1]) is None
+
+
+def test_the_replications_rate_is_confirmed_whatever_the_screen_says():
+    also = presets.confirmed_anyway("reverse", "adamw", "full")
+    assert {(arm.name, rate) for arm, rate in also} == {
+        ("base", 2e-3),
+        ("window(0.2), proj", 2e-3),
+    }
+    experiment = Experiment(dict.fromkeys(CELLS, (0, 1.0)), True, 1e-3)
+    without, _ = experiment.all()
+    done, _ = experiment.all(also)
+    added = set(done) - set(without)
+    assert added == {Trial(n, "confirm", *a) for n in DEPTHS for a in also}
+    assert presets.confirmed_anyway("lm", "adamw", "full") == ()
+
+
+# The arms: each against plain loops.
+
+NUM_LAYERS = 4
+SHAPES = {"mlp_in": (3, 2), "mlp_norm": (3,)}
+LEAF = {"mlp_in": "kernel", "mlp_norm": "scale"}
+
+
+def tree_of(blocks, embedding):
+    stacked = oracle.stacked_tree(blocks)
+    return {
+        "blocks": {role: {LEAF[role]: stacked[role]} for role in stacked},
+        "embed": {"embedding": embedding},
+    }
+
+
+def blocks_of(tree):
+    return oracle.unstacked({r: tree["blocks"][r][LEAF[r]] for r in SHAPES})
+
+
+def gradients(step, num_layers=NUM_LAYERS, shapes=None):
+    blocks = oracle.random_blocks(num_layers, shapes=shapes or SHAPES, seed=step)
+    return tree_of(blocks, np.full((5, 3), 0.1 * step, np.float32))
+
+
+def mean_of_all(blocks):
+    mean = {role: np.mean([b[role] for b in blocks], axis=0) for role in blocks[0]}
+    return [mean for _ in blocks]
+
+
+def projections_only(blocks):
+    smoothed = oracle.window([{"mlp_in": b["mlp_in"]} for b in blocks], 0.2)
+    return [{**b, **s} for b, s in zip(blocks, smoothed, strict=True)]
+
+
+PLAIN = {
+    "base": lambda blocks: blocks,
+    "window(0.1)": lambda blocks: oracle.window(blocks, 0.1),
+    "window(0.2)": lambda blocks: oracle.window(blocks, 0.2),
+    "window(0.5)": lambda blocks: oracle.window(blocks, 0.5),
+    "window(0.2), proj": projections_only,
+    "window(0.2), norm-preserving": lambda blocks: oracle.window(
+        blocks, 0.2, variant="norm_preserving", norm_scope="param"
+    ),
+    "similarity_window(0.2)": lambda blocks: oracle.similarity_window(blocks, 0.2),
+    # Before they have learned anything.
+    "learn_alpha": lambda blocks: oracle.window(blocks, 0.1),
+    "learn_operator": lambda blocks: oracle.window(blocks, 0.1),
+    "norm-matched window(0.2)": lambda blocks: oracle.norm_matched(
+        blocks, lambda b: oracle.window(b, 0.2), "param"
+    ),
+    "mean over depth": mean_of_all,
+}
+SHUFFLED = "shuffled window(0.2)"
+
+
+@functools.cache
+def tiny_task(layers=3):
+    options = presets.options_of("lm", "adamw", "quick", TINY)
+    return TASKS["lm"].build(layers, **presets.task_options(options))
+
+
+@functools.cache
+def steps_of(arm):
+    """(Updates, uncoupled updates) of an arm over momentum, at two steps."""
+    inner = optax.trace(0.5)
+    coupled = arms.coupled(arm, inner, tiny_task().depth)
+    first, second = gradients(1), gradients(2)
+
+    @jax.jit
+    def steps(first, second):
+        state, found = coupled.transformation.init(first), []
+        for gradient in (first, second):
+            before = coupled.inner(gradient, state, first)
+            after, state = coupled.transformation.update(gradient, state, first)
+            found.append((after, before))
+        return found
+
+    return steps(first, second)
+
+
+def test_there_is_a_plain_computation_of_every_arm():
+    assert {*PLAIN, SHUFFLED} == {arm.name for arm in ALL_ARMS}
+    assert len(ALL_ARMS) == len({arm.name for arm in ALL_ARMS})
+
+
+@pytest.mark.parametrize(
+    "arm", [arm for arm in ALL_ARMS if arm.name in PLAIN], ids=lambda arm: arm.name
+)
+def test_an_arm_couples_as_plain_loops_do(arm):
+    after, _ = steps_of(arm)[0]
+    expected = PLAIN[arm.name](blocks_of(gradients(1)))
+    oracle.assert_blocks_close(blocks_of(after), expected)
+    np.testing.assert_array_equal(
+        after["embed"]["embedding"], gradients(1)["embed"]["embedding"]
+    )
+
+
+@by_name
+def test_the_inner_update_is_that_of_the_preconditioner_alone(arm):
+    momentum = jax.tree.map(lambda g, h: 0.5 * g + h, gradients(1), gradients(2))
+    for (_, before), expected in zip(
+        steps_of(arm), (gradients(1), momentum), strict=True
+    ):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6), before, expected
+        )
+
+
+def test_the_shuffled_window_couples_layers_that_are_no_neighbors():
+    arm = next(arm for arm in CONTROLS if arm.name == SHUFFLED)
+    coupled = arms.coupled(arm, optax.identity(), tiny_task().depth)
+    one_hot = {"blocks": {"w": {"kernel": np.eye(6, dtype="f4")}}}
+    state = coupled.transformation.init(one_hot)
+    update, again = (
+        coupled.transformation.update(one_hot, state)[0]["blocks"]["w"]["kernel"]
+        for _ in range(2)
+    )
+    matrix = np.asarray(update)
+    np.testing.assert_array_equal(matrix, again)
+    assert not np.diag(matrix, 1).any()
+    assert not np.diag(matrix, -1).any()
+    np.testing.assert_allclose(
+        np.sort(matrix, None), np.sort(oracle.window_matrix(6, 0.2), None), rtol=1e-6
+    )
+    np.testing.assert_allclose(matrix.sum(0), 1, rtol=1e-6)
+
+
+def test_the_file_tells_arms_apart_as_the_protocol_does():
+    """operator, alpha, variant, scope and control of every arm, by its name."""
+    assert {
+        arm.name: (arm.operator, arm.alpha, arm.variant, arm.scope, arm.control)
+        for arm in ALL_ARMS
+    } == {
+        "base": ("none", 0.0, "standard", "full", None),
+        "window(0.1)": ("window", 0.1, "standard", "full", None),
+        "window(0.2)": ("window", 0.2, "standard", "full", None),
+        "window(0.5)": ("window", 0.5, "standard", "full", None),
+        "window(0.2), proj": ("window", 0.2, "standard", "proj", None),
+        "window(0.2), norm-preserving": (
+            *("window", 0.2, "norm_preserving", "full", None),
+        ),
+        "similarity_window(0.2)": (
+            *("similarity_window", 0.2, "standard", "full", None),
+        ),
+        "learn_alpha": ("learn_alpha", 0.1, "standard", "full", None),
+        "learn_operator": ("learn_operator", 0.1, "standard", "full", None),
+        "norm-matched window(0.2)": (
+            *("window", 0.2, "standard", "full", "norm_matched"),
+        ),
+        "shuffled window(0.2)": (
+            *("window", 0.2, "standard", "full", "shuffled_depth"),
+        ),
+        "mean over depth": ("mean", 1.0, "standard", "full", "full_average"),
+    }
+
+
+# The trials.
+
+
+def tiny_job(optimizer="adamw"):
+    return presets.job_of(optimizer, presets.options_of("lm", optimizer, "quick", TINY))
+
+
+@functools.cache
+def tiny_measures(job):
+    return trials.build_measures(job, tiny_task())
+
+
+@functools.cache
+def tiny_trial(job, arm):
+    return trials.build_trial(job, tiny_task(), arm, tiny_measures(job))
+
+
+def trained(arm, rate, seeds):
+    return tiny_trial(tiny_job(), arm)(rate, seeds, lambda steps: None)
+
+
+@pytest.mark.parametrize("arm", [BASE, WINDOW], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_an_arm_is_the_optimizer_of_the_pretraining_benchmark(name, arm):
+    job, rate, shapes = tiny_job(name), 0.03, {"mlp_in": (3, 3), "mlp_norm": (3,)}
+    ours = trials.build_optimizer(job, tiny_task(), arm)
+    theirs = smoothed_optimizer(
+        name,
+        warmup_cosine(rate, job.warmup, job.steps),
+        arm.alpha,
+        weight_decay=job.weight_decay,
+        clip=job.clip,
+    )
+    params, *batches = (gradients(i, shapes=shapes) for i in range(1, 4))
+
+    @jax.jit
+    def updates(params, batches):
+        found = []
+        for tx, state in (
+            (ours, trials.at_rate(ours.init(params), rate)),
+            (theirs, theirs.init(params)),
+        ):
+            for gradient in batches:
+                update, state = tx.update(gradient, state, params)
+            found.append(update)
+        return found
+
+    assert np.linalg.norm(batches[0]["blocks"]["mlp_in"]["kernel"]) > job.clip
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-7),
+        *updates(params, batches),
+    )
+
+
+@functools.cache
+def hand_step():
+    """One step of one seed, with a window of α 0.2: the loop that a user would write."""
+    loss, text = tiny_task().loss, jnp.asarray(CORPUS.train)
+
+    @jax.jit
+    def step(params, state, key, number):
+        batch = sample_windows(text, key, number, batch=4, context=8)
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        update, state = HAND.update(gradient, state, params)
+        return optax.apply_updates(params, update), state, value, batch
+
+    return step
+
+
+CORPUS = load_corpus([ROOT / "LICENSE"], 9)
+RATE, SEEDS = 0.02, [3, 5]
+HAND = smoothed_optimizer(
+    "adamw", warmup_cosine(RATE, 1, 4), 0.2, weight_decay=0.1, clip=1.0
+)
+
+
+@functools.cache
+def by_hand(seed):
+    """Losses of all steps, the last parameters and state, and the batch of step 4."""
+    key = jax.random.key(seed)
+    params = jax.jit(tiny_task().init)(jax.random.fold_in(key, 0))
+    key, losses = jax.random.fold_in(key, 1), []
+    state = jax.jit(HAND.init)(params)
+    for number in range(4):
+        params, state, loss, _ = hand_step()(params, state, key, number)
+        losses.append(float(loss))
+    *_, following = hand_step()(params, state, key, 4)
+    return losses, params, state, following
+
+
+@functools.cache
+def loss_and_gradient():
+    return jax.jit(jax.value_and_grad(tiny_task().loss))
+
+
+def test_a_trial_is_what_a_loop_over_seeds_and_steps_gives():
+    measured = trained(WINDOW, RATE, SEEDS)
+    windows = spread_windows(CORPUS.validation, 2, 8)
+    for i, seed in enumerate(SEEDS):
+        losses, params, *_ = by_hand(seed)
+        np.testing.assert_allclose(measured.train_loss[:, i], losses, rtol=2e-4)
+        metric, _ = loss_and_gradient()(params, windows)
+        np.testing.assert_allclose(measured.metric[i], metric, rtol=2e-4)
+    assert measured.train_loss.shape == (4, 2)
+    assert measured.seconds_per_step > 0
+
+
+def cosine(x, y):
+    return np.sum(x * y, -1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+
+
+def layer_vectors(tree):
+    """(L, n): everything of a block as one vector."""
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree["blocks"])]
+    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
+
+
+def roughness(u):
+    return np.sum(np.diff(u, axis=0) ** 2) / np.sum(u**2)
+
+
+def test_the_mechanism_is_measured_on_the_batch_that_comes_next():
+    """After the last step, against NumPy on gradients, updates and states."""
+    mechanism = trained(WINDOW, RATE, SEEDS).mechanism
+    assert tiny_job().probed == [1, 2, 3, 4]
+    for i, seed in enumerate(SEEDS):
+        _, params, state, batch = by_hand(seed)
+        parts = [loss_and_gradient()(params, batch[k : k + 2])[1] for k in (0, 2)]
+        a, b = (layer_vectors(part) for part in parts)
+        noise = np.sum((a - b) ** 2) / 2 / np.sum(((a + b) / 2) ** 2)
+
+        whole = jax.tree.map(lambda x, y: (x + y) / 2, *map(jax.device_get, parts))
+        squares = sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(whole))
+        clipped = jax.tree.map(lambda x: x / max(1, np.sqrt(squares)), whole)
+        m, v = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
+        adam = jax.tree.map(  # its fifth step, with b1 0.9 and b2 0.95
+            lambda m, v, g: (
+                ((0.9 * m + 0.1 * g) / (1 - 0.9**5))
+                / (np.sqrt((0.95 * v + 0.05 * g**2) / (1 - 0.95**5)) + 1e-8)
+            ),
+            *(jax.device_get(m), jax.device_get(v), clipped),
+        )
+        before = layer_vectors(adam)
+        after = oracle.window_matrix(3, 0.2) @ before
+
+        states = np.asarray(jax.jit(tiny_task().states)(params, batch), np.float64)
+        steps = np.diff(states, axis=0)
+        bent = np.sum(steps / np.linalg.norm(steps, axis=-1, keepdims=True), axis=0)
+        expected = {
+            "roughness": {"before": roughness(before), "after": roughness(after)},
+            "adjacent_cosine": {
+                "before": np.mean(cosine(before[:-1], before[1:])),
+                "after": np.mean(cosine(after[:-1], after[1:])),
+            },
+            "line_shape_score": np.mean(3 / np.linalg.norm(bent, axis=-1)),
+            "residual_alignment": np.mean(cosine(steps[:-1], steps[1:])),
+            "gradient_noise": noise,
+        }
+        found = jax.tree.map(lambda values, i=i: values[-1, i], mechanism)
+        jax.tree.map(
+            # Adam amplifies the rounding of small gradients over the steps.
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=5e-3, atol=5e-4),
+            found,
+            expected,
+        )
+    assert all(x.shape == (4, 2) for x in jax.tree.leaves(mechanism))
+
+
+def timeless(measured):
+    return measured._replace(seconds_per_step=0.0)
+
+
+def test_a_trial_again_gives_the_same_bits_and_lanes_do_not_matter():
+    many = timeless(trained(WINDOW, RATE, [0, 1, 2, 3]))
+    first, second = (timeless(trained(WINDOW, RATE, s)) for s in ([0, 1], [2, 3]))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        many._replace(seconds_per_step=None),
+        jax.tree.map(
+            lambda x, y: np.concatenate([x, y], axis=-1),
+            first._replace(seconds_per_step=None),
+            second._replace(seconds_per_step=None),
+        ),
+    )
+    again = timeless(trained(WINDOW, RATE, [0, 1]))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_arms_start_from_the_same_parameters_and_data_and_end_apart():
+    base, window = (trained(arm, RATE, [0, 1]) for arm in (BASE, WINDOW))
+    np.testing.assert_allclose(base.train_loss[0], window.train_loss[0], rtol=1e-6)
+    assert np.all(base.metric != window.metric)
+
+
+def as_result(arm, rate, seeds):
+    trial = Trial(3, "screen", arm, rate)
+    measured = trained(arm, rate, seeds)
+    return results.arm_result(trial, seeds, tiny_job(), measured)
+
+
+def test_an_arm_that_diverges_is_recorded_as_diverged(tmp_path):
+    path, seeds = tmp_path / "a.json", [0, 1]
+    written = [as_result(WINDOW, rate, seeds) for rate in (1e30, RATE)]
+    results.write_results({"config": {}, "sittings": []}, written, path)
+
+    def not_json(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    lost, kept = json.loads(path.read_text(), parse_constant=not_json)["arms"]
+    assert lost["metric_per_seed"] == [None, None]
+    assert lost["diverged"] == [True, True]
+    assert lost["curve"]["train_loss"][-1] is None
+    assert lost["learning_rate"] == 1e30
+    assert kept["diverged"] == [False, False]
+    assert np.isfinite(kept["metric_per_seed"]).all()
+    # It was tried, and is not chosen.
+    costs = search.screened([lost, kept], WINDOW, True)
+    assert costs[1e30] == math.inf
+    assert search.best_rate(costs) == RATE
+
+
+# The command, with two arms.
+
+
+def two_arms(monkeypatch):
+    """Only the base and one window; what training compiles is shared by the tests."""
+    for name in ("WEAK_WINDOW", "NORM_PRESERVING"):
+        monkeypatch.setattr(search, name, WINDOW)
+    monkeypatch.setattr(search, "SMOOTHED", (WINDOW,))
+    monkeypatch.setattr(search, "CONTROLS", ())
+    monkeypatch.setattr(command, "build_measures", lambda job, task: None)
+    monkeypatch.setattr(
+        command, "build_trial", lambda job, task, arm, _: tiny_trial(job, arm)
+    )
+
+
+PROGRAM = """
+import sys
+from benchmarks.evidence import __main__ as command, search
+search.WEAK_WINDOW = search.NORM_PRESERVING = search.WINDOW
+search.SMOOTHED, search.CONTROLS = (search.WINDOW,), ()
+sys.exit(command.main(sys.argv[1:]))
+"""
+VOLATILE = {"date", "commit", "versions", "machine", "sittings"}
+
+
+def options(path, preset="quick", **changes):
+    given = [f"{name}={json.dumps(value)}" for name, value in (TINY | changes).items()]
+    named = [word for option in given for word in ("--option", option)]
+    return ["--task", "lm", "--preset", preset, *named, "--out", str(path)]
+
+
+def lasting(path):
+    """What of a result file does not depend on when and where it was made."""
+    value = json.loads(path.read_text())
+    kept = {key: value[key] for key in value if key not in VOLATILE}
+    for arm in kept["arms"]:
+        del arm["seconds_per_step"]
+    return kept
+
+
+def arm_lines(path):
+    return [x.rstrip(",") for x in path.read_text().splitlines() if '"stage"' in x]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The result file of a run that nothing interrupted."""
+    path = tmp_path_factory.mktemp("finished") / "a.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        two_arms(monkeypatch)
+        assert command.main(options(path)) == 0
+    return path
+
+
+def test_a_killed_run_goes_on_and_gives_the_numbers_of_one_that_was_not(
+    finished, tmp_path, monkeypatch, capsys
+):
+    path, few = tmp_path / "a.json", 2
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *options(path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for line, _ in zip(process.stdout, range(few), strict=False):
+            assert line.startswith("screen 3 layers, ")
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    kept = arm_lines(path)
+    assert few <= len(kept) < len(arm_lines(finished))
+
+    two_arms(monkeypatch)
+    assert command.main(options(path)) == 0
+    assert f"{path} has {len(kept)} trials" in capsys.readouterr().out
+    assert arm_lines(path)[: len(kept)] == kept
+    assert lasting(path) == lasting(finished)
+    sittings = json.loads(path.read_text())["sittings"]
+    assert len(sittings) == 2
+    assert len(json.loads(finished.read_text())["sittings"]) == 1
+    # No lock and no half file stay behind.
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_finished_run_trains_nothing_again(finished, monkeypatch, capsys):
+    two_arms(monkeypatch)
+    before = finished.read_bytes()
+    monkeypatch.setattr(command, "build_trial", None)
+    assert command.main(options(finished)) == 0
+    assert finished.read_bytes() == before
+    count = len(arm_lines(finished))
+    assert f"all {count} trials are in {finished}" in capsys.readouterr().out
+
+
+def test_no_minutes_begin_no_trial(finished, tmp_path, monkeypatch, capsys):
+    two_arms(monkeypatch)
+    path = tmp_path / "a.json"
+    assert command.main([*options(path), "--minutes", "0"]) == 0
+    assert "0 minutes are over: the same command goes on" in capsys.readouterr().out
+    assert not path.exists()
+
+    value = json.loads(finished.read_text())
+    value["arms"] = value["arms"][:3]
+    path.write_text(before := json.dumps(value))
+    assert command.main([*options(path), "--minutes", "0"]) == 0
+    assert path.read_text() == before
+
+
+def test_ctrl_c_keeps_the_finished_trials(tmp_path, monkeypatch, capsys):
+    two_arms(monkeypatch)
+    path, run = tmp_path / "a.json", tiny_trial(tiny_job(), BASE)
+
+    def interrupted(rate, seeds, progress):
+        if path.exists():
+            raise KeyboardInterrupt
+        return run(rate, seeds, progress)
+
+    monkeypatch.setattr(command, "build_trial", lambda *_: interrupted)
+    assert command.main(options(path)) == 130
+    assert "finished trials are kept" in capsys.readouterr().out
+    assert len(arm_lines(path)) == 1
+
+
+def error_of(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_results_of_other_options_are_an_error_that_names_them(finished, capsys):
+    before = finished.read_bytes()
+    message = error_of(options(finished, width=16, clip=None), capsys)
+    assert "width was 8, now 16" in message
+    assert "clip was 1.0, now None" in message
+    assert "batch" not in message
+    assert "--out" in message
+    assert finished.read_bytes() == before
+
+
+def test_a_result_file_in_use_is_refused_and_free_again_afterwards(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    with results.locked(path):
+        assert "another process writes" in error_of(options(path), capsys)
+    assert command.main([*options(path), "--minutes", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "lm", "--option", "widht=3"], ["'widht'", "width", "depths"]),
+        (
+            ["--task", "reverse", "--preset", "long"],
+            ["'long'", "'reverse'", "full, quick"],
+        ),
+        (["--task", "lm", "--preset", "huge"], ["huge", "small-batch"]),
+        (["--task", "chess"], ["chess", "reverse"]),
+        (["--task", "lm", "--optimizer", "adam"], ["adam", "muon"]),
+        (["--task", "lm", "--option", "width"], ["NAME=VALUE"]),
+        (
+            ["--task", "lm", "--option", 'corpus=["nowhere.txt"]'],
+            ["nowhere.txt", "no corpus file"],
+        ),
+    ],
+    ids=lambda value: value[-1] if value[0].startswith("--") else "",
+)
+def test_what_does_not_exist_is_an_error_that_lists_what_does(
+    arguments, words, tmp_path, capsys
+):
+    message = error_of([*arguments, "--out", str(tmp_path / "a.json")], capsys)
+    for word in words:
+        assert word in message
+
+
+def test_results_belong_under_their_task_and_quick_ones_are_not_committed():
+    results_of = ROOT / "benchmarks" / "results"
+    found = functools.partial(command.result_path, "lm", "sgd")
+    assert found("full").resolve() == results_of / "lm" / "sgd.json"
+    assert found("deep").resolve() == results_of / "lm" / "sgd-deep.json"
+    assert results_of not in found("quick").resolve().parents
+    assert results_of not in found("tpu").resolve().parents
+
+
+# All arms, on measurements that cost nothing.
+
+
+def fake_trial(job, task, arm, measures):
+    """Every rate but one is worse; steps and seeds are counted as in training."""
+    best = 8e-3 * (2 if arm.name == "window(0.5)" else 1)
+
+    def run(rate, seeds, progress):
+        for _ in range(len(seeds) // job.lanes):
+            progress(job.steps)
+        cost = 2 + abs(math.log2(rate / best)) + len(arm.name) / 100
+        of_probes = np.ones((len(job.probed), len(seeds)))
+        return trials.Measured(
+            metric=np.asarray(seeds) / 100 + cost,
+            train_loss=np.full((job.steps, len(seeds)), 2.0),
+            mechanism=dict.fromkeys(
+                ("gradient_noise", "line_shape_score", "residual_alignment"), of_probes
+            )
+            | dict.fromkeys(
+                ("adjacent_cosine", "roughness"),
+                {"before": of_probes, "after": of_probes},
+            ),
+            seconds_per_step=0.01,
+        )
+
+    return run
+
+
+HEADER = {
+    *("task", "optimizer", "metric", "config", "versions", "commit", "date", "arms"),
+    *("preset", "machine", "sittings"),  # ours
+}
+OF_ARM = {
+    *("name", "stage", "operator", "alpha", "variant", "scope", "control"),
+    *("learning_rate", "metric_per_seed", "curve", "mechanism", "seconds_per_step"),
+    *("diverged", "layers", "seeds"),
+}
+OF_MECHANISM = {
+    *("roughness", "adjacent_cosine", "line_shape_score", "residual_alignment"),
+    *("gradient_noise", "steps"),
+}
+
+
+def assert_complete(value, screen_seeds, confirm_seeds):
+    """What the protocol asks of a finished result file."""
+    assert set(value) == HEADER
+    assert set(value["metric"]) == {"name", "unit", "lower_is_better"}
+    sign = 1 if value["metric"]["lower_is_better"] else -1
+    for arm in value["arms"]:
+        assert set(arm) == OF_ARM
+        assert set(arm["mechanism"]) == OF_MECHANISM
+        assert set(arm["curve"]) == {"steps", "train_loss"}
+        assert len(arm["curve"]["steps"]) == len(arm["curve"]["train_loss"]) <= 20
+        assert arm["curve"]["steps"][-1] == value["config"]["steps"]
+        assert arm["mechanism"]["steps"][-1] == value["config"]["steps"]
+        assert len(arm["metric_per_seed"]) == len(arm["seeds"]) == len(arm["diverged"])
+        lost = [metric is None for metric in arm["metric_per_seed"]]
+        assert arm["diverged"] == lost
+    keys = [
+        (arm["layers"], arm["stage"], arm["name"], arm["learning_rate"])
+        for arm in value["arms"]
+    ]
+    assert max(Counter(keys).values()) == 1
+
+    stages = {"screen": screen_seeds, "confirm": confirm_seeds}
+    seeds = {
+        stage: {tuple(a["seeds"]) for a in value["arms"] if a["stage"] == stage}
+        for stage in stages
+    }
+    for stage, at_least in stages.items():
+        (of_all,) = seeds[stage]  # the same in every arm: they are paired
+        assert len({*of_all}) == len(of_all) >= at_least
+    assert {*next(iter(seeds["screen"]))}.isdisjoint(next(iter(seeds["confirm"])))
+
+    for layers in value["config"]["depths"]:
+        here = [arm for arm in value["arms"] if arm["layers"] == layers]
+        best = {}
+        for name in (arm.name for arm in ALL_ARMS):
+            costs = {
+                arm["learning_rate"]: math.inf
+                if None in arm["metric_per_seed"]
+                else sign * np.mean(arm["metric_per_seed"])
+                for arm in here
+                if (arm["stage"], arm["name"]) == ("screen", name)
+            }
+            best[name] = min(sorted(costs), key=costs.__getitem__)
+            rates = sorted(costs)
+            assert rates[0] < best[name] < rates[-1], (layers, name)
+            assert np.all(np.divide(rates[1:], rates[:-1]) <= 2)
+        confirmed = {
+            (a["name"], a["learning_rate"]) for a in here if a["stage"] == "confirm"
+        }
+        expected = {
+            *("window(0.1)", "window(0.2)", "window(0.2), norm-preserving"),
+            *(arm.name for arm in CONTROLS),
+        }
+        for name in expected:
+            for rate in (best[name], best["base"]):
+                assert {(name, rate), ("base", rate)} <= confirmed
+
+
+def test_a_run_of_all_arms_leaves_a_file_as_the_protocol_describes_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "build_measures", lambda job, task: None)
+    monkeypatch.setattr(command, "build_trial", fake_trial)
+    path = tmp_path / "a.json"
+    changes = {"depths": [2, 3], "screen_seeds": 4, "confirm_seeds": 16, "steps": 40}
+    assert command.main(options(path, **changes)) == 0
+    value = json.loads(path.read_text())
+    assert_complete(value, 4, 16)
+    assert value["config"] == presets.options_of("lm", "adamw", "quick", TINY | changes)
+    assert (value["task"], value["optimizer"], value["preset"]) == (
+        *("lm", "adamw", "quick"),
+    )
+    assert value["arms"][0]["seeds"] == [0, 1, 2, 3]
+    assert value["arms"][-1]["seeds"] == list(range(4, 20))
+    assert path.stat().st_size < 500_000
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(value["arms"]) + 1
+    assert printed[0] == "screen 2 layers, base at 0.008: validation loss 2.0550"
+
+
+# The presets.
+
+PRESETS = [
+    (task, preset)
+    for task, preset in (
+        *(("lm", name) for name in ("full", "quick", "small-batch", "long", "deep")),
+        *(("lm", "tpu"), ("reverse", "full"), ("reverse", "quick"), ("reverse", "tpu")),
+    )
+]
+# Long enough for the longest windows, and quick to read.
+SOURCES = [str(path) for path in sorted((ROOT / "tests").glob("*.py"))]
+
+
+def of_preset(name, optimizer, preset):
+    changes = {"corpus": SOURCES} if name == "lm" else {}
+    found = presets.options_of(name, optimizer, preset, changes)
+    return found, presets.job_of(optimizer, found)
+
+
+def shapes_of(task, lanes):
+    seeds = jax.ShapeDtypeStruct((lanes,), jnp.int32)
+    return seeds, jax.eval_shape(functools.partial(init_params, task.init), seeds)
+
+
+def state_shapes(optimizer, params):
+    def state(params):
+        return TrainState(params, jax.vmap(optimizer.init)(params))
+
+    return jax.eval_shape(state, params)
+
+
+def test_every_preset_there_is_is_tested():
+    assert {preset for _, preset in PRESETS} == {*presets.NAMES}
+    for task in TASKS:
+        for preset in presets.NAMES:
+            if (task, preset) not in PRESETS:
+                with pytest.raises(presets.OptionError):
+                    presets.options_of(task, "adamw", preset)
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_the_options_of_every_preset_fit_together(name, preset):
+    """By shapes alone, without a parameter in memory."""
+    found, _ = of_preset(name, "adamw", preset)
+    layers = found["depths"][-1]
+    task = TASKS[name].build(layers, **presets.task_options(found))
+    _, params = shapes_of(task, found["lanes"])
+    for optimizer in ("adamw", "sgd", "muon"):
+        chosen, job = of_preset(name, optimizer, preset)
+        # The same model and data under every base.
+        assert presets.task_options(chosen) == presets.task_options(found)
+        assert chosen["screen_seeds"] % job.lanes == 0
+        assert chosen["confirm_seeds"] % job.lanes == 0
+        if preset not in presets.NOT_COMMITTED:
+            assert (chosen["screen_seeds"], chosen["confirm_seeds"]) == (4, 16)
+        assert chosen["batch"] % job.micro_batches == 0
+        assert job.micro_batches >= 2
+        assert chosen["learning_rate"] > 0
+        assert (job.warmup or 0) < job.steps
+        assert job.schedule(job.steps - 1) <= 1.0
+        tx = trials.build_optimizer(job, task, WINDOW)
+        state = state_shapes(tx, params)
+        assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(params))
+
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    batch = jax.eval_shape(
+        functools.partial(task.draw, task.data), jax.random.key(0), np.int32(0)
+    )
+    assert batch.shape[0] == found["batch"]
+    states = jax.eval_shape(task.states, one, batch)
+    time = found.get("context") or found["length"]
+    assert states.shape == (layers + 1, found["batch"], time, found["width"])
+    assert jax.eval_shape(task.evaluate, one).shape == ()
+
+
+def test_a_window_at_the_size_of_the_paper_compiles():
+    """From shapes: 1.5 billion parameters that no memory here would hold."""
+    found, job = of_preset("lm", "adamw", "tpu")
+    task = TASKS["lm"].build(found["depths"][-1], **presets.task_options(found))
+    optimizer = trials.build_optimizer(job, task, WINDOW)
+    seeds, params = shapes_of(task, job.lanes)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert 1.5e9 < count < 1.6e9
+    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.data)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    most = max(np.diff(job.probed, prepend=0)).item()
+    train = train_steps(task.loss, optimizer, task.draw, most)
+    state = state_shapes(optimizer, params)
+    compiled = train.lower(state, seeds, data, step, step).compile()
+    # Parameters and Adam's two moments in float32, and nothing else of their size.
+    taken = compiled.memory_analysis().argument_size_in_bytes - data.size
+    assert taken == pytest.approx(3 * 4 * count, rel=1e-3)
+
+
+# What is committed.
+
+RESULTS = ROOT / "benchmarks" / "results"
+WANTED = {
+    *("lm/sgd.json", "lm/adamw.json", "lm/muon.json", "reverse/adamw.json"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        WANTED | {p.relative_to(RESULTS).as_posix() for p in RESULTS.glob("*/*.json")}
+    ),
+)
+def test_committed_results_are_complete(name):
+    path = RESULTS / name
+    assert path.stat().st_size < 500_000
+    value = json.loads(path.read_text())
+    cell = value["task"], value["optimizer"], value["preset"]
+    assert command.result_path(*cell).resolve() == path
+    assert_complete(value, 4, 16)
+    also = presets.confirmed_anyway(*cell)
+    confirmed = {
+        (arm["name"], arm["learning_rate"])
+        for arm in value["arms"]
+        if arm["stage"] == "confirm"
+    }
+    assert {(arm.name, rate) for arm, rate in also} <= confirmed
+    lower = value["metric"]["lower_is_better"]
+    config = value["config"]
+    start = config["learning_rate"]
+    assert next_trial(value["arms"], config["depths"], start, lower, also) is None
