@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import operator
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 pytest.importorskip("flax")
 
@@ -148,7 +151,7 @@ few = hypothesis.settings(max_examples=5)
 
 
 class Experiment:
-    """Every arm has one best rate; what is confirmed says the opposite of the screen."""
+    """Every arm has one best rate; a confirmation says the opposite of the screen."""
 
     def __init__(self, optima, lower_is_better, start):
         self.optima, self.start, self.lower = optima, start, lower_is_better
@@ -413,6 +416,25 @@ def test_the_file_tells_arms_apart_as_the_protocol_does():
 # The trials.
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """The environment in which another process finds what this one has compiled."""
+    directory = tmp_path_factory.mktemp("compiled")
+    values = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in values.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 def tiny_job(optimizer="adamw"):
     return presets.job_of(optimizer, presets.options_of("lm", optimizer, "quick", TINY))
 
@@ -464,55 +486,59 @@ def test_an_arm_is_the_optimizer_of_the_pretraining_benchmark(name, arm):
     )
 
 
-@functools.cache
-def hand_step():
-    """One step of one seed, with a window of α 0.2: the loop that a user would write."""
-    loss, text = tiny_task().loss, jnp.asarray(CORPUS.train)
-
-    @jax.jit
-    def step(params, state, key, number):
-        batch = sample_windows(text, key, number, batch=4, context=8)
-        value, gradient = jax.value_and_grad(loss)(params, batch)
-        update, state = HAND.update(gradient, state, params)
-        return optax.apply_updates(params, update), state, value, batch
-
-    return step
-
-
-CORPUS = load_corpus([ROOT / "LICENSE"], 9)
 RATE, SEEDS = 0.02, [3, 5]
+CORPUS = load_corpus([ROOT / "LICENSE"], 9)
 HAND = smoothed_optimizer(
     "adamw", warmup_cosine(RATE, 1, 4), 0.2, weight_decay=0.1, clip=1.0
 )
 
 
 @functools.cache
-def by_hand(seed):
-    """Losses of all steps, the last parameters and state, and the batch of step 4."""
-    key = jax.random.key(seed)
-    params = jax.jit(tiny_task().init)(jax.random.fold_in(key, 0))
-    key, losses = jax.random.fold_in(key, 1), []
-    state = jax.jit(HAND.init)(params)
-    for number in range(4):
-        params, state, loss, _ = hand_step()(params, state, key, number)
-        losses.append(float(loss))
-    *_, following = hand_step()(params, state, key, 4)
-    return losses, params, state, following
+def hand_step():
+    """One step of one seed on a batch of four, as anybody would write it."""
+    loss = tiny_task().loss
+
+    @jax.jit
+    def step(params, state, batch):
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        update, state = HAND.update(gradient, state, params)
+        return optax.apply_updates(params, update), state, value, gradient
+
+    return step
 
 
 @functools.cache
-def loss_and_gradient():
-    return jax.jit(jax.value_and_grad(tiny_task().loss))
+def by_hand(lane):
+    """Losses of all steps, the last parameters and state, and the batch of step 4."""
+    params = init_params(tiny_task().init, jnp.array(SEEDS))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf)[lane], params)
+    key = jax.random.fold_in(jax.random.key(SEEDS[lane]), 1)
+    draw = jax.jit(functools.partial(sample_windows, batch=4, context=8))
+    batches = [draw(CORPUS.train, key, number) for number in range(5)]
+    state, losses = jax.jit(HAND.init)(params), []
+    for batch in batches[:4]:
+        params, state, loss, _ = hand_step()(params, state, batch)
+        losses.append(float(loss))
+    return losses, params, state, batches[4]
+
+
+def loss_and_gradient(lane, two_windows):
+    """At the end of training."""
+    _, params, state, _ = by_hand(lane)
+    # Twice the same have the same mean, and the shape that is compiled already.
+    *_, loss, gradient = hand_step()(params, state, np.tile(two_windows, (2, 1)))
+    return float(loss), jax.device_get(gradient)
 
 
 def test_a_trial_is_what_a_loop_over_seeds_and_steps_gives():
-    measured = trained(WINDOW, RATE, SEEDS)
+    measured, job = trained(WINDOW, RATE, SEEDS), tiny_job()
+    assert (job.weight_decay, job.clip, job.warmup, job.steps) == (0.1, 1.0, 1, 4)
     windows = spread_windows(CORPUS.validation, 2, 8)
-    for i, seed in enumerate(SEEDS):
-        losses, params, *_ = by_hand(seed)
-        np.testing.assert_allclose(measured.train_loss[:, i], losses, rtol=2e-4)
-        metric, _ = loss_and_gradient()(params, windows)
-        np.testing.assert_allclose(measured.metric[i], metric, rtol=2e-4)
+    for lane in range(2):
+        losses, *_ = by_hand(lane)
+        np.testing.assert_allclose(measured.train_loss[:, lane], losses, rtol=2e-4)
+        metric, _ = loss_and_gradient(lane, windows)
+        np.testing.assert_allclose(measured.metric[lane], metric, rtol=2e-4)
     assert measured.train_loss.shape == (4, 2)
     assert measured.seconds_per_step > 0
 
@@ -527,23 +553,32 @@ def layer_vectors(tree):
     return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)
 
 
+def like(tree, value):
+    return jax.tree.map(lambda leaf: value, tree)
+
+
 def roughness(u):
     return np.sum(np.diff(u, axis=0) ** 2) / np.sum(u**2)
+
+
+@functools.cache
+def compiled_states():
+    return jax.jit(tiny_task().states)
 
 
 def test_the_mechanism_is_measured_on_the_batch_that_comes_next():
     """After the last step, against NumPy on gradients, updates and states."""
     mechanism = trained(WINDOW, RATE, SEEDS).mechanism
     assert tiny_job().probed == [1, 2, 3, 4]
-    for i, seed in enumerate(SEEDS):
-        _, params, state, batch = by_hand(seed)
-        parts = [loss_and_gradient()(params, batch[k : k + 2])[1] for k in (0, 2)]
+    for lane in range(2):
+        _, params, state, batch = by_hand(lane)
+        parts = [loss_and_gradient(lane, batch[k : k + 2])[1] for k in (0, 2)]
         a, b = (layer_vectors(part) for part in parts)
         noise = np.sum((a - b) ** 2) / 2 / np.sum(((a + b) / 2) ** 2)
 
-        whole = jax.tree.map(lambda x, y: (x + y) / 2, *map(jax.device_get, parts))
-        squares = sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(whole))
-        clipped = jax.tree.map(lambda x: x / max(1, np.sqrt(squares)), whole)
+        whole = jax.tree.map(lambda x, y: (x + y) / 2, *parts)
+        norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(whole)))
+        clipped = jax.tree.map(operator.truediv, whole, like(whole, max(1.0, norm)))
         m, v = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
         adam = jax.tree.map(  # its fifth step, with b1 0.9 and b2 0.95
             lambda m, v, g: (
@@ -555,7 +590,7 @@ def test_the_mechanism_is_measured_on_the_batch_that_comes_next():
         before = layer_vectors(adam)
         after = oracle.window_matrix(3, 0.2) @ before
 
-        states = np.asarray(jax.jit(tiny_task().states)(params, batch), np.float64)
+        states = np.asarray(compiled_states()(params, batch), np.float64)
         steps = np.diff(states, axis=0)
         bent = np.sum(steps / np.linalg.norm(steps, axis=-1, keepdims=True), axis=0)
         expected = {
@@ -568,7 +603,7 @@ def test_the_mechanism_is_measured_on_the_batch_that_comes_next():
             "residual_alignment": np.mean(cosine(steps[:-1], steps[1:])),
             "gradient_noise": noise,
         }
-        found = jax.tree.map(lambda values, i=i: values[-1, i], mechanism)
+        found = jax.tree.map(lambda values, lane=lane: values[-1, lane], mechanism)
         jax.tree.map(
             # Adam amplifies the rounding of small gradients over the steps.
             lambda x, y: np.testing.assert_allclose(x, y, rtol=5e-3, atol=5e-4),
@@ -686,12 +721,13 @@ def finished(tmp_path_factory):
 
 
 def test_a_killed_run_goes_on_and_gives_the_numbers_of_one_that_was_not(
-    finished, tmp_path, monkeypatch, capsys
+    finished, compiled_programs, tmp_path, monkeypatch, capsys
 ):
-    path, few = tmp_path / "a.json", 2
+    path, few = tmp_path / "a.json", 4
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *options(path)],
         cwd=ROOT,
+        env=os.environ | compiled_programs,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -829,13 +865,14 @@ def fake_trial(job, task, arm, measures):
         return trials.Measured(
             metric=np.asarray(seeds) / 100 + cost,
             train_loss=np.full((job.steps, len(seeds)), 2.0),
-            mechanism=dict.fromkeys(
-                ("gradient_noise", "line_shape_score", "residual_alignment"), of_probes
-            )
-            | dict.fromkeys(
-                ("adjacent_cosine", "roughness"),
-                {"before": of_probes, "after": of_probes},
-            ),
+            mechanism={
+                **dict.fromkeys(
+                    ("gradient_noise", "line_shape_score", "residual_alignment"),
+                    of_probes,
+                ),
+                "adjacent_cosine": {"before": of_probes, "after": of_probes},
+                "roughness": {"before": of_probes, "after": of_probes},
+            },
             seconds_per_step=0.01,
         )
 

@@ -37,7 +37,7 @@ from benchmarks.evidence.results import (
     read_finished,
     write_results,
 )
-from benchmarks.evidence.search import NoOptimum, Trial, next_trial
+from benchmarks.evidence.search import NoOptimum, Stage, Trial, next_trial
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.trials import (
@@ -138,16 +138,7 @@ def run(
     name, optimizer, preset = cell
     job, module = presets.job_of(optimizer, options), TASKS[name]
     arms, sittings = read_finished(path, options)
-    seeds = {
-        "screen": [*range(options["screen_seeds"])],
-        # Others, so that what was chosen by luck has none here.
-        "confirm": [
-            *range(
-                options["screen_seeds"],
-                options["screen_seeds"] + options["confirm_seeds"],
-            )
-        ],
-    }
+    seeds = seeds_of(options)
     header = {
         "task": name,
         "optimizer": optimizer,
@@ -201,6 +192,12 @@ def run(
             f"{about}: {module.METRIC.name} {np.mean(measured.metric):.4f}", flush=True
         )
     print(f"all {len(arms)} trials are in {path}")
+
+
+def seeds_of(options: presets.Options) -> dict[Stage, list[int]]:
+    """Returns the seeds of every stage: others to confirm than to screen."""
+    first, others = options["screen_seeds"], options["confirm_seeds"]
+    return {"screen": [*range(first)], "confirm": [*range(first, first + others)]}
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -24,6 +24,12 @@ _LM = {
     **{"steps": 200, "warmup": 20, "b2": 0.95, "clip": 1.0, "micro_batches": 4},
     **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
 }
+# The paper's sizes: 1.2 billion parameters in 24 layers and 2.4 billion in 30.
+_LM_ON_TPU = _LM | {
+    **{"context": 2048, "batch": 256, "eval_windows": 512, "dtype": "bfloat16"},
+    **{"remat": True, "steps": 20_000, "warmup": 500, "lanes": 1},
+    **{"learning_rate": 6e-4},
+}
 _REVERSE = {
     **{"depths": [24], "width": 32, "heads": 4, "length": 12, "vocabulary": 32},
     **{"batch": 8, "eval_sequences": 1024},
@@ -40,11 +46,8 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "small-batch": _LM | {"depths": [12], "batch": 2, "micro_batches": 2},
         "long": _LM | {"depths": [12], "steps": 600, "warmup": 60},
         "deep": _LM | {"depths": [48]},
-        # The paper's two depths, at 1.2 and 1.5 billion parameters in the blocks.
-        "tpu": _LM
-        | {"depths": [24, 30], "width": 2048, "heads": 16, "context": 2048}
-        | {"batch": 256, "eval_windows": 512, "dtype": "bfloat16", "remat": True}
-        | {"steps": 20_000, "warmup": 500, "lanes": 1, "learning_rate": 6e-4},
+        "tpu": _LM_ON_TPU | {"depths": [24], "width": 2048, "heads": 16},
+        "tpu-deep": _LM_ON_TPU | {"depths": [30], "width": 2560, "heads": 20},
     },
     "reverse": {
         "full": _REVERSE,
@@ -69,7 +72,7 @@ _BY_OPTIMIZER: dict[str, dict[str, Options]] = {
 
 NAMES = tuple(dict.fromkeys(name for of_task in _PRESETS.values() for name in of_task))
 # Those whose results are no evidence, and so are not committed.
-NOT_COMMITTED = ("quick", "tpu")
+NOT_COMMITTED = ("quick", "tpu", "tpu-deep")
 
 
 class OptionError(ValueError):
