@@ -1,5 +1,6 @@
 """The evidence harness keeps its promises: the search, the arms, the numbers, files."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -26,7 +27,7 @@ pytest.importorskip("flax")
 from benchmarks.corpus import load_corpus, sample_windows, spread_windows
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import arms, presets, results, search, trials
-from benchmarks.evidence.arms import BASE, CONTROLS, SMOOTHED, WINDOW
+from benchmarks.evidence.arms import BASE, MEAN, SMOOTHED, WINDOW, controls_of
 from benchmarks.evidence.search import NoOptimum, Trial, next_rate, next_trial
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
@@ -38,7 +39,8 @@ TINY = {
     **{"steps": 4, "warmup": 1, "eval_windows": 2, "micro_batches": 2, "lanes": 2},
     **{"screen_seeds": 2, "confirm_seeds": 2, "corpus": [str(ROOT / "LICENSE")]},
 }
-ALL_ARMS = (BASE, *SMOOTHED, *CONTROLS)
+# All that are screened; the best smoothed one is confirmed with controls of its own.
+ALL_ARMS = (BASE, *SMOOTHED, *controls_of(WINDOW), MEAN)
 by_name = pytest.mark.parametrize("arm", ALL_ARMS, ids=lambda arm: arm.name)
 
 
@@ -157,10 +159,12 @@ class Experiment:
         self.optima, self.start, self.lower = optima, start, lower_is_better
 
     def rate(self, layers, arm):
-        return self.start * 2.0 ** self.optima[layers, arm.name][0]
+        # Only what the screen chose has controls that are not screened.
+        exponent, _ = self.optima.get((layers, arm.name), (0, 3.0))
+        return self.start * 2.0**exponent
 
     def cost(self, layers, arm):
-        return self.optima[layers, arm.name][1]
+        return self.optima.get((layers, arm.name), (0, 3.0))[1]
 
     def result(self, trial):
         off = math.log2(trial.learning_rate / self.rate(trial.layers, trial.arm))
@@ -192,18 +196,30 @@ def test_what_is_confirmed_is_what_the_protocol_says_and_nothing_twice(values):
     done, _ = experiment.all()
     assert max(Counter(done).values()) == 1
     for layers in DEPTHS:
-        best = min(SMOOTHED, key=functools.partial(experiment.cost, layers))
-        named = ("window(0.1)", "window(0.2)", "window(0.2), norm-preserving")
-        chosen = {arm for arm in SMOOTHED if arm.name in named} | {best, *CONTROLS}
-        of_base = experiment.rate(layers, BASE)
-        wanted = {(BASE, of_base)}
-        for arm in chosen:
-            for rate in (of_base, experiment.rate(layers, arm)):
-                wanted |= {(arm, rate), (BASE, rate)}
         confirmed = {
-            (t.arm, t.learning_rate) for t in done if t[:2] == (layers, "confirm")
+            (trial.arm.name, trial.learning_rate)
+            for trial in done
+            if trial[:2] == (layers, "confirm")
         }
-        assert confirmed == wanted
+        best_rates = {arm.name: experiment.rate(layers, arm) for arm in ALL_ARMS}
+        best = min(SMOOTHED, key=functools.partial(experiment.cost, layers)).name
+        assert confirmed == to_confirm(best_rates, best)
+
+
+def to_confirm(best_rates, best):
+    """{(name, rate)} that the protocol wants, by the screen's best rates and arm."""
+    of_screen = {
+        *("base", "window(0.1)", "window(0.2)", "window(0.2), norm-preserving"),
+        *("norm-matched window(0.2)", "shuffled window(0.2)", best),
+    }
+    chosen = set(of_screen)
+    if best in ("window(0.1)", "window(0.2)", "window(0.5)", "window(0.2), proj"):
+        chosen |= {f"norm-matched {best}", f"shuffled {best}"}
+    every_rate = {best_rates[name] for name in of_screen}
+    of_mean = {best_rates["base"], best_rates["mean over depth"]}
+    return {(name, rate) for name in chosen for rate in every_rate} | {
+        (name, rate) for name in ("base", "mean over depth") for rate in of_mean
+    }
 
 
 @few
@@ -366,7 +382,7 @@ def test_the_inner_update_is_that_of_the_preconditioner_alone(arm):
 
 
 def test_the_shuffled_window_couples_layers_that_are_no_neighbors():
-    arm = next(arm for arm in CONTROLS if arm.name == SHUFFLED)
+    arm = next(arm for arm in ALL_ARMS if arm.name == SHUFFLED)
     coupled = arms.coupled(arm, optax.identity(), tiny_task().depth)
     one_hot = {"blocks": {"w": {"kernel": np.eye(6, dtype="f4")}}}
     state = coupled.transformation.init(one_hot)
@@ -411,6 +427,33 @@ def test_the_file_tells_arms_apart_as_the_protocol_does():
         ),
         "mean over depth": ("mean", 1.0, "standard", "full", "full_average"),
     }
+
+
+def test_fixed_windows_have_controls_of_their_own():
+    for arm in ALL_ARMS:
+        controls = controls_of(arm)
+        if (arm.operator, arm.variant, arm.control) == ("window", "standard", None):
+            assert [control.control for control in controls] == [
+                *("norm_matched", "shuffled_depth"),
+            ]
+        elif arm.control is None:
+            assert controls == ()
+        for control in controls:
+            # All else is the arm's.
+            named = {"name": arm.name, "control": arm.control}
+            assert dataclasses.replace(control, **named) == arm
+            assert control.name.endswith(f" {arm.name}")
+
+
+@pytest.mark.parametrize("control", ["norm_matched", "shuffled_depth"])
+def test_controls_of_projections_leave_norm_scales_alone(control):
+    (arm,) = (a for a in controls_of(arms.PROJECTIONS) if a.control == control)
+    (after, before), _ = steps_of(arm)
+    after, before = after["blocks"], before["blocks"]
+    np.testing.assert_array_equal(
+        after["mlp_norm"]["scale"], before["mlp_norm"]["scale"]
+    )
+    assert not np.allclose(after["mlp_in"]["kernel"], before["mlp_in"]["kernel"])
 
 
 # The trials.
@@ -671,10 +714,10 @@ def test_an_arm_that_diverges_is_recorded_as_diverged(tmp_path):
 
 def two_arms(monkeypatch):
     """Only the base and one window; what training compiles is shared by the tests."""
-    for name in ("WEAK_WINDOW", "NORM_PRESERVING"):
+    for name in ("WEAK_WINDOW", "NORM_PRESERVING", "MEAN"):
         monkeypatch.setattr(search, name, WINDOW)
     monkeypatch.setattr(search, "SMOOTHED", (WINDOW,))
-    monkeypatch.setattr(search, "CONTROLS", ())
+    monkeypatch.setattr(search, "controls_of", lambda arm: ())
     monkeypatch.setattr(command, "build_measures", lambda job, task: None)
     monkeypatch.setattr(
         command, "build_trial", lambda job, task, arm, _: tiny_trial(job, arm)
@@ -684,8 +727,8 @@ def two_arms(monkeypatch):
 PROGRAM = """
 import sys
 from benchmarks.evidence import __main__ as command, search
-search.WEAK_WINDOW = search.NORM_PRESERVING = search.WINDOW
-search.SMOOTHED, search.CONTROLS = (search.WINDOW,), ()
+search.WEAK_WINDOW = search.NORM_PRESERVING = search.MEAN = search.WINDOW
+search.SMOOTHED, search.controls_of = (search.WINDOW,), lambda arm: ()
 sys.exit(command.main(sys.argv[1:]))
 """
 VOLATILE = {"date", "commit", "versions", "machine", "sittings"}
@@ -805,6 +848,21 @@ def test_results_of_other_options_are_an_error_that_names_them(finished, capsys)
     assert "batch" not in message
     assert "--out" in message
     assert finished.read_bytes() == before
+
+
+def test_results_of_another_optimizer_are_an_error(tmp_path, monkeypatch, capsys):
+    """AdamW and Muon have the same options for this task."""
+    monkeypatch.setattr(command, "build_measures", lambda job, task: None)
+    monkeypatch.setattr(command, "build_trial", fake_trial)
+    path = tmp_path / "a.json"
+    arguments = ["--task", "reverse", "--preset", "quick", "--out", str(path)]
+    assert command.main([*arguments, "--option", "learning_rate=8e-3"]) == 0
+    before = path.read_bytes()
+    arguments += ["--option", "learning_rate=8e-3", "--optimizer", "muon"]
+    message = error_of(arguments, capsys)
+    assert "adamw" in message
+    assert "muon" in message
+    assert path.read_bytes() == before
 
 
 def test_a_result_file_in_use_is_refused_and_free_again_afterwards(tmp_path, capsys):
@@ -927,7 +985,7 @@ def assert_complete(value, screen_seeds, confirm_seeds):
 
     for layers in value["config"]["depths"]:
         here = [arm for arm in value["arms"] if arm["layers"] == layers]
-        best = {}
+        best_rates, lowest = {}, {}
         for name in (arm.name for arm in ALL_ARMS):
             costs = {
                 arm["learning_rate"]: math.inf
@@ -936,20 +994,16 @@ def assert_complete(value, screen_seeds, confirm_seeds):
                 for arm in here
                 if (arm["stage"], arm["name"]) == ("screen", name)
             }
-            best[name] = min(sorted(costs), key=costs.__getitem__)
-            rates = sorted(costs)
-            assert rates[0] < best[name] < rates[-1], (layers, name)
+            best = best_rates[name] = min(sorted(costs), key=costs.__getitem__)
+            lowest[name], rates = costs[best], sorted(costs)
+            assert rates[0] < best < rates[-1], (layers, name)
             assert np.all(np.divide(rates[1:], rates[:-1]) <= 2)
+        best = min((arm.name for arm in SMOOTHED), key=lowest.__getitem__)
         confirmed = {
             (a["name"], a["learning_rate"]) for a in here if a["stage"] == "confirm"
         }
-        expected = {
-            *("window(0.1)", "window(0.2)", "window(0.2), norm-preserving"),
-            *(arm.name for arm in CONTROLS),
-        }
-        for name in expected:
-            for rate in (best[name], best["base"]):
-                assert {(name, rate), ("base", rate)} <= confirmed
+        missing = to_confirm(best_rates, best) - confirmed
+        assert not missing, layers
 
 
 def test_a_run_of_all_arms_leaves_a_file_as_the_protocol_describes_it(
@@ -976,13 +1030,15 @@ def test_a_run_of_all_arms_leaves_a_file_as_the_protocol_describes_it(
 
 # The presets.
 
-PRESETS = [
-    (task, preset)
-    for task, preset in (
-        *(("lm", name) for name in ("full", "quick", "small-batch", "long", "deep")),
-        *(("lm", "tpu"), ("reverse", "full"), ("reverse", "quick"), ("reverse", "tpu")),
-    )
-]
+
+def presets_of(task):
+    """The names that the error of an unknown one lists."""
+    with pytest.raises(presets.OptionError) as error:
+        presets.options_of(task, "adamw", "no such")
+    return str(error.value).split("there are ")[1].split(", ")
+
+
+PRESETS = [(task, preset) for task in TASKS for preset in presets_of(task)]
 # Long enough for the longest windows, and quick to read.
 SOURCES = [str(path) for path in sorted((ROOT / "tests").glob("*.py"))]
 
@@ -1005,13 +1061,9 @@ def state_shapes(optimizer, params):
     return jax.eval_shape(state, params)
 
 
-def test_every_preset_there_is_is_tested():
-    assert {preset for _, preset in PRESETS} == {*presets.NAMES}
+def test_every_task_has_a_quick_a_full_and_a_large_preset():
     for task in TASKS:
-        for preset in presets.NAMES:
-            if (task, preset) not in PRESETS:
-                with pytest.raises(presets.OptionError):
-                    presets.options_of(task, "adamw", preset)
+        assert {"quick", "full", "tpu"} <= set(presets_of(task)) <= {*presets.NAMES}
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
@@ -1049,14 +1101,24 @@ def test_the_options_of_every_preset_fit_together(name, preset):
     assert jax.eval_shape(task.evaluate, one).shape == ()
 
 
+@pytest.mark.parametrize(("preset", "billions"), [("tpu", 1.2), ("tpu-deep", 2.4)])
+def test_large_presets_have_the_sizes_of_the_paper(preset, billions):
+    found, _ = of_preset("lm", "adamw", preset)
+    (layers,) = found["depths"]
+    task = TASKS["lm"].build(layers, **presets.task_options(found))
+    _, params = shapes_of(task, 1)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert count == pytest.approx(billions * 1e9, rel=0.02)
+
+
 def test_a_window_at_the_size_of_the_paper_compiles():
-    """From shapes: 1.5 billion parameters that no memory here would hold."""
+    """From shapes: 1.2 billion parameters, which no test should hold in memory."""
     found, job = of_preset("lm", "adamw", "tpu")
     task = TASKS["lm"].build(found["depths"][-1], **presets.task_options(found))
     optimizer = trials.build_optimizer(job, task, WINDOW)
     seeds, params = shapes_of(task, job.lanes)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    assert 1.5e9 < count < 1.6e9
+    assert count > 1.2e9
     data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.data)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     most = max(np.diff(job.probed, prepend=0)).item()

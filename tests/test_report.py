@@ -10,14 +10,17 @@ from benchmarks.report.__main__ import RESULTS, main
 from benchmarks.report.comparisons import (
     base_of,
     best_against_best,
+    best_rate,
     confirmed,
+    control_of,
+    kinds,
     p_value,
     survive_holm,
     tuned_rate,
     window_of,
 )
 from benchmarks.report.records import read_source, read_sources
-from benchmarks.report.text import report, screen_table
+from benchmarks.report.text import confirm_table, report, screen_table
 from benchmarks.report.verdicts import Verdict, outcomes, verdict_of
 
 RATES = (0.002, 0.004, 0.008, 0.016)
@@ -34,8 +37,13 @@ KINDS = {
     "learn_alpha": {"operator": "learn_alpha", "alpha": 0.1},
     "norm-matched window(0.2)": {"control": "norm_matched"},
     "shuffled window(0.2)": {"control": "shuffled_depth"},
-    "mean over depth": {"operator": "mean_over_depth", "control": "full_average"},
+    "mean over depth": {"operator": "mean", "alpha": 1.0, "control": "full_average"},
+    "window(0.5)": {"alpha": 0.5},
+    "norm-matched window(0.5)": {"alpha": 0.5, "control": "norm_matched"},
+    "shuffled window(0.5)": {"alpha": 0.5, "control": "shuffled_depth"},
 }
+# The controls of the best screened arm have no screen.
+NOT_SCREENED = ("norm-matched window(0.5)", "shuffled window(0.5)")
 
 
 def arm(name, stage, layers, rate, level):
@@ -85,7 +93,8 @@ def result(
         for name in KINDS:
             for rate in rates:
                 level = 2.5 + 0.1 * np.log2(rate / best) ** 2 + effects.get(name, 0.0)
-                arms.append(arm(name, "screen", depth, rate, level))
+                if name not in NOT_SCREENED:
+                    arms.append(arm(name, "screen", depth, rate, level))
                 if confirm:
                     arms.append(arm(name, "confirm", depth, rate, level))
     for of in arms:
@@ -132,28 +141,102 @@ def arms_of(value, name, stage):
     return [of for of in value["arms"] if (of["name"], of["stage"]) == (name, stage)]
 
 
+def kind_of(setting, name):
+    (kind,) = (kind for kind in kinds(setting) if kind.name == name)
+    return kind
+
+
+def without(value, name, stage, *rates):
+    """Takes out the arms of one name and stage, of all rates or of some."""
+    value["arms"] = [
+        of
+        for of in value["arms"]
+        if (of["name"], of["stage"]) != (name, stage)
+        or (rates and of["learning_rate"] not in rates)
+    ]
+
+
+def shift(value, name, stage, rate, by):
+    """Adds to the metric of an arm."""
+    for of in arms_of(value, name, stage):
+        if of["learning_rate"] == rate:
+            of["metric_per_seed"] = [metric + by for metric in of["metric_per_seed"]]
+
+
+def cells_of(table, start):
+    """The cells of the row of a table that starts with these words."""
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| {start} "))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+def effects(verdict, name="window(0.2)"):
+    """What makes the verdict on a window this one."""
+    matched, shuffled = f"norm-matched {name}", f"shuffled {name}"
+    return {
+        Verdict.NEIGHBORS: {name: -0.05, matched: -0.02},
+        Verdict.ANY_COUPLING: {name: -0.05, shuffled: -0.05},
+        Verdict.SMALLER_STEP: {name: -0.05, matched: -0.05},
+        Verdict.HURTS: {name: 0.05},
+        Verdict.NOTHING: {},
+    }[verdict]
+
+
 HELPS = {"window(0.2)": -0.05}
-EFFECTS = {
-    Verdict.NEIGHBORS: HELPS | {"norm-matched window(0.2)": -0.02},
-    Verdict.ANY_COUPLING: HELPS | {"shuffled window(0.2)": -0.05},
-    Verdict.SMALLER_STEP: HELPS | {"norm-matched window(0.2)": -0.05},
-    Verdict.HURTS: {"window(0.2)": 0.05},
-    Verdict.NOTHING: {},
-}
+CONTROLLED = [
+    Verdict.NEIGHBORS,
+    Verdict.ANY_COUPLING,
+    Verdict.SMALLER_STEP,
+    Verdict.HURTS,
+    Verdict.NOTHING,
+]
 
 
+@pytest.mark.parametrize("name", ["window(0.2)", "window(0.5)"])
 @pytest.mark.parametrize("sign", [1, -1], ids=["lower is better", "higher is better"])
-@pytest.mark.parametrize("verdict", EFFECTS, ids=lambda verdict: verdict.name)
-def test_the_verdict_follows_from_the_base_and_both_controls(tmp_path, verdict, sign):
-    setting = only_setting(tmp_path, result(EFFECTS[verdict], sign=sign))
-    assert verdict_of(setting) is verdict
+@pytest.mark.parametrize("verdict", CONTROLLED, ids=lambda verdict: verdict.name)
+def test_the_verdict_follows_from_the_base_and_the_arms_own_controls(
+    tmp_path, verdict, sign, name
+):
+    setting = only_setting(tmp_path, result(effects(verdict, name), sign=sign))
+    assert verdict_of(setting, kind_of(setting, name)) is verdict
+
+
+def test_an_arm_without_controls_is_compared_with_none(tmp_path):
+    stronger = {"window(0.5)": -0.01, **dict.fromkeys(NOT_SCREENED, 0.02)}
+    value = result({"learn_alpha": -0.05, "window(0.2)": -0.02, **stronger})
+    setting = only_setting(tmp_path, value)
+    found = kind_of(setting, "learn_alpha")
+    assert verdict_of(setting, found) is Verdict.NO_CONTROLS
+    assert control_of(setting, found, "norm_matched") is None
+    table = confirm_table(setting)
+    for name in ("learn_alpha", "window(0.2), norm-preserving", "window(0.1)"):
+        assert cells_of(table, name)[-2:] == ["", ""]
+    # Each against its own.
+    assert all("-0.0200" in cell for cell in cells_of(table, "window(0.2)")[-2:])
+    assert all("-0.0300" in cell for cell in cells_of(table, "window(0.5)")[-2:])
+    text = text_of(tmp_path, value)
+    assert "**-0.0500 ± 0.0005** (16/16)†; helps (it has no controls) |" in text
+    assert "The gain of the best screened arm is of an arm without controls." in text
+    assert "The gain of window(0.2) " not in text  # both controls are beaten
+
+
+def test_the_best_screened_arm_waits_for_controls_of_its_own(tmp_path):
+    value = result({"window(0.5)": -0.05, "window(0.2)": -0.02})
+    without(value, "shuffled window(0.5)", "confirm")
+    setting = only_setting(tmp_path, value)
+    assert verdict_of(setting, kind_of(setting, "window(0.5)")) is Verdict.UNFINISHED
+    assert verdict_of(setting, window_of(setting, 0.2)) is Verdict.NEIGHBORS
+    text = text_of(tmp_path, value)
+    assert "window(0.5): **-0.0500 ± 0.0005** (16/16)†; unfinished |" in text
+    assert "best screened arm waits for controls that have not finished." in text
 
 
 def test_a_diverged_seed_is_shown_and_decides(tmp_path):
     value = result(HELPS)
     for of in arms_of(value, "window(0.2)", "confirm"):
         of["metric_per_seed"][3], of["diverged"][3] = None, True
-    assert verdict_of(only_setting(tmp_path, value)) is Verdict.DIVERGED
+    setting = only_setting(tmp_path, value)
+    assert verdict_of(setting, window_of(setting, 0.2)) is Verdict.DIVERGED
     text = text_of(tmp_path, value)
     assert "diverged in 1 of 16" in text
     assert "diverged (15/16)" in text
@@ -165,10 +248,9 @@ def test_a_diverged_seed_is_shown_and_decides(tmp_path):
 )
 def test_an_unfinished_run_is_shown_as_unfinished(tmp_path, missing):
     value = result(HELPS, confirm=missing is not None)
-    value["arms"] = [
-        of for of in value["arms"] if (of["name"], of["stage"]) != (missing, "confirm")
-    ]
-    assert verdict_of(only_setting(tmp_path, value)) is Verdict.UNFINISHED
+    without(value, missing, "confirm")
+    setting = only_setting(tmp_path, value)
+    assert verdict_of(setting, window_of(setting, 0.2)) is Verdict.UNFINISHED
     text = text_of(tmp_path, value)
     assert "1 setting is not finished, and not counted above: lm, adamw, 6" in text
     assert ("The confirmation has not run." in text) is (missing is None)
@@ -179,22 +261,84 @@ def test_a_depth_without_arms_and_a_file_without_base_are_shown(tmp_path):
     no_base = result({}, optimizer="sgd")
     no_base["arms"] = [of for of in no_base["arms"] if of["name"] != "base"]
     text = text_of(tmp_path, result({}) | {"arms": []}, no_base)
-    assert "### lm, adamw, 6 layers: unfinished\n" in text
-    assert "lm, sgd, 6 layers: unfinished" in text
+    assert text.count("\n\nVerdict on window(0.2): unfinished.") == 2
+    assert "not counted above: lm, adamw, 6 layers; lm, sgd, 6 layers." in text
     assert main(["--results", str(tmp_path)]) == 0
 
 
-def test_the_rate_is_the_best_of_the_screen_and_not_of_the_confirmation(tmp_path):
+def test_two_arms_are_compared_at_the_better_of_the_rates_that_both_ran_at(tmp_path):
     value = result({})
-    for of in arms_of(value, "window(0.2)", "confirm"):
-        # Far better on the seeds of the confirmation, at a rate other than the best.
-        if of["learning_rate"] == 0.016:
-            of["metric_per_seed"] = [loss - 9 for loss in of["metric_per_seed"]]
+    # On the seeds of the confirmation another rate than that of the screen is best.
+    shift(value, "window(0.2)", "confirm", 0.008, -0.3)
+    shift(value, "base", "confirm", 0.002, -0.2)
     setting = only_setting(tmp_path, value)
-    window = window_of(setting, 0.2)
+    window, base = window_of(setting, 0.2), base_of(setting)
     assert tuned_rate(setting, window) == (0.004, False)
-    assert confirmed(setting, window).learning_rate == 0.004
-    assert verdict_of(setting) is Verdict.NOTHING
+    assert confirmed(setting, window).learning_rate == 0.008
+    assert best_rate(setting, base) == (0.002, True)
+    found = best_against_best(setting, window, base)
+    np.testing.assert_allclose(found.mean, -0.1, atol=1e-3)
+    opposite = best_against_best(setting, base, window)
+    np.testing.assert_allclose(opposite.mean, -found.mean)
+
+
+def test_rates_that_only_one_of_two_arms_ran_at_do_not_count(tmp_path):
+    value = result({})
+    shift(value, "window(0.2)", "confirm", 0.008, -0.3)
+    without(value, "base", "confirm", 0.008)
+    setting = only_setting(tmp_path, value)
+    window, base = window_of(setting, 0.2), base_of(setting)
+    found = best_against_best(setting, window, base)
+    np.testing.assert_allclose(found.mean, 0, atol=1e-3)
+    assert verdict_of(setting, window) is Verdict.NOTHING
+    # All the same it is the window's best, beside an arm that ran there.
+    found = best_against_best(setting, window, window_of(setting, 0.1))
+    np.testing.assert_allclose(found.mean, -0.2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["base", "window(0.2)", "shuffled window(0.2)"])
+def test_a_comparison_waits_for_the_best_rates_of_the_screen(tmp_path, name):
+    value = result(effects(Verdict.NEIGHBORS))
+    without(value, name, "confirm", 0.004)
+    setting = only_setting(tmp_path, value)
+    assert confirmed(setting, kind_of(setting, name)) is None
+    assert verdict_of(setting, window_of(setting, 0.2)) is Verdict.UNFINISHED
+
+
+def test_a_control_without_a_screen_has_the_rates_it_was_confirmed_at(tmp_path):
+    value = result(effects(Verdict.NEIGHBORS, "window(0.5)"))
+    shift(value, "norm-matched window(0.5)", "confirm", 0.008, -0.3)
+    setting = only_setting(tmp_path, value)
+    control, window = (
+        kind_of(setting, name) for name in ("norm-matched window(0.5)", "window(0.5)")
+    )
+    assert confirmed(setting, control).learning_rate == 0.008
+    assert verdict_of(setting, window) is Verdict.SMALLER_STEP
+    assert "norm-matched window(0.5)" not in screen_table(setting)
+    # It waits for the best rate of the arm that it is a control of.
+    without(value, "norm-matched window(0.5)", "confirm", 0.004)
+    setting = only_setting(tmp_path, value)
+    assert confirmed(setting, control) is None
+    assert verdict_of(setting, window) is Verdict.UNFINISHED
+
+
+def test_the_mean_over_depth_has_rates_of_its_own(tmp_path):
+    value = result({"window(0.2)": -0.05, "mean over depth": 0.1})
+    for stage in ("screen", "confirm"):
+        shift(value, "mean over depth", stage, 0.016, -0.6)
+    without(value, "window(0.2)", "confirm", 0.016)
+    text = text_of(tmp_path, value)
+    # 0.1 + 0.4 at four times the best rate - 0.6.
+    assert (
+        "**The mean over depth, which gives all layers one and the same update, beats "
+        "the base in 1 of 1 setting (lm, adamw, 6 layers: -0.1000 ± 0.0005), and there "
+        "also window(0.2) in 1 and the best screened arm in 1**; it is worse than the "
+        "base in none."
+    ) in text
+    worse = text_of(tmp_path, result(HELPS | {"mean over depth": 0.1}))
+    assert (
+        "beats the base in none of 1 setting; it is worse than the base in 1" in worse
+    )
 
 
 def test_a_rate_at_which_a_seed_diverged_was_tried_but_is_not_the_best(tmp_path):
@@ -210,10 +354,24 @@ def test_a_rate_at_which_a_seed_diverged_was_tried_but_is_not_the_best(tmp_path)
 def test_an_optimum_at_an_end_of_the_rates_is_said(tmp_path):
     text = text_of(tmp_path, result(HELPS, best=0.016))
     assert "(0.016, at an end)" in text
-    assert "(best rate at an end: base, window(0.2), norm-matched window(0.2)" in text
-    assert "so that the verdict is provisional: lm, adamw, 6 layers" in text
+    assert "coupling neighbors helps‡ |" in text
+    assert (
+        "so that the verdict is provisional: lm, adamw, 6 layers (base, window(0.2), "
+        "norm-matched window(0.2), shuffled window(0.2))."
+    ) in text
     inside = text_of(tmp_path, result(HELPS, best=0.004))
-    assert not any(words in inside for words in (", at an end", "rate at an end:"))
+    assert not any(words in inside for words in (", at an end", "provisional"))
+    assert inside.count("‡") == 1  # what it means
+
+
+def test_the_metric_is_said_once_if_all_settings_share_it(tmp_path):
+    accuracy = {"name": "accuracy", "unit": "", "lower_is_better": False}
+    same = text_of(tmp_path, result({}), result({}, optimizer="sgd"))
+    assert "\n\nMetric: validation loss (nats/byte), lower is better.\n\n| set" in same
+    assert "| metric |" not in same
+    other = result({}, sign=-1, optimizer="sgd", metric=accuracy)
+    mixed = text_of(tmp_path, result({}), other)
+    assert cells_of(mixed, "lm, sgd, 6 layers")[0] == "accuracy, higher is better"
 
 
 def test_the_sign_of_a_difference_is_that_of_the_metric(tmp_path):
@@ -234,23 +392,52 @@ def test_without_any_gain_the_first_sentence_is_that(tmp_path):
     assert text.split("\n\n")[2].startswith(sentence)
     assert "no evidence here that coupling neighbors helps" in text
     assert sentence not in text_of(tmp_path, result(HELPS))
-    assert sentence not in text_of(tmp_path, result({"learn_alpha": -0.05}))
+    other = text_of(tmp_path, result({"learn_alpha": -0.05}))
+    assert sentence not in other
+    assert "no evidence" not in other
+    mean = text_of(tmp_path, result({"mean over depth": -0.05}))
+    assert sentence not in mean
+    assert "no evidence here that coupling neighbors helps" in mean
+
+
+def test_a_gain_of_an_arm_that_is_not_the_best_of_the_screen_is_said(tmp_path):
+    value = result({"mean over depth": 0.1})
+    for rate in RATES:
+        shift(value, "learn_alpha", "screen", rate, 0.1)
+        shift(value, "learn_alpha", "confirm", rate, -0.1)
+    text = text_of(tmp_path, value)
+    assert "In 1 only another smoothed arm beats it (lm, adamw, 6 layers: lea" in text
+    assert not any(words in text for words in ("No setting shows", "no evidence"))
 
 
 def test_the_headline_counts_settings_and_comparisons(tmp_path):
-    helps = result(EFFECTS[Verdict.NEIGHBORS], layers=(6, 12), optimizer="adamw")
-    smaller = result(EFFECTS[Verdict.SMALLER_STEP], optimizer="sgd")
+    helps = result(effects(Verdict.NEIGHBORS), layers=(6, 12), optimizer="adamw")
+    smaller = result(effects(Verdict.SMALLER_STEP), optimizer="sgd")
     hurts = result({"window(0.2)": 0.05, "learn_alpha": -0.05}, optimizer="muon")
     text = text_of(tmp_path, helps, smaller, hurts)
-    assert "window(0.2) beats the base optimizer in 3 of 4 settings" in text
-    assert "helps in 2 of them**" in text
-    assert "lm, adamw, 6 layers; lm, adamw, 12 layers." in text
-    assert "In 1 the gain is not told apart from what a smaller step gives" in text
-    assert "Window(0.2) hurts in 1 (lm, muon, 6 layers: +0.0500 ± " in text
-    # window(0.1), window(0.2) and norm-preserving in each, learn_alpha in one.
-    assert "These are 13 comparisons with the base" in text
-    assert "one in twenty (0.7)" in text
-    assert "5 do (4 better, 1 worse), 5 of them after Holm" in text
+    first = text.split("\n\n")[2]
+    assert "window(0.2) beats the base optimizer in 3 of 4 settings (lm, adamw" in first
+    assert "and is worse in 1 (lm, muon, 6 layers: +0.0500 ± " in first
+    assert (
+        "did best in the screen beats it in 4 (lm, adamw, 6 and 12 layers; lm" in first
+    )
+    both = "lm, adamw, 6 and 12 layers; 2 after Holm's correction"
+    assert (
+        f"**Coupling neighbors itself helps in 2 settings with window(0.2) ({both})"
+        in first
+    )
+    assert f"and in 2 settings with the best screened arm ({both})**, where" in first
+    assert (
+        "Of the 3 gains of window(0.2), 1 is not told apart from what norm-matched "
+        "gives. Of the 4 gains of the best screened arm, 1 is not told apart from what "
+        "norm-matched gives, 1 is of an arm without controls."
+    ) in first
+    # Two windows, norm-preserving and the mean in each, learn_alpha in one.
+    assert (
+        "The table below has 17 comparisons with the base. The 95 % interval excludes "
+        "0 in 5 (4 better, 1 worse), after Holm's correction in 5; by chance it would "
+        "in one of twenty (0.8)."
+    ) in text
     assert "learn_alpha: **-0.0500 ± " in text
 
 

@@ -74,16 +74,18 @@ def _next_at_depth(
     lower_is_better: bool,
     also: Sequence[tuple[Arm, float]],
 ) -> tuple[Stage, Arm, float] | None:
-    found = {
-        arm: screened(finished, arm, lower_is_better)
-        for arm in (BASE, *SMOOTHED, *controls_of(WINDOW), MEAN)
-    }
-    for arm, costs in found.items():
-        rate = next_rate(costs, start)
+    found: dict[Arm, dict[float, float]] = {}
+    to_screen = [BASE, *SMOOTHED, *controls_of(WINDOW), MEAN]
+    for arm in to_screen:
+        found[arm] = screened(finished, arm, lower_is_better)
+        rate = next_rate(found[arm], start)
         if rate is not None:
             return "screen", arm, rate
         if arm is BASE:
-            start = best_rate(costs)
+            start = best_rate(found[arm])
+        if arm is MEAN:
+            others = (a for a in controls_of(best_screened(found)) if a not in found)
+            to_screen.extend(others)
     done = {
         (arm["name"], arm["learning_rate"])
         for arm in finished
@@ -100,17 +102,25 @@ def _to_confirm(
 ) -> Iterator[tuple[Arm, float]]:
     """All chosen arms at every rate that is the best of one of them in the screen.
 
-    So two arms are compared over the same rates, and none has more luck with them. Only
-    the mean over depth, which may need far higher rates, has its own.
+    So two arms are compared over the same rates, and none has more luck with them. The
+    controls of the best arm, and the mean over depth, may need far other rates: at
+    these only what they are compared with is run too.
     """
-    best = min(SMOOTHED, key=lambda arm: min(found[arm].values()))
-    screened = (BASE, WINDOW, *controls_of(WINDOW), WEAK_WINDOW, NORM_PRESERVING, best)
-    chosen = dict.fromkeys((*screened, *controls_of(best)))
-    for rate in dict.fromkeys(best_rate(found[arm]) for arm in screened):
+    best = best_screened(found)
+    main = (BASE, WINDOW, *controls_of(WINDOW), WEAK_WINDOW, NORM_PRESERVING, best)
+    chosen = dict.fromkeys((*main, *controls_of(best)))
+    for rate in dict.fromkeys(best_rate(found[arm]) for arm in main):
         yield from ((arm, rate) for arm in chosen)
+    for control in controls_of(best):
+        yield from ((arm, best_rate(found[control])) for arm in (best, control))
     for rate in (best_rate(found[BASE]), best_rate(found[MEAN])):
         yield from ((BASE, rate), (MEAN, rate))
     yield from also
+
+
+def best_screened(found: Mapping[Arm, Mapping[float, float]]) -> Arm:
+    """Returns the smoothed arm of the lowest cost in the screen."""
+    return min(SMOOTHED, key=lambda arm: min(found[arm].values()))
 
 
 def screened(

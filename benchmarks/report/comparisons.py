@@ -4,6 +4,10 @@ The screen says at which rates the arms are confirmed, each arm at the best rate
 all. Two arms are compared over the rates that both were confirmed at, each at the one
 where its mean over these seeds is better: the few seeds of a screen take neighboring
 rates for one another, and the difference of two rates would pass for one of arms.
+
+Two kinds of arms are different. The mean over depth needs far higher rates than others,
+so it and what it is compared with have each the rates that they were confirmed at. And
+controls of the best screened arm have no screen: they run at the rates of that arm.
 """
 
 import math
@@ -18,7 +22,7 @@ from benchmarks.report.records import Arm, Kind, Setting
 
 
 class TunedRate(NamedTuple):
-    """The best of the rates that were screened, and whether it is the last one."""
+    """A best rate, and whether it is the lowest or highest of those tried."""
 
     rate: float
     at_an_end: bool
@@ -57,9 +61,35 @@ def window_of(setting: Setting, alpha: float) -> Kind | None:
     return next((k for k in kinds(setting) if is_window(k, alpha)), None)
 
 
-def control_of(setting: Setting, control: str) -> Kind | None:
-    """Returns the kind of one control, or None if it has not run."""
-    return next((k for k in kinds(setting) if k.control == control), None)
+def is_mean(kind: Kind) -> bool:
+    """Returns whether this gives all layers one update, the mean of theirs."""
+    return kind.control == "full_average"
+
+
+def mean_of(setting: Setting) -> Kind | None:
+    """Returns the kind of the mean over depth, or None if it has not run."""
+    return next(filter(is_mean, kinds(setting)), None)
+
+
+def has_controls(kind: Kind) -> bool:
+    """Returns whether controls are made for this arm: the plain windows have them.
+
+    Others couple by the updates themselves, or keep the norms anyway.
+    """
+    return is_smoothed(kind) and (kind.operator, kind.variant) == ("window", "standard")
+
+
+def control_of(setting: Setting, kind: Kind | None, control: str) -> Kind | None:
+    """Returns a kind's own control, or None if it has none or this has not run."""
+    if kind is None or not has_controls(kind):
+        return None
+    return _twin(setting, kind, control)
+
+
+def _twin(setting: Setting, kind: Kind, control: str | None) -> Kind | None:
+    """Returns the kind with the same coupling as another, but as this control."""
+    same = [k for k in kinds(setting) if k[1:-1] == kind[1:-1]]  # but name and control
+    return next((k for k in same if k.control == control), None)
 
 
 def preserving_of(setting: Setting) -> Kind | None:
@@ -72,7 +102,13 @@ def preserving_of(setting: Setting) -> Kind | None:
 
 def best_screened_of(setting: Setting) -> Kind | None:
     """Returns the smoothed arm with the best mean over the screen, each at its best."""
-    return _best_screened(setting, list(filter(is_smoothed, kinds(setting))))
+
+    def level(kind: Kind) -> float:
+        return min(_level(arm) for arm in setting.screen if arm.kind == kind)
+
+    smoothed = filter(is_smoothed, kinds(setting))
+    tuned = [kind for kind in smoothed if tuned_rate(setting, kind) is not None]
+    return min(tuned, key=level, default=None)
 
 
 def kinds(setting: Setting) -> list[Kind]:
@@ -114,13 +150,34 @@ def arm_at(arms: Sequence[Arm], kind: Kind | None, rate: float) -> Arm | None:
 def confirmed(setting: Setting, kind: Kind | None) -> Arm | None:
     """Returns the confirmation of a kind at its best rate there, or None.
 
-    None as well as long as the best rate of its screen is not confirmed.
+    None as well as long as the best rate of its screen is not confirmed; of a control
+    that has no screen, that of the arm it controls.
     """
     return _best(setting, kind, [arm for arm in setting.confirm if arm.kind == kind])
 
 
+def best_rate(setting: Setting, kind: Kind) -> TunedRate | None:
+    """Returns a kind's best rate: of the confirmation, before there is one the screen.
+
+    It is at an end where neither stage tried one beyond it.
+    """
+    best = confirmed(setting, kind)
+    if best is None:
+        return tuned_rate(setting, kind)
+    tried = [
+        arm.learning_rate
+        for arm in (*setting.screen, *setting.confirm)
+        if arm.kind == kind
+    ]
+    return TunedRate(best.learning_rate, best.learning_rate in (min(tried), max(tried)))
+
+
 def _best(setting: Setting, kind: Kind | None, arms: Sequence[Arm]) -> Arm | None:
-    tuned = None if kind is None else tuned_rate(setting, kind)
+    if kind is None:
+        return None
+    is_screened = any(arm.kind == kind for arm in setting.screen)
+    screened = kind if is_screened else _twin(setting, kind, None)
+    tuned = None if screened is None else tuned_rate(setting, screened)
     if tuned is None or arm_at(arms, kind, tuned.rate) is None:
         return None
     return min(arms, key=lambda arm: (_level(arm), arm.learning_rate))
@@ -146,17 +203,27 @@ def difference(arm: Arm | None, other: Arm | None) -> PairedDifference | None:
 def best_against_best(
     setting: Setting, kind: Kind | None, other: Kind | None
 ) -> PairedDifference | None:
-    """Returns the difference of two kinds, each at the best rate of those of both."""
-    pairs = [
-        (arm, arm_at(setting.confirm, other, arm.learning_rate))
-        for arm in setting.confirm
-        if arm.kind == kind
-    ]
-    shared = [(arm, beside) for arm, beside in pairs if beside is not None]
-    if kind is None or other is None or not shared:
+    """Returns the difference of two kinds, each at the best rate of those of both.
+
+    The mean over depth is compared with each at its best rate of all it has.
+    """
+    if kind is None or other is None:
         return None
-    ours, theirs = zip(*shared, strict=True)
+    ours, theirs = (
+        [arm for arm in setting.confirm if arm.kind == of] for of in (kind, other)
+    )
+    if not is_mean(kind) and not is_mean(other):
+        ours, theirs = _shared(ours, theirs), _shared(theirs, ours)
     return difference(_best(setting, kind, ours), _best(setting, other, theirs))
+
+
+def _shared(arms: Sequence[Arm], others: Sequence[Arm]) -> list[Arm]:
+    """Returns the arms at whose rate there is one of the others, all of one kind."""
+    return [
+        arm
+        for arm in arms
+        if any(arm_at(others, other.kind, arm.learning_rate) for other in others[:1])
+    ]
 
 
 def at_base_rate(setting: Setting, kind: Kind) -> PairedDifference | None:
@@ -205,14 +272,6 @@ def survive_holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
             break
         rejected[index] = True
     return rejected
-
-
-def _best_screened(setting: Setting, among: Sequence[Kind]) -> Kind | None:
-    def level(kind: Kind) -> float:
-        return min(_level(arm) for arm in setting.screen if arm.kind == kind)
-
-    tuned = [kind for kind in among if tuned_rate(setting, kind) is not None]
-    return min(tuned, key=level, default=None)
 
 
 def _level(arm: Arm) -> float:

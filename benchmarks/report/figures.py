@@ -25,8 +25,10 @@ from benchmarks.report.comparisons import (
     has_diverged,
     is_base,
     is_better,
+    is_mean,
     is_worse,
     kinds,
+    mean_of,
     preserving_of,
     tuned_rate,
     window_of,
@@ -34,6 +36,7 @@ from benchmarks.report.comparisons import (
 from benchmarks.report.mechanism import mechanism_arms, quantities
 from benchmarks.report.names import better, metric_name, run_name, setting_name
 from benchmarks.report.records import Arm, Kind, Setting, Source
+from benchmarks.report.verdicts import CONTROLS
 
 # Okabe and Ito's colors, told apart by color-blind readers; line styles and markers do
 # the same for readers of a black-and-white print.
@@ -91,7 +94,7 @@ def forest(settings: Sequence[Setting]) -> Figure | None:
     if not tasks:
         return None
     panels = [[s for s in settings if s.task == task and s.confirm] for task in tasks]
-    row, gap, top, bottom = 0.85, 0.85, 0.75, 0.6
+    row, gap, top, bottom = 0.95, 0.85, 0.95, 0.6
     heights = [row * len(panel) for panel in panels]
     height = top + sum(heights) + gap * (len(panels) - 1) + bottom
     figure = Figure(figsize=(9, height), dpi=100)
@@ -103,7 +106,7 @@ def forest(settings: Sequence[Setting]) -> Figure | None:
     figure.legend(
         handles=[_forest_key(figure.axes[0], role) for role in _ROLES],
         loc="upper center",
-        ncols=6,
+        ncols=4,
         bbox_to_anchor=(0.5, 1 - 0.3 / height),
         columnspacing=1.2,
     )
@@ -121,16 +124,17 @@ _ROLES = {
     "window(0.2)": (_BLUE, "s"),
     "norm-preserving": (_GREEN, "D"),
     "best screened, if another": (_ORANGE, "P"),
-    "norm-matched": (_RED, "v"),
-    "shuffled": (_PINK, "^"),
+    "norm-matched window(0.2)": (_RED, "v"),
+    "shuffled window(0.2)": (_PINK, "^"),
+    "mean over depth": (_BLACK, "X"),
 }
 
 
 def _kinds_of_roles(setting: Setting) -> list[Kind | None]:
     first = [window_of(setting, 0.1), window_of(setting, 0.2), preserving_of(setting)]
     best = best_screened_of(setting)
-    controls = [control_of(setting, c) for c in ("norm_matched", "shuffled_depth")]
-    return [*first, None if best in first else best, *controls]
+    controls = [control_of(setting, window_of(setting, 0.2), c) for c in CONTROLS]
+    return [*first, None if best in first else best, *controls, mean_of(setting)]
 
 
 def _draw_forest(ax: Axes, settings: Sequence[Setting]) -> None:
@@ -141,7 +145,7 @@ def _draw_forest(ax: Axes, settings: Sequence[Setting]) -> None:
             zip(_kinds_of_roles(setting), _ROLES, strict=True)
         ):
             found = best_against_best(setting, kind, base_of(setting))
-            place = row + (index - 2.5) * 0.14
+            place = row + (index - 3) * 0.125
             if found is not None:
                 _draw_interval(ax, place, found, metric.sign, role)
         if row:
@@ -195,7 +199,16 @@ def rates(settings: Sequence[Setting]) -> Figure | None:
     settings = [setting for setting in settings if setting.screen]
     if not settings:
         return None
-    styles = _line_styles(list(dict.fromkeys(k for s in settings for k in kinds(s))))
+    styles = _line_styles(
+        list(
+            dict.fromkeys(
+                kind
+                for setting in settings
+                for kind in kinds(setting)
+                if any(arm.kind == kind for arm in setting.screen)
+            )
+        )
+    )
     tall, left, gap = 2.3, 0.95, 0.75
     wide = max(3.3, 8 / len(settings) - gap)
     width = left + (wide + gap) * len(settings)
@@ -254,7 +267,7 @@ def _draw_differences(ax: Axes, setting: Setting, styles: Mapping[Kind, Any]) ->
             ax.plot(x, y, **style)
             # What is far off, the mean over depth or a rate far from the best, would
             # flatten all that matters.
-            if kind.control != "full_average":
+            if not is_mean(kind):
                 near = tuned is None or abs(np.log2(x / tuned.rate)) < 1.5
                 drawn.extend(y[np.broadcast_to(near, y.shape)])
     _limit(ax, np.array([0.0, *drawn]), 0.4)
@@ -307,8 +320,9 @@ def mechanism(settings: Sequence[Setting]) -> Figure | None:
     if not with_arms:
         return None
     setting, recorded = with_arms[-1]
-    shown = [window_of(setting, 0.2), preserving_of(setting)]
-    arms = [a for a in recorded if is_base(a.kind) or a.kind in shown or a.kind.control]
+    shown = [base_of(setting), *_kinds_of_roles(setting)]
+    shown.remove(window_of(setting, 0.1))
+    arms = [arm for arm in recorded if arm.kind in shown]
     names = quantities(arms)
     styles = _line_styles([arm.kind for arm in arms])
 

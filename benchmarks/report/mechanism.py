@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from benchmarks.report.comparisons import (
     arm_at,
     base_of,
-    confirmed,
+    best_rate,
     kinds,
-    tuned_rate,
 )
 from benchmarks.report.records import Arm, Setting
 
@@ -25,13 +24,11 @@ def mechanism_arms(setting: Setting) -> list[Arm]:
     Before there is a confirmation, those of the screen.
     """
     base = base_of(setting)
-    tuned = None if base is None else tuned_rate(setting, base)
-    if tuned is None:
+    best = None if base is None else best_rate(setting, base)
+    if best is None:
         return []
-    best = confirmed(setting, base)
-    rate = tuned.rate if best is None else best.learning_rate
     for stage in (setting.confirm, setting.screen):
-        arms = [arm_at(stage, kind, rate) for kind in kinds(setting)]
+        arms = [arm_at(stage, kind, best.rate) for kind in kinds(setting)]
         recorded = [arm for arm in arms if arm is not None and quantities([arm])]
         if recorded:
             return recorded

@@ -16,22 +16,27 @@ from benchmarks.report.comparisons import (
     at_base_rate,
     base_of,
     best_against_best,
+    best_rate,
     confirmed,
     control_of,
     difference,
+    has_controls,
     has_diverged,
     is_base,
     is_better,
     is_smoothed,
     is_worse,
     kinds,
+    mean_of,
+    preserving_of,
     tuned_rate,
+    window_of,
 )
 from benchmarks.report.headline import headline
 from benchmarks.report.mechanism import mechanism_arms, quantities
 from benchmarks.report.names import better, metric_name, run_name, setting_name
 from benchmarks.report.records import Arm, Kind, Metric, Setting, Source
-from benchmarks.report.verdicts import Outcome, Verdict, outcomes
+from benchmarks.report.verdicts import CONTROLS, Judgment, Outcome, Verdict, outcomes
 
 NOT_RUN = "not run"
 
@@ -67,17 +72,20 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
 
 
 HOW_TO_READ = """\
-Every difference is an arm minus the base optimizer without smoothing, best against
-best, over fresh paired seeds (same initialization, same data), with a 95 % t-interval
-and the seeds in which the arm is better. A screen on other seeds finds every arm's best
-learning rate (factors of two); all arms of the table are run at all of these rates, and
-two of them are compared with each at the better one for it. **Bold**: the interval
-excludes 0. †: also after
-Holm's correction over all differences of this table. The verdict is on window(0.2),
-against the base, against *norm-matched* (every layer's base update scaled to the norm
-that the smoothed one has: the smaller step without the coupling) and against
-*shuffled* (the same operator over randomly permuted layers: coupling, but not of
-neighbors), each at its best rate."""
+Every difference is an arm minus the base optimizer without smoothing, over fresh
+paired seeds (same initialization, same data), with a 95 % t-interval and the seeds
+in which the arm is better. *Best against best*: a screen on other seeds finds every
+arm's best learning rate (factors of two), the arms are run at all rates that are
+best for one of them, and two arms are compared over the rates that both ran at, each
+at its better one. (The mean over depth, which needs higher rates, and what it is
+compared with have each all of theirs.) The intervals do not count this choice.
+**Bold**: the interval excludes 0. †: also after Holm's correction over all
+differences of this table. A verdict is on one arm against the base, against its
+*norm-matched* control (every layer's base update scaled to the norm that the
+smoothed one has: the smaller step without the coupling) and against its *shuffled*
+control (the same operator over randomly permuted layers: coupling, but not of
+neighbors). ‡: the best rate of an arm under the verdict is at an end of the rates it
+was tried at."""
 
 
 # ── the summary ──────────────────────────────────────────────────────────────
@@ -85,56 +93,74 @@ neighbors), each at its best rate."""
 
 def summary(of_all: Sequence[Outcome]) -> str:
     """Returns the table with one row per setting."""
+    metrics = {outcome.setting.metric for outcome in of_all}
     header = [
         "setting",
-        "metric",
-        "base (best rate)",
+        *(["metric"] if len(metrics) > 1 else []),
+        "base (rate)",
         "window(0.1)",
         "window(0.2)",
         "norm-preserving",
-        "best screened arm",
         "mean over depth",
         "verdict on window(0.2)",
+        "best screened arm",
     ]
-    return format_table(header, [_summary_row(outcome) for outcome in of_all])
+    rows = []
+    for outcome in of_all:
+        name, *cells = _summary_row(outcome)
+        metric = [_metric_text(outcome.setting.metric)] if len(metrics) > 1 else []
+        rows.append([name, *metric, *cells])
+    table = format_table(header, rows)
+    if len(metrics) > 1:
+        return table
+    return f"Metric: {_metric_text(of_all[0].setting.metric)}.\n\n{table}"
 
 
 def _summary_row(outcome: Outcome) -> list[str]:
     setting = outcome.setting
     base = base_of(setting)
-    rate = None if base is None else rate_text(setting, base)
-    *columns, best = outcome.roles
-    verdict = outcome.verdict.value
-    if outcome.verdict is not Verdict.UNFINISHED and outcome.untuned:
-        verdict += f" (best rate at an end: {', '.join(outcome.untuned)})"
+    level = level_text(setting.metric, confirmed(setting, base))
+    if base is not None and level != NOT_RUN:
+        level += f" ({rate_text(setting, base)})"
+    columns = (
+        *(window_of(setting, 0.1), window_of(setting, 0.2)),
+        *(preserving_of(setting), mean_of(setting)),
+    )
     return [
         setting_name(setting),
-        f"{metric_name(setting.metric)}, {better(setting.metric)}",
-        NOT_RUN
-        if rate is None
-        else f"{level_text(setting.metric, confirmed(setting, base))} ({rate})",
-        *(_role_text(outcome, kind) for kind in columns),
-        _best_text(outcome, best, columns),
-        difference_text(
-            setting.metric,
-            best_against_best(setting, control_of(setting, "full_average"), base),
-        ),
-        verdict,
+        level,
+        *(_difference_text(outcome, kind) for kind in columns),
+        _verdict_text(outcome.window),
+        _best_text(outcome, columns),
     ]
 
 
-def _role_text(outcome: Outcome, kind: Kind | None) -> str:
+def _difference_text(outcome: Outcome, kind: Kind | None) -> str:
     found = None if kind is None else outcome.differences[kind]
     mark = "†" if kind in outcome.survivors else ""
     return difference_text(outcome.setting.metric, found) + mark
 
 
-def _best_text(
-    outcome: Outcome, best: Kind | None, columns: Sequence[Kind | None]
-) -> str:
+def _verdict_text(judgment: Judgment) -> str:
+    is_settled = judgment.verdict is not Verdict.UNFINISHED
+    return judgment.verdict.value + ("‡" if is_settled and judgment.untuned else "")
+
+
+def _best_text(outcome: Outcome, columns: Sequence[Kind | None]) -> str:
+    """The arm, its difference if no column has it, and its verdict if none has it."""
+    best = outcome.best.kind
     if best is None:
         return NOT_RUN
-    return best.name if best in columns else f"{best.name}: {_role_text(outcome, best)}"
+    if best == outcome.window.kind:
+        return best.name
+    parts = [] if best in columns else [_difference_text(outcome, best)]
+    if parts != [NOT_RUN]:
+        parts.append(_verdict_text(outcome.best))
+    return f"{best.name}: {'; '.join(parts)}"
+
+
+def _metric_text(metric: Metric) -> str:
+    return f"{metric_name(metric)}, {better(metric)}"
 
 
 # ── one file ─────────────────────────────────────────────────────────────────
@@ -144,10 +170,10 @@ def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -
     first = source.settings[0]
     parts = [f"## {run_name(first)}"]
     for setting in source.settings:
-        (verdict,) = (o.verdict for o in of_all if o.setting is setting)
+        (outcome,) = (o for o in of_all if o.setting is setting)
         parts += [
-            f"### {setting_name(setting)}: {verdict.value}",
-            f"Metric: {metric_name(setting.metric)}, {better(setting.metric)}.",
+            f"### {setting_name(setting)}",
+            f"{_verdicts(outcome)} Metric: {_metric_text(setting.metric)}.",
             confirm_table(setting),
             _details(
                 "Screen: mean over its seeds at every rate", screen_table(setting)
@@ -164,32 +190,49 @@ def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -
     return "\n\n".join(part for part in parts if part)
 
 
+def _verdicts(outcome: Outcome) -> str:
+    window, best = outcome.window, outcome.best
+    if best.kind is None:
+        return f"Verdict on window(0.2): {window.verdict.value}."
+    if best.kind == window.kind:
+        return (
+            "Verdict on window(0.2), which is the best screened arm too: "
+            f"{window.verdict.value}."
+        )
+    return (
+        f"Verdict on window(0.2): {window.verdict.value}. On the best screened arm, "
+        f"{best.kind.name}: {best.verdict.value}."
+    )
+
+
 def confirm_table(setting: Setting) -> str:
     """Returns the table of the confirmed arms, or why there is none."""
     if not setting.confirm:
         return "The confirmation has not run."
     base = base_of(setting)
-    header = ["arm", "best rate", "at its best rate", "at the base's best rate"]
+    header = ["arm", "best rate", "metric there", "minus base at base's best rate"]
     header += ["best against best", "against norm-matched", "against shuffled"]
-    against = [base, control_of(setting, "norm_matched")]
-    against += [control_of(setting, "shuffled_depth")]
     there = {arm.kind for arm in setting.confirm}
-    rows = []
-    for kind in kinds(setting):
-        if kind not in there:
-            continue
-        metric = setting.metric
+    metric, rows = setting.metric, []
+    for kind in filter(there.__contains__, kinds(setting)):
         row = [kind.name, rate_text(setting, kind)]
         row += [level_text(metric, confirmed(setting, kind))]
-        if is_base(kind):
-            rows.append([*row, "base", "base", "", ""])
-            continue
-        row += [difference_text(metric, at_base_rate(setting, kind))]
-        for other in against if is_smoothed(kind) else against[:1]:
-            found = best_against_best(setting, kind, other)
-            row.append(difference_text(metric, found))
+        if not is_base(kind):
+            found = [at_base_rate(setting, kind)]
+            found += [best_against_best(setting, kind, base)]
+            row += [difference_text(metric, of) for of in found]
+        if has_controls(kind):
+            row += [_control_text(setting, kind, control) for control in CONTROLS]
         rows.append(row + [""] * (len(header) - len(row)))
     return format_table(header, rows)
+
+
+def _control_text(setting: Setting, kind: Kind, control: str) -> str:
+    """A kind against its own control; empty where this is not to run."""
+    other = control_of(setting, kind, control)
+    if other is None:
+        return ""
+    return difference_text(setting.metric, best_against_best(setting, kind, other))
 
 
 def screen_table(setting: Setting) -> str:
@@ -360,12 +403,11 @@ def level_text(metric: Metric, arm: Arm | None) -> str:
 
 
 def rate_text(setting: Setting, kind: Kind) -> str:
-    """Returns a kind's best rate, and whether it is at an end of those screened."""
-    tuned, best = tuned_rate(setting, kind), confirmed(setting, kind)
-    if tuned is None:
+    """Returns a kind's best rate, and whether it is at an end of those tried."""
+    best = best_rate(setting, kind)
+    if best is None:
         return "not screened"
-    rate = tuned.rate if best is None else best.learning_rate
-    return f"{rate:g}, at an end" if tuned.at_an_end else f"{rate:g}"
+    return f"{best.rate:g}, at an end" if best.at_an_end else f"{best.rate:g}"
 
 
 def _details(title: str, body: str) -> str:

@@ -8,30 +8,50 @@ from benchmarks.comparison import PairedDifference
 from benchmarks.report.comparisons import (
     base_of,
     best_against_best,
+    best_rate,
     best_screened_of,
     control_of,
+    has_controls,
     has_diverged,
     is_better,
     is_worse,
+    mean_of,
     p_value,
     preserving_of,
     survive_holm,
-    tuned_rate,
     window_of,
 )
 from benchmarks.report.records import Kind, Setting
 
+CONTROLS = ("norm_matched", "shuffled_depth")
+
 
 class Verdict(enum.Enum):
-    """What the window(0.2) does at tuned rates; the value is how a table says it."""
+    """What a smoothed arm does at tuned rates; the value is how a table says it."""
 
     NEIGHBORS = "coupling neighbors helps"
     ANY_COUPLING = "helps; not told apart from coupling layers at random"
     SMALLER_STEP = "helps; not told apart from a smaller step"
+    NO_CONTROLS = "helps (it has no controls)"
     NOTHING = "no difference shown"
     HURTS = "hurts"
     DIVERGED = "diverged"
     UNFINISHED = "unfinished"
+
+
+class Judgment(NamedTuple):
+    """The verdict on one smoothed arm.
+
+    Attributes:
+        kind: the arm, or None if it has not run.
+        verdict: on it.
+        untuned: names of the arms under the verdict whose best rate is at an end of
+            the rates tried.
+    """
+
+    kind: Kind | None
+    verdict: Verdict
+    untuned: tuple[str, ...]
 
 
 class Outcome(NamedTuple):
@@ -39,39 +59,35 @@ class Outcome(NamedTuple):
 
     Attributes:
         setting: the setting.
-        verdict: on the window(0.2).
-        roles: window(0.1), window(0.2), the norm-preserving arm and the best screened
-            arm, in this order; None where there is none.
-        differences: to the base, each at its own tuned rate, of the kinds in `roles`;
-            None where a run is missing.
+        window: the judgment on the window(0.2).
+        best: the judgment on the best screened arm, which can be the same.
+        differences: to the base, best against best, of every kind that the summary has
+            a column for; None where a run is missing.
         survivors: the kinds whose difference survives Holm's correction over all
             differences of all settings.
-        untuned: names of the arms under the verdict whose best rate is at an end of
-            the rates screened.
     """
 
     setting: Setting
-    verdict: Verdict
-    roles: tuple[Kind | None, Kind | None, Kind | None, Kind | None]
+    window: Judgment
+    best: Judgment
     differences: dict[Kind, PairedDifference | None]
-    survivors: frozenset[Kind]
-    untuned: tuple[str, ...]
+    survivors: frozenset[Kind] = frozenset()
 
 
-def verdict_of(setting: Setting) -> Verdict:
-    """Returns the verdict on the window(0.2), each arm at its own tuned rate.
+def verdict_of(setting: Setting, kind: Kind | None) -> Verdict:
+    """Returns the verdict on a smoothed arm, best against best.
 
     It helps where it is better than the base. Then coupling neighbors helps if it is
     also better than the same step without coupling, and than the same coupling of
     layers in random order; better means that a 95 % interval excludes 0.
     """
-    window = window_of(setting, 0.2)
-    to_base = best_against_best(setting, window, base_of(setting))
-    to_norm_matched, to_shuffled = (
-        best_against_best(setting, window, control_of(setting, control))
-        for control in ("norm_matched", "shuffled_depth")
-    )
-    every = (to_base, to_norm_matched, to_shuffled)
+    to_base = best_against_best(setting, kind, base_of(setting))
+    to_controls = [
+        best_against_best(setting, kind, control_of(setting, kind, control))
+        for control in CONTROLS
+        if kind is not None and has_controls(kind)
+    ]
+    every = (to_base, *to_controls)
     if any(found is None for found in every):
         return Verdict.UNFINISHED
     if any(map(has_diverged, every)):
@@ -80,6 +96,9 @@ def verdict_of(setting: Setting) -> Verdict:
         return Verdict.HURTS
     if not is_better(to_base):
         return Verdict.NOTHING
+    if not to_controls:
+        return Verdict.NO_CONTROLS
+    to_norm_matched, to_shuffled = to_controls
     if not is_better(to_norm_matched):
         return Verdict.SMALLER_STEP
     if not is_better(to_shuffled):
@@ -111,40 +130,29 @@ def outcomes(settings: Sequence[Setting]) -> list[Outcome]:
 
 
 def _outcome(setting: Setting) -> Outcome:
-    roles, base = roles_of(setting), base_of(setting)
+    window, best = window_of(setting, 0.2), best_screened_of(setting)
+    columns = (
+        *(window_of(setting, 0.1), window, preserving_of(setting)),
+        *(best, mean_of(setting)),
+    )
     return Outcome(
         setting=setting,
-        verdict=verdict_of(setting),
-        roles=roles,
+        window=_judgment(setting, window),
+        best=_judgment(setting, best),
         differences={
-            kind: best_against_best(setting, kind, base)
-            for kind in roles
+            kind: best_against_best(setting, kind, base_of(setting))
+            for kind in columns
             if kind is not None
         },
-        survivors=frozenset(),
-        untuned=untuned(setting),
     )
 
 
-def roles_of(
-    setting: Setting,
-) -> tuple[Kind | None, Kind | None, Kind | None, Kind | None]:
-    """Returns the kinds that the summary has a column for."""
-    return (
-        window_of(setting, 0.1),
-        window_of(setting, 0.2),
-        preserving_of(setting),
-        best_screened_of(setting),
+def _judgment(setting: Setting, kind: Kind | None) -> Judgment:
+    controls = (control_of(setting, kind, control) for control in CONTROLS)
+    under = [k for k in (base_of(setting), kind, *controls) if k is not None]
+    rates = [(of, best_rate(setting, of)) for of in under]
+    return Judgment(
+        kind,
+        verdict_of(setting, kind),
+        tuple(of.name for of, rate in rates if rate is not None and rate.at_an_end),
     )
-
-
-def untuned(setting: Setting) -> tuple[str, ...]:
-    """Returns which arms under the verdict have their best rate at an end."""
-    under = (
-        base_of(setting),
-        window_of(setting, 0.2),
-        control_of(setting, "norm_matched"),
-        control_of(setting, "shuffled_depth"),
-    )
-    rates = [(kind, tuned_rate(setting, kind)) for kind in under if kind is not None]
-    return tuple(kind.name for kind, tuned in rates if tuned and tuned.at_an_end)
