@@ -39,7 +39,7 @@ TINY = {
     **{"steps": 4, "warmup": 1, "eval_windows": 2, "micro_batches": 2, "lanes": 2},
     **{"screen_seeds": 2, "confirm_seeds": 2, "corpus": [str(ROOT / "LICENSE")]},
 }
-# All that are screened; the best smoothed one is confirmed with controls of its own.
+# All that are screened in any case; the best smoothed one has controls of its own.
 ALL_ARMS = (BASE, *SMOOTHED, *controls_of(WINDOW), MEAN)
 by_name = pytest.mark.parametrize("arm", ALL_ARMS, ids=lambda arm: arm.name)
 
@@ -138,7 +138,10 @@ def test_a_screen_is_its_mean_as_a_cost_and_infinite_where_a_seed_diverged():
 # The order of trials, on an experiment without training.
 
 DEPTHS = (6, 12)
-CELLS = [(layers, arm.name) for layers in DEPTHS for arm in ALL_ARMS]
+EVERY_ARM = dict.fromkeys(
+    (*ALL_ARMS, *(control for arm in SMOOTHED for control in controls_of(arm)))
+)
+CELLS = [(layers, arm.name) for layers in DEPTHS for arm in EVERY_ARM]
 EXPERIMENTS = st.fixed_dictionaries(
     {
         # (exponent of the best rate, its metric) of every depth and arm
@@ -159,12 +162,13 @@ class Experiment:
         self.optima, self.start, self.lower = optima, start, lower_is_better
 
     def rate(self, layers, arm):
-        # Only what the screen chose has controls that are not screened.
-        exponent, _ = self.optima.get((layers, arm.name), (0, 3.0))
-        return self.start * 2.0**exponent
+        return self.start * 2.0 ** self.optima[layers, arm.name][0]
 
     def cost(self, layers, arm):
-        return self.optima.get((layers, arm.name), (0, 3.0))[1]
+        return self.optima[layers, arm.name][1]
+
+    def best(self, layers):
+        return min(SMOOTHED, key=functools.partial(self.cost, layers))
 
     def result(self, trial):
         off = math.log2(trial.learning_rate / self.rate(trial.layers, trial.arm))
@@ -201,25 +205,30 @@ def test_what_is_confirmed_is_what_the_protocol_says_and_nothing_twice(values):
             for trial in done
             if trial[:2] == (layers, "confirm")
         }
-        best_rates = {arm.name: experiment.rate(layers, arm) for arm in ALL_ARMS}
-        best = min(SMOOTHED, key=functools.partial(experiment.cost, layers)).name
-        assert confirmed == to_confirm(best_rates, best)
+        best_rates = {arm.name: experiment.rate(layers, arm) for arm in EVERY_ARM}
+        assert confirmed == to_confirm(best_rates, experiment.best(layers).name)
+
+
+WINDOWS = ("window(0.1)", "window(0.2)", "window(0.5)", "window(0.2), proj")
+
+
+def controls_named(best):
+    return {f"norm-matched {best}", f"shuffled {best}"} if best in WINDOWS else set()
 
 
 def to_confirm(best_rates, best):
     """{(name, rate)} that the protocol wants, by the screen's best rates and arm."""
-    of_screen = {
+    main = {
         *("base", "window(0.1)", "window(0.2)", "window(0.2), norm-preserving"),
         *("norm-matched window(0.2)", "shuffled window(0.2)", best),
     }
-    chosen = set(of_screen)
-    if best in ("window(0.1)", "window(0.2)", "window(0.5)", "window(0.2), proj"):
-        chosen |= {f"norm-matched {best}", f"shuffled {best}"}
-    every_rate = {best_rates[name] for name in of_screen}
+    controls = controls_named(best)
     of_mean = {best_rates["base"], best_rates["mean over depth"]}
-    return {(name, rate) for name in chosen for rate in every_rate} | {
-        (name, rate) for name in ("base", "mean over depth") for rate in of_mean
-    }
+    return (
+        {(name, best_rates[of]) for name in main | controls for of in main}
+        | {(name, best_rates[of]) for of in controls for name in (best, of)}
+        | {(name, rate) for name in ("base", "mean over depth") for rate in of_mean}
+    )
 
 
 @few
@@ -229,14 +238,15 @@ def test_every_arm_is_screened_from_the_bases_best_rate_at_every_depth(values):
     done, _ = experiment.all()
     start = experiment.start
     for layers in DEPTHS:
-        rates = {arm: [] for arm in ALL_ARMS}
+        controls = controls_of(experiment.best(layers))
+        rates = {arm: [] for arm in (*ALL_ARMS, *controls)}
         for trial in done:
             if trial[:2] == (layers, "screen"):
                 rates[trial.arm].append(trial.learning_rate)
         # That of the next depth begins where that of the last depth ended.
         assert rates[BASE][0] == start
         start = experiment.rate(layers, BASE)
-        for arm in ALL_ARMS:
+        for arm in rates:
             best = experiment.rate(layers, arm)
             assert {best / 2, best, best * 2} <= set(rates[arm])
             if arm is not BASE:
@@ -986,7 +996,8 @@ def assert_complete(value, screen_seeds, confirm_seeds):
     for layers in value["config"]["depths"]:
         here = [arm for arm in value["arms"] if arm["layers"] == layers]
         best_rates, lowest = {}, {}
-        for name in (arm.name for arm in ALL_ARMS):
+        in_screen = {arm["name"] for arm in here if arm["stage"] == "screen"}
+        for name in in_screen:
             costs = {
                 arm["learning_rate"]: math.inf
                 if None in arm["metric_per_seed"]
@@ -999,6 +1010,7 @@ def assert_complete(value, screen_seeds, confirm_seeds):
             assert rates[0] < best < rates[-1], (layers, name)
             assert np.all(np.divide(rates[1:], rates[:-1]) <= 2)
         best = min((arm.name for arm in SMOOTHED), key=lowest.__getitem__)
+        assert in_screen == {arm.name for arm in ALL_ARMS} | controls_named(best)
         confirmed = {
             (a["name"], a["learning_rate"]) for a in here if a["stage"] == "confirm"
         }

@@ -137,7 +137,6 @@ def run(
     """
     name, optimizer, preset = cell
     job, module = presets.job_of(optimizer, options), TASKS[name]
-    arms, sittings = read_finished(path, options)
     seeds = seeds_of(options)
     header = {
         "task": name,
@@ -146,8 +145,10 @@ def run(
         "metric": module.METRIC._asdict(),
         "config": options,
         **(sitting := provenance()),
-        "sittings": [*sittings, {key: sitting[key] for key in ("date", "commit")}],
     }
+    arms, sittings = read_finished(path, header)
+    sitting = {key: sitting[key] for key in ("date", "commit", "versions")}
+    header["sittings"] = [*sittings, {**sitting, "first_trial": len(arms)}]
 
     @functools.cache
     def at_depth(layers: int) -> tuple[Task, Measures]:

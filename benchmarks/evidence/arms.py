@@ -8,9 +8,7 @@ import optax
 
 import gradsmooth_optax as gs
 
-Operator = Literal[
-    "none", "window", "similarity_window", "mean", "learn_alpha", "learn_operator"
-]
+Operator = Literal["none", "window", "similarity_window", "mean", "learn_alpha"]
 Control = Literal["norm_matched", "shuffled_depth", "full_average"]
 
 
@@ -49,7 +47,6 @@ SMOOTHED = (
     NORM_PRESERVING,
     Arm("similarity_window(0.2)", "similarity_window"),
     Arm("learn_alpha", "learn_alpha", 0.1),
-    Arm("learn_operator", "learn_operator", 0.1),
 )
 
 
@@ -94,8 +91,8 @@ def coupled(arm: Arm, inner: optax.GradientTransformation, depth: Any) -> Couple
     """
     if arm.scope == "proj":
         depth = depth.only_projections()
-    if arm.operator in _LEARNED:
-        learned = _LEARNED[arm.operator](inner, depth, alpha=arm.alpha)
+    if arm.operator == "learn_alpha":
+        learned = gs.learn_alpha(inner, depth, alpha=arm.alpha)
         return Coupled(
             learned, lambda g, state, p: inner.update(g, state.inner_state, p)[0]
         )
@@ -107,9 +104,6 @@ def coupled(arm: Arm, inner: optax.GradientTransformation, depth: Any) -> Couple
     return Coupled(
         optax.chain(inner, smooth), lambda g, state, p: inner.update(g, state[0], p)[0]
     )
-
-
-_LEARNED = {"learn_alpha": gs.learn_alpha, "learn_operator": gs.learn_operator}
 
 
 def _operator(arm: Arm) -> Any:

@@ -28,7 +28,6 @@ _LM = {
 _LM_ON_TPU = _LM | {
     **{"context": 2048, "batch": 256, "eval_windows": 512, "dtype": "bfloat16"},
     **{"remat": True, "steps": 20_000, "warmup": 500, "lanes": 1},
-    **{"learning_rate": 6e-4},
 }
 _REVERSE = {
     **{"depths": [24], "width": 32, "heads": 4, "length": 12, "vocabulary": 32},

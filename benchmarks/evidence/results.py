@@ -35,26 +35,34 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResultsMismatch(f"another process writes {str(path)!r}") from None
+            raise ResultsMismatch(
+                f"another process writes {str(path)!r}: wait for it, or name another "
+                "file with --out"
+            ) from None
         yield
     lock.unlink(missing_ok=True)
 
 
 def read_finished(
-    path: Path, config: Mapping[str, Any]
+    path: Path, header: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the arms and the sittings of a result file, none where there is no file.
 
     Raises:
-        ResultsMismatch: if they are of other options than `config`.
+        ResultsMismatch: if they are of another task, optimizer, preset or other
+            options than those in `header`.
     """
     if not path.exists():
         return [], []
     saved = json.loads(path.read_text())
+    before, now = (
+        {**{key: of[key] for key in ("task", "optimizer", "preset")}, **of["config"]}
+        for of in (saved, header)
+    )
     different = [
-        f"{key} was {saved['config'].get(key)!r}, now {config.get(key)!r}"
-        for key in sorted(saved["config"].keys() | config.keys())
-        if saved["config"].get(key) != config.get(key)
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
     ]
     if different:
         raise ResultsMismatch(
