@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cell = given.task, given.optimizer, given.preset
     try:
         options = presets.options_of(*cell, dict(given.option))
+        if given.out is None and dict(given.option).keys() - {"depths"}:
+            raise presets.OptionError(
+                "the default result files are of the presets as they are: name another "
+                "one with --out"
+            )
         path = given.out or result_path(*cell)
         with locked(path):
             run(cell, options, path, given.minutes)
@@ -149,6 +154,8 @@ def run(
     arms, sittings = read_finished(path, header)
     sitting = {key: sitting[key] for key in ("date", "commit", "versions")}
     header["sittings"] = [*sittings, {**sitting, "first_trial": len(arms)}]
+    depths = {*options["depths"], *(arm["layers"] for arm in arms)}
+    header["config"] = {**options, "depths": sorted(depths)}
 
     @functools.cache
     def at_depth(layers: int) -> tuple[Task, Measures]:

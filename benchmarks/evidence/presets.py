@@ -10,7 +10,8 @@ file: those of the task's `build`, those of `Job`, and
 """
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.evidence.arms import BASE, PROJECTIONS, Arm
@@ -69,13 +70,21 @@ _BY_OPTIMIZER: dict[str, dict[str, Options]] = {
     },
 }
 
+# Billions of parameters train at lower rates.
+_ON_TPU: dict[str, Options] = {
+    "adamw": {"learning_rate": 6e-4},
+    "sgd": {"learning_rate": 0.1},
+    "muon": {"learning_rate": 2e-3},
+}
+_ON_TPU_PRESETS = ("tpu", "tpu-deep")
+
 NAMES = tuple(dict.fromkeys(name for of_task in _PRESETS.values() for name in of_task))
 # Those whose results are no evidence, and so are not committed.
-NOT_COMMITTED = ("quick", "tpu", "tpu-deep")
+NOT_COMMITTED = ("quick", *_ON_TPU_PRESETS)
 
 
 class OptionError(ValueError):
-    """There is no such preset or option; the message lists those that there are."""
+    """There is no such preset or option, or its value is wrong; the message says so."""
 
 
 def options_of(
@@ -97,14 +106,63 @@ def options_of(
             f"there is no preset {preset!r} of {task!r}; there are "
             f"{', '.join(_PRESETS[task])}"
         )
-    options = {**_BY_OPTIMIZER[task][optimizer], **_PRESETS[task][preset]}
-    for name in changes or {}:
+    options = {
+        **_BY_OPTIMIZER[task][optimizer],
+        **_PRESETS[task][preset],
+        **(_ON_TPU[optimizer] if preset in _ON_TPU_PRESETS else {}),
+    }
+    for name, value in (changes or {}).items():
         if name not in options:
             raise OptionError(
                 f"there is no option {name!r} of {task!r}; there are "
                 f"{', '.join(sorted(options))}"
             )
-    return {**options, **(changes or {})}
+        _check_kind(name, value, options[name])
+    options = {**options, **(changes or {})}
+    for problem in _problems(options):
+        raise OptionError(problem)
+    return options
+
+
+# Of options that may be null.
+_KINDS = {"corpus": [""], "warmup": 0, "clip": 1.0}
+
+
+def _check_kind(name: str, value: Any, old: Any) -> None:
+    """Raises where a value is not of the kind that an option has."""
+    if value is None and name in _KINDS:
+        return
+    like = _KINDS.get(name, old)
+    kinds = (int, float) if isinstance(like, float) else (type(like),)
+    is_right = type(value) in kinds
+    if is_right and isinstance(like, list):
+        is_right = bool(value) and all(type(item) is type(like[0]) for item in value)
+    if not is_right:
+        example = json.dumps(like if like != [""] else ["FILE"])
+        raise OptionError(
+            f"the option {name} is {json.dumps(value)}, but should be of the kind of "
+            f"{example}; write --option '{name}={example}'"
+        )
+
+
+def _problems(options: Options) -> Iterator[str]:
+    """What is wrong with options that are fine one by one."""
+    for name in ("screen_seeds", "confirm_seeds"):
+        if options[name] % options["lanes"]:
+            yield (
+                f"{name}={options[name]} is no multiple of lanes={options['lanes']}, "
+                "the seeds that train at once"
+            )
+    if options["batch"] % options["micro_batches"] or options["micro_batches"] < 2:
+        yield (
+            f"micro_batches={options['micro_batches']} must be at least 2 and divide "
+            f"batch={options['batch']}: their gradients show the noise"
+        )
+    if options["warmup"] is not None and options["warmup"] >= options["steps"]:
+        yield (
+            f"warmup={options['warmup']} leaves nothing of steps={options['steps']}; "
+            f"use at most warmup={options['steps'] - 1}"
+        )
 
 
 def job_of(optimizer: str, options: Options) -> Job:

@@ -29,6 +29,8 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         ResultsMismatch: if another process has it.
     """
+    if path.is_dir():
+        raise ResultsMismatch(f"{str(path)!r} is a directory: name a file with --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
     with lock.open("w") as held:
@@ -54,7 +56,13 @@ def read_finished(
     """
     if not path.exists():
         return [], []
-    saved = json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ResultsMismatch(
+            f"{str(path)!r} is not JSON ({error}); name another file with --out, or "
+            "remove this one"
+        ) from None
     before, now = (
         {**{key: of[key] for key in ("task", "optimizer", "preset")}, **of["config"]}
         for of in (saved, header)
@@ -62,7 +70,8 @@ def read_finished(
     different = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        # One file may hold the depths of several sittings.
+        if key != "depths" and before.get(key) != now.get(key)
     ]
     if different:
         raise ResultsMismatch(

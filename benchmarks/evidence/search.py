@@ -61,7 +61,10 @@ def next_trial(
     """
     for layers in depths:
         here = [arm for arm in finished if arm["layers"] == layers]
-        trial = _next_at_depth(here, start, lower_is_better, also)
+        try:
+            trial = _next_at_depth(here, start, lower_is_better, also)
+        except NoOptimum as error:
+            raise NoOptimum(f"at {layers} layers, {error}") from None
         if trial is not None:
             return Trial(layers, *trial)
         start = best_rate(screened(here, BASE, lower_is_better))
@@ -78,7 +81,10 @@ def _next_at_depth(
     to_screen = [BASE, *SMOOTHED, *controls_of(WINDOW), MEAN]
     for arm in to_screen:
         found[arm] = screened(finished, arm, lower_is_better)
-        rate = next_rate(found[arm], start)
+        try:
+            rate = next_rate(found[arm], start)
+        except NoOptimum as error:
+            raise NoOptimum(f"the screen of {arm.name}: {error}") from None
         if rate is not None:
             return "screen", arm, rate
         if arm is BASE:
@@ -161,8 +167,7 @@ def next_rate(costs: Mapping[float, float], start: float) -> float | None:
     if abs(math.log2(rate / start)) > _FARTHEST:
         raise NoOptimum(
             f"the best of the learning rates {sorted(costs)} is the one at the end, "
-            f"{best:g}. Begin the search "
-            "elsewhere with --option learning_rate=VALUE"
+            f"{best:g}, and farther ones are not tried"
         )
     return rate
 
