@@ -116,7 +116,7 @@ def test_a_search_without_end_names_the_rates_and_what_to_do(sign, end):
     message = str(error.value)
     assert f"{end:g}" in message
     assert "0.5, 1.0" in message
-    assert "--option learning_rate=VALUE" in message
+    assert "--option learning_rate=VALUE --out FILE" in message
 
 
 def test_a_screen_is_its_mean_as_a_cost_and_infinite_where_a_seed_diverged():
@@ -329,7 +329,6 @@ PLAIN = {
     "similarity_window(0.2)": lambda blocks: oracle.similarity_window(blocks, 0.2),
     # Before they have learned anything.
     "learn_alpha": lambda blocks: oracle.window(blocks, 0.1),
-    "learn_operator": lambda blocks: oracle.window(blocks, 0.1),
     "norm-matched window(0.2)": lambda blocks: oracle.norm_matched(
         blocks, lambda b: oracle.window(b, 0.2), "param"
     ),
@@ -428,7 +427,6 @@ def test_the_file_tells_arms_apart_as_the_protocol_does():
             *("similarity_window", 0.2, "standard", "full", None),
         ),
         "learn_alpha": ("learn_alpha", 0.1, "standard", "full", None),
-        "learn_operator": ("learn_operator", 0.1, "standard", "full", None),
         "norm-matched window(0.2)": (
             *("window", 0.2, "standard", "full", "norm_matched"),
         ),

@@ -167,7 +167,8 @@ def next_rate(costs: Mapping[float, float], start: float) -> float | None:
     if abs(math.log2(rate / start)) > _FARTHEST:
         raise NoOptimum(
             f"the best of the learning rates {sorted(costs)} is the one at the end, "
-            f"{best:g}, and farther ones are not tried"
+            f"{best:g}, and farther ones are not tried. Begin the search elsewhere: "
+            "--option learning_rate=VALUE --out FILE"
         )
     return rate
 
