@@ -4,6 +4,7 @@ All places are set in inches, so that no solver has a say in them.
 """
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -240,13 +241,19 @@ def rates(settings: Sequence[Setting]) -> Figure | None:
 
 
 def _draw_levels(ax: Axes, setting: Setting, styles: Mapping[Kind, Any]) -> None:
+    # All that is better than the worst of the base: how bad others get at far rates
+    # would flatten the rest.
+    levels = [float(np.mean(arm.losses)) for arm in setting.screen]
+    of_base = [
+        float(np.mean(arm.losses)) for arm in setting.screen if is_base(arm.kind)
+    ]
+    worst = max(filter(math.isfinite, of_base), default=math.inf)
     sign = setting.metric.sign
     for kind, style in styles.items():
         ax.plot(
             *_by_rate(setting, kind, lambda arm: np.mean(arm.losses), sign), **style
         )
-    base = base_of(setting)
-    _limit(ax, _by_rate(setting, base, lambda arm: np.mean(arm.losses), sign)[1], 0.12)
+    _limit(ax, sign * np.array([level for level in levels if level <= worst]), 0.08)
     _rate_axis(ax, setting)
     ax.tick_params(labelbottom=False)
 
