@@ -66,6 +66,10 @@ def controls_of(arm: Arm) -> tuple[Arm, ...]:
 
 
 MEAN = Arm("mean over depth", "mean", 1.0, control="full_average")
+# All layers get as small an update as the mean is, each in its own direction.
+NORM_MATCHED_MEAN = Arm(
+    "norm-matched mean over depth", "mean", 1.0, control="norm_matched"
+)
 
 
 class Coupled(NamedTuple):
@@ -107,11 +111,10 @@ def coupled(arm: Arm, inner: optax.GradientTransformation, depth: Any) -> Couple
 
 
 def _operator(arm: Arm) -> Any:
-    if arm.operator == "mean":
-        return gs.mean_over_depth()
     if arm.operator == "similarity_window":
         return gs.similarity_window(arm.alpha)
-    operator = gs.window(arm.alpha)
+    is_mean = arm.operator == "mean"
+    operator = gs.mean_over_depth() if is_mean else gs.window(arm.alpha)
     if arm.control == "norm_matched":
         return gs.controls.norm_matched(operator)
     if arm.control == "shuffled_depth":

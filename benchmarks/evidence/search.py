@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.evidence.arms import (
     BASE,
     MEAN,
+    NORM_MATCHED_MEAN,
     NORM_PRESERVING,
     SMOOTHED,
     WEAK_WINDOW,
@@ -78,7 +79,7 @@ def _next_at_depth(
     also: Sequence[tuple[Arm, float]],
 ) -> tuple[Stage, Arm, float] | None:
     found: dict[Arm, dict[float, float]] = {}
-    to_screen = [BASE, *SMOOTHED, *controls_of(WINDOW), MEAN]
+    to_screen = [BASE, *SMOOTHED, *controls_of(WINDOW), MEAN, NORM_MATCHED_MEAN]
     for arm in to_screen:
         found[arm] = screened(finished, arm, lower_is_better)
         try:
@@ -89,7 +90,7 @@ def _next_at_depth(
             return "screen", arm, rate
         if arm is BASE:
             start = best_rate(found[arm])
-        if arm is MEAN:
+        if arm is NORM_MATCHED_MEAN:
             others = (a for a in controls_of(best_screened(found)) if a not in found)
             to_screen.extend(others)
     done = {
@@ -109,8 +110,8 @@ def _to_confirm(
     """All chosen arms at every rate that is the best of one of them in the screen.
 
     So two arms are compared over the same rates, and none has more luck with them. The
-    controls of the best arm, and the mean over depth, may need far other rates: at
-    these only what they are compared with is run too.
+    controls of the best arm, and the mean over depth and its own, may need far other
+    rates: at these only what they are compared with is run too.
     """
     best = best_screened(found)
     main = (BASE, WINDOW, *controls_of(WINDOW), WEAK_WINDOW, NORM_PRESERVING, best)
@@ -119,8 +120,9 @@ def _to_confirm(
         yield from ((arm, rate) for arm in chosen)
     for control in controls_of(best):
         yield from ((arm, best_rate(found[control])) for arm in (best, control))
-    for rate in (best_rate(found[BASE]), best_rate(found[MEAN])):
-        yield from ((BASE, rate), (MEAN, rate))
+    yield MEAN, best_rate(found[BASE])
+    for rate in (best_rate(found[arm]) for arm in (MEAN, NORM_MATCHED_MEAN)):
+        yield from ((MEAN, rate), (NORM_MATCHED_MEAN, rate))
     yield from also
 
 
