@@ -56,7 +56,13 @@ def _commit() -> dict[str, Any] | None:
     try:
         return {
             "sha": git("rev-parse", "HEAD"),
-            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+            # Results that grow while they are measured are no changed code.
+            "modified": bool(
+                git(
+                    *("status", "--porcelain", "--untracked-files=no", "--"),
+                    *(":/", ":(exclude,top)benchmarks/results"),
+                )
+            ),
         }
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -38,6 +38,9 @@ KINDS = {
     "norm-matched window(0.2)": {"control": "norm_matched"},
     "shuffled window(0.2)": {"control": "shuffled_depth"},
     "mean over depth": {"operator": "mean", "alpha": 1.0, "control": "full_average"},
+    "norm-matched mean over depth": {
+        **{"operator": "mean", "alpha": 1.0, "control": "norm_matched"}
+    },
     "window(0.5)": {"alpha": 0.5},
     "norm-matched window(0.5)": {"alpha": 0.5, "control": "norm_matched"},
     "shuffled window(0.5)": {"alpha": 0.5, "control": "shuffled_depth"},
@@ -112,6 +115,12 @@ def result(
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
         "commit": {"sha": "0123456789abcdef", "modified": False},
         "date": "2026-11-22T10:00:00+00:00",
+        "sittings": [
+            {
+                "date": "2026-11-22T10:00:00+00:00",
+                "commit": {"sha": "0123456789abcdef", "modified": False},
+            }
+        ],
         "machine": {"cpus": 2, "devices": ["cpu"]},
         "arms": arms,
         **fields,
@@ -174,8 +183,8 @@ def effects(verdict, name="window(0.2)"):
     matched, shuffled = f"norm-matched {name}", f"shuffled {name}"
     return {
         Verdict.NEIGHBORS: {name: -0.05, matched: -0.02},
-        Verdict.ANY_COUPLING: {name: -0.05, shuffled: -0.05},
-        Verdict.SMALLER_STEP: {name: -0.05, matched: -0.05},
+        Verdict.COUPLING: {name: -0.05, shuffled: -0.05},
+        Verdict.SMALLER: {name: -0.05, matched: -0.05},
         Verdict.HURTS: {name: 0.05},
         Verdict.NOTHING: {},
     }[verdict]
@@ -184,8 +193,8 @@ def effects(verdict, name="window(0.2)"):
 HELPS = {"window(0.2)": -0.05}
 CONTROLLED = [
     Verdict.NEIGHBORS,
-    Verdict.ANY_COUPLING,
-    Verdict.SMALLER_STEP,
+    Verdict.COUPLING,
+    Verdict.SMALLER,
     Verdict.HURTS,
     Verdict.NOTHING,
 ]
@@ -313,7 +322,7 @@ def test_a_control_without_a_screen_has_the_rates_it_was_confirmed_at(tmp_path):
         kind_of(setting, name) for name in ("norm-matched window(0.5)", "window(0.5)")
     )
     assert confirmed(setting, control).learning_rate == 0.008
-    assert verdict_of(setting, window) is Verdict.SMALLER_STEP
+    assert verdict_of(setting, window) is Verdict.SMALLER
     assert "norm-matched window(0.5)" not in screen_table(setting)
     # It waits for the best rate of the arm that it is a control of.
     without(value, "norm-matched window(0.5)", "confirm", 0.004)
@@ -327,13 +336,14 @@ def test_the_mean_over_depth_has_rates_of_its_own(tmp_path):
     for stage in ("screen", "confirm"):
         shift(value, "mean over depth", stage, 0.016, -0.6)
     without(value, "window(0.2)", "confirm", 0.016)
+    without(value, "norm-matched mean over depth", "confirm")
     text = text_of(tmp_path, value)
     # 0.1 + 0.4 at four times the best rate - 0.6.
-    mean = "**The mean over depth is {}** than the base (one update for all layers): "
-    mean += "lm, adamw, 6 layers ({})."
-    assert mean.format("better", "-0.1000 ± 0.0005") in text
-    worse = text_of(tmp_path, result(HELPS | {"mean over depth": 0.1}))
-    assert mean.format("worse", "+0.1000 ± 0.0005") in worse
+    mean = "each layer's own: lm, adamw, 6 layers: {}.\n"
+    assert mean.format("-0.1000 ± 0.0005 and not run") in text
+    effects = {"mean over depth": 0.1, "norm-matched mean over depth": 0.3}
+    worse = text_of(tmp_path, result(HELPS | effects))
+    assert mean.format("+0.1000 ± 0.0005 and -0.2000 ± 0.00")[:-2] in worse
 
 
 def test_a_rate_at_which_a_seed_diverged_was_tried_but_is_not_the_best(tmp_path):
@@ -396,7 +406,7 @@ def test_without_any_gain_the_first_sentence_is_that(tmp_path):
 
 def test_the_headline_counts_settings_and_comparisons(tmp_path):
     helps = result(effects(Verdict.NEIGHBORS), layers=(6, 12), optimizer="adamw")
-    smaller = result(effects(Verdict.SMALLER_STEP), optimizer="sgd")
+    smaller = result(effects(Verdict.SMALLER), optimizer="sgd")
     hurts = result({"window(0.2)": 0.05, "learn_alpha": -0.05}, optimizer="muon")
     text = text_of(tmp_path, helps, smaller, hurts)
     first = text.split("\n\n")[2]
@@ -407,8 +417,8 @@ def test_the_headline_counts_settings_and_comparisons(tmp_path):
     assert "helps is shown in 2**" in first
     window = "window(0.2) (-0.0500 ± 0.0005)"
     both = f"lm, adamw, 6 layers, {window}; lm, adamw, 12 layers, {window}."
-    assert f"coupling at random (shuffled)): {both}\n" in text
-    assert f"not told apart from norm-matched): lm, sgd, 6 layers, {window}.\n" in text
+    assert f"in random order (shuffled)): {both}\n" in text
+    assert f"and not told apart from it): lm, sgd, 6 layers, {window}.\n" in text
     assert "**It hurts** (worse than the base): lm, muon, 6 layers, window(0.2)" in text
     assert "no controls): lm, muon, 6 layers, learn_alpha (-0.0500 ± 0.0005)." in text
     # Two windows, norm-preserving and the mean in each, learn_alpha in one.
@@ -531,7 +541,7 @@ def test_a_check_finds_what_differs(tmp_path, capsys):
 
     path = tmp_path / "lm" / "adamw.json"
     value = json.loads(path.read_text())
-    value["date"] = "2027-01-01T10:00:00+00:00"
+    value["sittings"][0]["date"] = "2027-01-01T10:00:00+00:00"
     write_json(value, path)
     assert "README.md differs" in complaint()
 

@@ -72,7 +72,7 @@ def mean_of(setting: Setting) -> Kind | None:
 
 
 def has_controls(kind: Kind) -> bool:
-    """Returns whether controls are made for this arm: the plain windows have them.
+    """Returns whether both controls are made for this arm: the plain windows have them.
 
     Others couple by the updates themselves, or keep the norms anyway.
     """
@@ -80,10 +80,14 @@ def has_controls(kind: Kind) -> bool:
 
 
 def control_of(setting: Setting, kind: Kind | None, control: str) -> Kind | None:
-    """Returns a kind's own control, or None if it has none or this has not run."""
-    if kind is None or not has_controls(kind):
+    """Returns a kind's own control, or None if it has none or this has not run.
+
+    Coupling in random order is a control, and is itself controlled by norm-matched.
+    """
+    if kind is None or kind.control in (control, "norm_matched"):
         return None
-    return _twin(setting, kind, control)
+    is_controlled = has_controls(kind) or kind.control is not None
+    return _twin(setting, kind, control) if is_controlled else None
 
 
 def _twin(setting: Setting, kind: Kind, control: str | None) -> Kind | None:
@@ -205,14 +209,15 @@ def best_against_best(
 ) -> PairedDifference | None:
     """Returns the difference of two kinds, each at the best rate of those of both.
 
-    The mean over depth is compared with each at its best rate of all it has.
+    The mean over depth, and its control, are compared with each at its best rate of all
+    it has.
     """
     if kind is None or other is None:
         return None
     ours, theirs = (
         [arm for arm in setting.confirm if arm.kind == of] for of in (kind, other)
     )
-    if not is_mean(kind) and not is_mean(other):
+    if "mean" not in (kind.operator, other.operator):
         ours, theirs = _shared(ours, theirs), _shared(theirs, ours)
     return difference(_best(setting, kind, ours), _best(setting, other, theirs))
 
@@ -232,6 +237,17 @@ def at_base_rate(setting: Setting, kind: Kind) -> PairedDifference | None:
     if base is None:
         return None
     return difference(arm_at(setting.confirm, kind, base.learning_rate), base)
+
+
+def at_screened_rates(setting: Setting, kind: Kind) -> PairedDifference | None:
+    """Returns the difference to the base, each at the best rate of its own screen."""
+    arms = [
+        arm_at(setting.confirm, of, tuned.rate)
+        for of in (kind, base_of(setting))
+        for tuned in [None if of is None else tuned_rate(setting, of)]
+        if tuned is not None
+    ]
+    return difference(*arms) if len(arms) == 2 else None
 
 
 def is_better(found: PairedDifference | None) -> bool:

@@ -4,9 +4,15 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from benchmarks.comparison import PairedDifference, format_difference
-from benchmarks.report.comparisons import is_better, is_worse, mean_of
+from benchmarks.report.comparisons import (
+    best_against_best,
+    control_of,
+    is_better,
+    is_worse,
+    mean_of,
+)
 from benchmarks.report.names import run_name, setting_name
-from benchmarks.report.records import Kind
+from benchmarks.report.records import Kind, Setting
 from benchmarks.report.verdicts import Judgment, Outcome, Verdict
 
 _OPEN = (Verdict.UNFINISHED, Verdict.DIVERGED)
@@ -15,16 +21,20 @@ _OPEN = (Verdict.UNFINISHED, Verdict.DIVERGED)
 _MEANINGS = {
     Verdict.NEIGHBORS: (
         "Coupling neighbors helps",
-        "better than the base, than the smaller step alone (norm-matched) and than "
-        "coupling at random (shuffled)",
+        "better than the base, than updates as small without coupling (norm-matched) "
+        "and than coupling in random order (shuffled)",
     ),
-    Verdict.ANY_COUPLING: (
-        "Coupling helps, at random as well",
+    Verdict.COUPLING: (
+        "Coupling helps, but not shown to be that of neighbors",
         "better than the base and than norm-matched, not told apart from shuffled",
     ),
-    Verdict.SMALLER_STEP: (
-        "A smaller step helps",
-        "better than the base, not told apart from norm-matched",
+    Verdict.SMALLER: (
+        "Smaller updates of the blocks help as much",
+        "better than the base, as norm-matched is, and not told apart from it",
+    ),
+    Verdict.UNCLEAR: (
+        "It helps, and why is not told apart",
+        "better than the base; norm-matched is between the two",
     ),
     Verdict.NO_CONTROLS: ("It helps", "an arm that has no controls"),
     Verdict.NOTHING: ("No difference", "the interval includes 0"),
@@ -82,18 +92,23 @@ def _verdicts(done: Sequence[Outcome]) -> Iterator[str]:
 
 def _mean(done: Sequence[Outcome]) -> Iterator[str]:
     """What the far end does, where no layer has an update of its own."""
-    for is_so, says in ((is_better, "better"), (is_worse, "worse")):
-        found = [
-            f"{setting_name(outcome.setting)} ({_shown(outcome, kind)})"
-            for outcome in done
-            for kind in [mean_of(outcome.setting)]
-            if is_so(_to_base(outcome, kind))
-        ]
-        if found:
-            yield (
-                f"**The mean over depth is {says}** than the base (one update for all "
-                f"layers): {'; '.join(found)}."
-            )
+    found = []
+    for outcome in done:
+        setting, kind = outcome.setting, mean_of(outcome.setting)
+        if _to_base(outcome, kind) is None:
+            continue
+        beside = best_against_best(
+            setting, kind, control_of(setting, kind, "norm_matched")
+        )
+        found.append(
+            f"{setting_name(setting)}: {_shown(outcome, kind)} and "
+            f"{_text(setting, beside)}"
+        )
+    if found:
+        yield (
+            "**The mean over depth** (one update for all layers) minus the base, and "
+            f"minus updates as small of each layer's own: {'; '.join(found)}."
+        )
 
 
 def _by_depth(done: Sequence[Outcome]) -> Iterator[str]:
@@ -174,8 +189,10 @@ def _to_base(outcome: Outcome, kind: Kind | None) -> PairedDifference | None:
 
 
 def _shown(outcome: Outcome, kind: Kind | None) -> str:
-    found = _to_base(outcome, kind)
+    return _text(outcome.setting, _to_base(outcome, kind))
+
+
+def _text(setting: Setting, found: PairedDifference | None) -> str:
     if found is None:
         return "not run"
-    sign = outcome.setting.metric.sign
-    return format_difference(found._replace(mean=sign * found.mean))
+    return format_difference(found._replace(mean=setting.metric.sign * found.mean))

@@ -72,8 +72,7 @@ class Source(NamedTuple):
     settings: tuple[Setting, ...]
     config: Mapping[str, Any]
     versions: Mapping[str, str]
-    commit: Mapping[str, Any] | None
-    date: str
+    sittings: tuple[Mapping[str, Any], ...]
     machine: Mapping[str, Any]
 
 
@@ -101,8 +100,7 @@ def read_source(path: Path) -> Source:
         settings=settings,
         config=value["config"],
         versions=value["versions"],
-        commit=value["commit"],
-        date=value["date"],
+        sittings=tuple(value["sittings"]),
         machine=value["machine"],
     )
 

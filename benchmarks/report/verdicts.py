@@ -30,8 +30,9 @@ class Verdict(enum.Enum):
     """What a smoothed arm does at tuned rates; the value is how a table says it."""
 
     NEIGHBORS = "coupling neighbors helps"
-    ANY_COUPLING = "helps; not told apart from coupling layers at random"
-    SMALLER_STEP = "helps; not told apart from a smaller step"
+    COUPLING = "coupling helps; not told apart from shuffled"
+    SMALLER = "helps; so do smaller updates"
+    UNCLEAR = "helps; why is not told apart"
     NO_CONTROLS = "helps (it has no controls)"
     NOTHING = "no difference shown"
     HURTS = "hurts"
@@ -77,17 +78,22 @@ class Outcome(NamedTuple):
 def verdict_of(setting: Setting, kind: Kind | None) -> Verdict:
     """Returns the verdict on a smoothed arm, best against best.
 
-    It helps where it is better than the base. Then coupling neighbors helps if it is
-    also better than the same step without coupling, and than the same coupling of
-    layers in random order; better means that a 95 % interval excludes 0.
+    It helps where it is better than the base. Then coupling helps if it is also better
+    than updates as small without coupling, and that of neighbors if it is better than
+    the same coupling of layers in random order too. Where it is not told apart from
+    the smaller updates, these help if they are better than the base themselves. Better
+    means that a 95 % interval excludes 0.
     """
-    to_base = best_against_best(setting, kind, base_of(setting))
-    to_controls = [
-        best_against_best(setting, kind, control_of(setting, kind, control))
+    base = base_of(setting)
+    to_base = best_against_best(setting, kind, base)
+    controls = [
+        control_of(setting, kind, control)
         for control in CONTROLS
         if kind is not None and has_controls(kind)
     ]
-    every = (to_base, *to_controls)
+    to_controls = [best_against_best(setting, kind, control) for control in controls]
+    of_controls = [best_against_best(setting, control, base) for control in controls]
+    every = (to_base, *to_controls, *of_controls)
     if any(found is None for found in every):
         return Verdict.UNFINISHED
     if any(map(has_diverged, every)):
@@ -99,11 +105,9 @@ def verdict_of(setting: Setting, kind: Kind | None) -> Verdict:
     if not to_controls:
         return Verdict.NO_CONTROLS
     to_norm_matched, to_shuffled = to_controls
-    if not is_better(to_norm_matched):
-        return Verdict.SMALLER_STEP
-    if not is_better(to_shuffled):
-        return Verdict.ANY_COUPLING
-    return Verdict.NEIGHBORS
+    if is_better(to_norm_matched):
+        return Verdict.NEIGHBORS if is_better(to_shuffled) else Verdict.COUPLING
+    return Verdict.SMALLER if is_better(of_controls[0]) else Verdict.UNCLEAR
 
 
 def outcomes(settings: Sequence[Setting]) -> list[Outcome]:
