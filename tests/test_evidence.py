@@ -27,7 +27,14 @@ pytest.importorskip("flax")
 from benchmarks.corpus import load_corpus, sample_windows, spread_windows
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import arms, presets, results, search, trials
-from benchmarks.evidence.arms import BASE, MEAN, SMOOTHED, WINDOW, controls_of
+from benchmarks.evidence.arms import (
+    BASE,
+    MEAN,
+    NORM_MATCHED_MEAN,
+    SMOOTHED,
+    WINDOW,
+    controls_of,
+)
 from benchmarks.evidence.search import NoOptimum, Trial, next_rate, next_trial
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
@@ -40,7 +47,7 @@ TINY = {
     **{"screen_seeds": 2, "confirm_seeds": 2, "corpus": [str(ROOT / "LICENSE")]},
 }
 # All that are screened in any case; the best smoothed one has controls of its own.
-ALL_ARMS = (BASE, *SMOOTHED, *controls_of(WINDOW), MEAN)
+ALL_ARMS = (BASE, *SMOOTHED, *controls_of(WINDOW), MEAN, NORM_MATCHED_MEAN)
 by_name = pytest.mark.parametrize("arm", ALL_ARMS, ids=lambda arm: arm.name)
 
 
@@ -223,11 +230,13 @@ def to_confirm(best_rates, best):
         *("norm-matched window(0.2)", "shuffled window(0.2)", best),
     }
     controls = controls_named(best)
-    of_mean = {best_rates["base"], best_rates["mean over depth"]}
+    mean, control = "mean over depth", "norm-matched mean over depth"
+    of_mean = {best_rates[mean], best_rates[control]}
     return (
         {(name, best_rates[of]) for name in main | controls for of in main}
         | {(name, best_rates[of]) for of in controls for name in (best, of)}
-        | {(name, rate) for name in ("base", "mean over depth") for rate in of_mean}
+        | {(name, rate) for name in (mean, control) for rate in of_mean}
+        | {(mean, best_rates["base"])}
     )
 
 
@@ -333,6 +342,9 @@ PLAIN = {
         blocks, lambda b: oracle.window(b, 0.2), "param"
     ),
     "mean over depth": mean_of_all,
+    "norm-matched mean over depth": lambda blocks: oracle.norm_matched(
+        blocks, mean_of_all, "param"
+    ),
 }
 SHUFFLED = "shuffled window(0.2)"
 
@@ -434,6 +446,9 @@ def test_the_file_tells_arms_apart_as_the_protocol_does():
             *("window", 0.2, "standard", "full", "shuffled_depth"),
         ),
         "mean over depth": ("mean", 1.0, "standard", "full", "full_average"),
+        "norm-matched mean over depth": (
+            *("mean", 1.0, "standard", "full", "norm_matched"),
+        ),
     }
 
 
@@ -722,7 +737,7 @@ def test_an_arm_that_diverges_is_recorded_as_diverged(tmp_path):
 
 def two_arms(monkeypatch):
     """Only the base and one window; what training compiles is shared by the tests."""
-    for name in ("WEAK_WINDOW", "NORM_PRESERVING", "MEAN"):
+    for name in ("WEAK_WINDOW", "NORM_PRESERVING", "MEAN", "NORM_MATCHED_MEAN"):
         monkeypatch.setattr(search, name, WINDOW)
     monkeypatch.setattr(search, "SMOOTHED", (WINDOW,))
     monkeypatch.setattr(search, "controls_of", lambda arm: ())
@@ -735,7 +750,8 @@ def two_arms(monkeypatch):
 PROGRAM = """
 import sys
 from benchmarks.evidence import __main__ as command, search
-search.WEAK_WINDOW = search.NORM_PRESERVING = search.MEAN = search.WINDOW
+for name in ("WEAK_WINDOW", "NORM_PRESERVING", "MEAN", "NORM_MATCHED_MEAN"):
+    setattr(search, name, search.WINDOW)
 search.SMOOTHED, search.controls_of = (search.WINDOW,), lambda arm: ()
 sys.exit(command.main(sys.argv[1:]))
 """
@@ -800,6 +816,39 @@ def test_a_killed_run_goes_on_and_gives_the_numbers_of_one_that_was_not(
     assert len(json.loads(finished.read_text())["sittings"]) == 1
     # No lock and no half file stay behind.
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_on_two_devices_weights_and_batches_are_split_and_numbers_are_the_same(
+    finished, compiled_programs, tmp_path
+):
+    path = tmp_path / "a.json"
+    program = """
+import jax
+from benchmarks.evidence import placement
+assert len(jax.devices()) == 2
+leaf = jax.ShapeDtypeStruct
+shapes = {"kernel": leaf((2, 3, 8, 4), "f4"), "odd": leaf((2, 3, 5), "f4")}
+split, whole = jax.tree.leaves(placement.shardings(shapes))
+assert split.shard_shape((2, 3, 8, 4)) == (2, 3, 8, 2)
+assert whole.is_fully_replicated
+only_the_first = iter([search.next_trial, lambda *a: None])
+command.next_trial = lambda *a: next(only_the_first)(*a)
+"""
+    program = PROGRAM.replace("sys.exit", f"{program}\nsys.exit")
+    subprocess.run(
+        [sys.executable, "-c", program, *options(path)],
+        cwd=ROOT,
+        env=os.environ
+        | compiled_programs
+        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    (split,), one = lasting(path)["arms"], lasting(finished)["arms"][0]
+    assert split["name"] == one["name"] == "base"
+    np.testing.assert_allclose(
+        split["metric_per_seed"], one["metric_per_seed"], rtol=1e-3
+    )
 
 
 def test_a_finished_run_trains_nothing_again(finished, monkeypatch, capsys):

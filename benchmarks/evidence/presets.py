@@ -146,7 +146,15 @@ def _check_kind(name: str, value: Any, old: Any) -> None:
 
 
 def _problems(options: Options) -> Iterator[str]:
-    """What is wrong with options that are fine one by one."""
+    """What is wrong with options that are of the right kind."""
+    for name, value in options.items():
+        least = 2 if name == "depths" else 1
+        numbers = value if isinstance(value, list) else [value]
+        if any(type(n) is int and n < least for n in numbers) and name != "warmup":
+            yield f"{name}={value} must be at least {least}"
+            return
+    if options["width"] % options["heads"]:
+        yield f"heads={options['heads']} do not divide width={options['width']}"
     for name in ("screen_seeds", "confirm_seeds"):
         if options[name] % options["lanes"]:
             yield (

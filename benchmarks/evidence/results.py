@@ -36,13 +36,17 @@ def locked(path: Path) -> Iterator[None]:
     with lock.open("w") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(held.fileno()), os.stat(lock)):
+                raise BlockingIOError  # its last holder removed it, another made it
+        except (BlockingIOError, FileNotFoundError):
             raise ResultsMismatch(
                 f"another process writes {str(path)!r}: wait for it, or name another "
                 "file with --out"
             ) from None
-        yield
-    lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def read_finished(
@@ -63,6 +67,11 @@ def read_finished(
             f"{str(path)!r} is not JSON ({error}); name another file with --out, or "
             "remove this one"
         ) from None
+    if not isinstance(saved, dict) or not {"task", "arms", "sittings"} <= saved.keys():
+        raise ResultsMismatch(
+            f"{str(path)!r} is not a result file of this command: name another file "
+            "with --out"
+        )
     before, now = (
         {**{key: of[key] for key in ("task", "optimizer", "preset")}, **of["config"]}
         for of in (saved, header)

@@ -1,4 +1,8 @@
-"""What a task is: all of an experiment but the optimizer."""
+"""What a task is: all of an experiment but the optimizer.
+
+A module of a task has `METRIC`, and `build(layers, *, ...)`, which returns its `Task`
+at a depth.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +30,6 @@ class Task(NamedTuple):
     """One model on one kind of data, at one depth. All functions are of one seed.
 
     Attributes:
-        metric: what `evaluate` returns.
-        num_layers: L, the number of repeated blocks.
         depth: where all parameters of the blocks are, a depth spec.
         data: arrays to train on, handed to `draw`.
         init: makes parameters from a key.
@@ -40,8 +42,6 @@ class Task(NamedTuple):
         decayed: which leaves of the parameters have weight decay, a tree of bools.
     """
 
-    metric: Metric
-    num_layers: int
     depth: Any
     data: Any
     init: Init

@@ -1,4 +1,4 @@
-"""The tasks by name: each module makes its `Task` from options by `build`."""
+"""The tasks by name."""
 
 from benchmarks.evidence.tasks import lm, reverse
 

@@ -68,8 +68,6 @@ def build(
         return jnp.concatenate([first[None], after])
 
     return Task(
-        metric=METRIC,
-        num_layers=layers,
         depth=gs.scanned("blocks/"),
         data=jnp.asarray(text.train),
         init=init_gpt(model),

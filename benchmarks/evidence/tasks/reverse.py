@@ -70,8 +70,6 @@ def build(
         vocabulary,
     )
     return Task(
-        metric=METRIC,
-        num_layers=layers,
         depth=gs.scanned("blocks/"),
         data=None,
         init=lambda key: model.init(key, held_out[:1])["params"],
