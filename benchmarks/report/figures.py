@@ -328,7 +328,8 @@ def mechanism(settings: Sequence[Setting]) -> Figure | None:
         return None
     setting, recorded = with_arms[-1]
     shown = [base_of(setting), *_kinds_of_roles(setting)]
-    shown.remove(window_of(setting, 0.1))
+    if best_screened_of(setting) != window_of(setting, 0.1):
+        shown.remove(window_of(setting, 0.1))
     arms = [arm for arm in recorded if arm.kind in shown]
     names = quantities(arms)
     styles = _line_styles([arm.kind for arm in arms])
