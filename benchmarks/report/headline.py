@@ -34,7 +34,7 @@ _MEANINGS = {
     ),
     Verdict.UNCLEAR: (
         "It helps, and why is not told apart",
-        "better than the base; norm-matched is between the two",
+        "better than the base; norm-matched is told apart from neither",
     ),
     Verdict.NO_CONTROLS: ("It helps", "an arm that has no controls"),
     Verdict.NOTHING: ("No difference", "the interval includes 0"),
