@@ -1,5 +1,7 @@
 """The base optimizers of the benchmarks, each with smoothing in its right place."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,14 +54,26 @@ def matrices(params: Any) -> Any:
 
 
 def hidden_matrices(params: Any) -> Any:
-    """Returns Muon's dimension numbers: the blocks' `(L, inputs, outputs)` kernels.
+    """Returns a tree of bools: which leaves are matrices of the scanned blocks.
 
-    None, for Adam, is everything else: embeddings, the head, norm scales.
+    They are Muon's; embeddings, the head and norm scales are Adam's.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _in_blocks(path) and leaf.ndim == 3, params
+    )
+
+
+def muon_numbers(hidden: Callable[[Any], Any], params: Any) -> Any:
+    """Returns Muon's dimension numbers, None for what is Adam's.
+
+    Args:
+        hidden: says which leaves are Muon's, a tree of bools; the last two axes of
+            these are inputs and outputs.
+        params: parameters.
     """
     numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: numbers if _in_blocks(path) and leaf.ndim == 3 else None,
-        params,
+    return jax.tree.map(
+        lambda is_hidden: numbers if is_hidden else None, hidden(params)
     )
 
 
@@ -67,11 +81,15 @@ def _in_blocks(path: tuple) -> bool:
     return any(getattr(entry, "key", None) == "blocks" for entry in path)
 
 
-def preconditioner(name: str, b2: float = 0.95) -> optax.GradientTransformation:
+def preconditioner(
+    name: str, depth: Any, hidden: Callable[[Any], Any], b2: float = 0.95
+) -> optax.GradientTransformation:
     """Returns what a base optimizer does before smoothing, decay and learning rate.
 
     Args:
         name: "adamw", "sgd" or "muon", as in `smoothed_optimizer`.
+        depth: where the parameters of the blocks are, a depth spec.
+        hidden: says which leaves are Muon's, a tree of bools.
         b2: Adam's decay of squared gradients, in Muon of what it leaves to Adam.
     """
     if name == "adamw":
@@ -80,7 +98,7 @@ def preconditioner(name: str, b2: float = 0.95) -> optax.GradientTransformation:
         return optax.trace(0.9)
     if name == "muon":
         # At this rate its updates are those of the partition inside.
-        return gs.muon(-1.0, depth_spec("full"), 0.0, adam_b2=b2, **_MUON)
+        return gs.muon(-1.0, depth, 0.0, adam_b2=b2, **_muon(hidden))
     raise _unknown(name)
 
 
@@ -129,7 +147,7 @@ def smoothed_optimizer(
             depth,
             **smoothing,
             adam_b2=0.95,
-            **_MUON,
+            **_muon(hidden_matrices),
             weight_decay=weight_decay,
             weight_decay_mask=matrices,
         )
@@ -146,8 +164,9 @@ def _unknown(name: str) -> ValueError:
     )
 
 
-_MUON: dict[str, Any] = {
-    # Updates as large as Adam's, so that both parts share the learning rate.
-    "consistent_rms": 0.2,
-    "muon_weight_dimension_numbers": hidden_matrices,
-}
+def _muon(hidden: Callable[[Any], Any]) -> dict[str, Any]:
+    return {
+        # Updates as large as Adam's, so that both parts share the learning rate.
+        "consistent_rms": 0.2,
+        "muon_weight_dimension_numbers": functools.partial(muon_numbers, hidden),
+    }

@@ -29,6 +29,9 @@ Init = Callable[[jax.Array], Any]
 Draw = Callable[[Any, jax.Array, jax.Array], Any]
 # (parameters of one seed, batch) -> scalar.
 Loss = Callable[[Any, Any], jax.Array]
+# (parameters of one seed, drawn batch) -> batches, a tree with a leading axis of those
+# that a step trains on one after the other.
+Rollout = Callable[[Any, Any], Any]
 
 
 @functools.partial(jax.jit, static_argnames="init")
@@ -68,6 +71,7 @@ def train_steps(
     optimizer: optax.GradientTransformation,
     draw: Draw,
     most_steps: int,
+    rollout: Rollout | None = None,
 ) -> jax.stages.Wrapped:
     """Returns a compiled function that trains all seeds for several steps.
 
@@ -79,6 +83,8 @@ def train_steps(
         optimizer: any optax optimizer.
         draw: the batch of one step and one seed.
         most_steps: the largest number of steps of one call.
+        rollout: makes of what was drawn and of the parameters before the step the
+            batches of its updates; None for one update, with what was drawn.
 
     Returns:
         A function `(state, seeds, data, start, num_steps) -> (state, losses)` with
@@ -86,13 +92,19 @@ def train_steps(
         memory of the state it is given.
     """
 
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(state.params, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
+
     def one_step(
         state: TrainState, seed: jax.Array, data: Any, step: jax.Array
     ) -> tuple[TrainState, jax.Array]:
         batch = draw(data, data_key(seed), step)
-        value, gradients = jax.value_and_grad(loss)(state.params, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
+        if rollout is None:
+            return update(state, batch)
+        state, values = jax.lax.scan(update, state, rollout(state.params, batch))
+        return state, jnp.mean(values)
 
     def several_steps(
         state: TrainState,

@@ -24,6 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 pytest.importorskip("flax")
 
+import gradsmooth_optax as gs
 from benchmarks.corpus import load_corpus, sample_windows, spread_windows
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import arms, presets, results, search, trials
@@ -359,7 +360,7 @@ def tiny_task(layers=3):
 def steps_of(arm):
     """(Updates, uncoupled updates) of an arm over momentum, at two steps."""
     inner = optax.trace(0.5)
-    coupled = arms.coupled(arm, inner, tiny_task().depth)
+    coupled = arms.coupled(arm, inner, arms.scope_of(arm, tiny_task()))
     first, second = gradients(1), gradients(2)
 
     @jax.jit
@@ -404,7 +405,7 @@ def test_the_inner_update_is_that_of_the_preconditioner_alone(arm):
 
 def test_the_shuffled_window_couples_layers_that_are_no_neighbors():
     arm = next(arm for arm in ALL_ARMS if arm.name == SHUFFLED)
-    coupled = arms.coupled(arm, optax.identity(), tiny_task().depth)
+    coupled = arms.coupled(arm, optax.identity(), arms.scope_of(arm, tiny_task()))
     one_hot = {"blocks": {"w": {"kernel": np.eye(6, dtype="f4")}}}
     state = coupled.transformation.init(one_hot)
     update, again = (
@@ -604,7 +605,9 @@ def test_a_trial_is_what_a_loop_over_seeds_and_steps_gives():
         losses, *_ = by_hand(lane)
         np.testing.assert_allclose(measured.train_loss[:, lane], losses, rtol=2e-4)
         metric, _ = loss_and_gradient(lane, windows)
-        np.testing.assert_allclose(measured.metric[lane], metric, rtol=2e-4)
+        np.testing.assert_allclose(
+            measured.metrics["validation loss"][lane], metric, rtol=2e-4
+        )
     assert measured.train_loss.shape == (4, 2)
     assert measured.seconds_per_step > 0
 
@@ -702,13 +705,15 @@ def test_a_trial_again_gives_the_same_bits_and_lanes_do_not_matter():
 def test_arms_start_from_the_same_parameters_and_data_and_end_apart():
     base, window = (trained(arm, RATE, [0, 1]) for arm in (BASE, WINDOW))
     np.testing.assert_allclose(base.train_loss[0], window.train_loss[0], rtol=1e-6)
-    assert np.all(base.metric != window.metric)
+    losses = (arm.metrics["validation loss"] for arm in (base, window))
+    assert np.all(np.not_equal(*losses))
 
 
 def as_result(arm, rate, seeds):
     trial = Trial(3, "screen", arm, rate)
     measured = trained(arm, rate, seeds)
-    return results.arm_result(trial, seeds, tiny_job(), measured)
+    names = ["validation loss"]
+    return results.arm_result(trial, seeds, tiny_job(), measured, names)
 
 
 def test_an_arm_that_diverges_is_recorded_as_diverged(tmp_path):
@@ -737,10 +742,8 @@ def test_an_arm_that_diverges_is_recorded_as_diverged(tmp_path):
 
 def two_arms(monkeypatch):
     """Only the base and one window; what training compiles is shared by the tests."""
-    for name in ("WEAK_WINDOW", "NORM_PRESERVING", "MEAN", "NORM_MATCHED_MEAN"):
-        monkeypatch.setattr(search, name, WINDOW)
-    monkeypatch.setattr(search, "SMOOTHED", (WINDOW,))
-    monkeypatch.setattr(search, "controls_of", lambda arm: ())
+    plan = arms.Plan((WINDOW,), (WINDOW,), controlled=False)
+    monkeypatch.setattr(presets, "plan_of", lambda task, preset: plan)
     monkeypatch.setattr(command, "build_measures", lambda job, task: None)
     monkeypatch.setattr(
         command, "build_trial", lambda job, task, arm, _: tiny_trial(job, arm)
@@ -749,10 +752,9 @@ def two_arms(monkeypatch):
 
 PROGRAM = """
 import sys
-from benchmarks.evidence import __main__ as command, search
-for name in ("WEAK_WINDOW", "NORM_PRESERVING", "MEAN", "NORM_MATCHED_MEAN"):
-    setattr(search, name, search.WINDOW)
-search.SMOOTHED, search.controls_of = (search.WINDOW,), lambda arm: ()
+from benchmarks.evidence import __main__ as command, arms, presets
+plan = arms.Plan((arms.WINDOW,), (arms.WINDOW,), controlled=False)
+presets.plan_of = lambda task, preset: plan
 sys.exit(command.main(sys.argv[1:]))
 """
 VOLATILE = {"date", "commit", "versions", "machine", "sittings"}
@@ -968,7 +970,11 @@ def fake_trial(job, task, arm, measures):
         cost = 2 + abs(math.log2(rate / best)) + len(arm.name) / 100
         of_probes = np.ones((len(job.probed), len(seeds)))
         return trials.Measured(
-            metric=np.asarray(seeds) / 100 + cost,
+            metrics={
+                metric.name: np.asarray(seeds) / 100 + cost + place
+                for module in TASKS.values()
+                for place, metric in enumerate(module.METRICS)
+            },
             train_loss=np.full((job.steps, len(seeds)), 2.0),
             mechanism={
                 **dict.fromkeys(
@@ -986,12 +992,12 @@ def fake_trial(job, task, arm, measures):
 
 HEADER = {
     *("task", "optimizer", "metric", "config", "versions", "commit", "date", "arms"),
-    *("preset", "machine", "sittings"),  # ours
+    *("preset", "machine", "sittings", "other_metrics"),  # ours
 }
 OF_ARM = {
     *("name", "stage", "operator", "alpha", "variant", "scope", "control"),
     *("learning_rate", "metric_per_seed", "curve", "mechanism", "seconds_per_step"),
-    *("diverged", "layers", "seeds"),
+    *("diverged", "layers", "seeds", "other_metrics_per_seed"),
 }
 OF_MECHANISM = {
     *("roughness", "adjacent_cosine", "line_shape_score", "residual_alignment"),
@@ -1001,11 +1007,17 @@ OF_MECHANISM = {
 
 def assert_complete(value, screen_seeds, confirm_seeds):
     """What the protocol asks of a finished result file."""
+    # Files of one metric that are older than the others leave these out.
+    value = {"other_metrics": [], **value}
     assert set(value) == HEADER
+    others = [metric["name"] for metric in value["other_metrics"]]
     assert set(value["metric"]) == {"name", "unit", "lower_is_better"}
     sign = 1 if value["metric"]["lower_is_better"] else -1
     for arm in value["arms"]:
+        of_others = arm.setdefault("other_metrics_per_seed", {})
         assert set(arm) == OF_ARM
+        assert list(of_others) == others
+        assert {len(values) for values in of_others.values()} <= {len(arm["seeds"])}
         assert set(arm["mechanism"]) == OF_MECHANISM
         assert set(arm["curve"]) == {"steps", "train_loss"}
         assert len(arm["curve"]["steps"]) == len(arm["curve"]["train_loss"]) <= 20
@@ -1093,7 +1105,8 @@ SOURCES = [str(path) for path in sorted((ROOT / "tests").glob("*.py"))]
 
 
 def of_preset(name, optimizer, preset):
-    changes = {"corpus": SOURCES} if name == "lm" else {}
+    # A start without training has the same shapes.
+    changes = {"lm": {"corpus": SOURCES}, "rl": {"start_steps": 1}}.get(name, {})
     found = presets.options_of(name, optimizer, preset, changes)
     return found, presets.job_of(optimizer, found)
 
@@ -1143,11 +1156,22 @@ def test_the_options_of_every_preset_fit_together(name, preset):
     batch = jax.eval_shape(
         functools.partial(task.draw, task.data), jax.random.key(0), np.int32(0)
     )
-    assert batch.shape[0] == found["batch"]
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {found["batch"]}
+    if task.rollout is not None:
+        batches = jax.eval_shape(task.rollout, one, batch)
+        batch = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), batches)
+    examples = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+    assert len(examples) == 1
+    assert examples.pop() % found["micro_batches"] == 0
     states = jax.eval_shape(task.states, one, batch)
-    time = found.get("context") or found["length"]
-    assert states.shape == (layers + 1, found["batch"], time, found["width"])
-    assert jax.eval_shape(task.evaluate, one).shape == ()
+    assert states.shape[0] == layers + 1
+    assert states.shape[-1] == found["width"]
+    metrics = jax.eval_shape(task.evaluate, one)
+    assert set(metrics) == {metric.name for metric in TASKS[name].METRICS}
+    assert all(metric.shape == () for metric in metrics.values())
+    for arm in presets.plan_of(name, preset).screened:
+        summary = gs.describe(arms.scope_of(arm, task), one)
+        assert summary.groups, arm.name
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("tpu", 1.2), ("tpu-deep", 2.4)])

@@ -111,7 +111,7 @@ def result(
             "unit": "nats/byte",
             "lower_is_better": sign > 0,
         },
-        "config": {"depths": list(layers), "width": 32, "steps": 200},
+        "config": {"depths": list(layers), "width": 32, "steps": 200, "batch": 4},
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
         "commit": {"sha": "0123456789abcdef", "modified": False},
         "date": "2026-11-22T10:00:00+00:00",

@@ -14,6 +14,7 @@ from benchmarks.next_token import mean_loss, next_token_loss
 from benchmarks.optimizers import (
     hidden_matrices,
     matrices,
+    muon_numbers,
     smoothed_optimizer,
     warmup_cosine,
 )
@@ -135,7 +136,7 @@ PLAIN = {
         0.1,
         adam_b2=0.95,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=hidden_matrices,
+        muon_weight_dimension_numbers=functools.partial(muon_numbers, hidden_matrices),
     ),
 }
 
@@ -173,11 +174,14 @@ def test_projection_scope_leaves_norm_scales_alone():
 
 def test_weight_decay_and_muon_take_matrices_by_their_rank_per_layer():
     params = random_tree(0)
-    decayed = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, is_matrix in jax.tree_util.tree_leaves_with_path(matrices(params))
-        if is_matrix
-    }
+
+    def chosen(tree):
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, is_chosen in jax.tree_util.tree_leaves_with_path(tree)
+            if is_chosen
+        }
+
     hidden = {
         f"blocks/{role}/kernel"
         for role in (
@@ -190,15 +194,8 @@ def test_weight_decay_and_muon_take_matrices_by_their_rank_per_layer():
         )
     }
     tables = {"embed/embedding", "positions/embedding", "head/kernel"}
-    assert decayed == hidden | tables
-    by_muon = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, numbers in jax.tree_util.tree_leaves_with_path(
-            hidden_matrices(params),
-            is_leaf=lambda node: isinstance(node, contrib.MuonDimensionNumbers),
-        )
-    }
-    assert by_muon == hidden
+    assert chosen(matrices(params)) == hidden | tables
+    assert chosen(hidden_matrices(params)) == hidden
 
 
 def test_an_unknown_optimizer_lists_the_known_ones():

@@ -142,12 +142,14 @@ def run(
     """
     name, optimizer, preset = cell
     job, module = presets.job_of(optimizer, options), TASKS[name]
+    metric, *others = module.METRICS
     seeds = seeds_of(options)
     header = {
         "task": name,
         "optimizer": optimizer,
         "preset": preset,
-        "metric": module.METRIC._asdict(),
+        "metric": metric._asdict(),
+        "other_metrics": [other._asdict() for other in others],
         "config": options,
         **(sitting := provenance()),
     }
@@ -173,8 +175,9 @@ def run(
             arms,
             options["depths"],
             options["learning_rate"],
-            module.METRIC.lower_is_better,
+            metric.lower_is_better,
             presets.confirmed_anyway(*cell),
+            presets.plan_of(name, preset),
         )
 
     began = time.perf_counter()
@@ -194,11 +197,11 @@ def run(
             measured = trainer(trial.layers, trial.arm)(
                 trial.learning_rate, of_stage, bar.update
             )
-        arms.append(arm_result(trial, of_stage, job, measured))
+        names = [of.name for of in module.METRICS]
+        arms.append(arm_result(trial, of_stage, job, measured, names))
         write_results(header, arms, path)
-        print(
-            f"{about}: {module.METRIC.name} {np.mean(measured.metric):.4f}", flush=True
-        )
+        means = (f"{of} {np.mean(measured.metrics[of]):.4f}" for of in names)
+        print(f"{about}: {', '.join(means)}", flush=True)
     print(f"all {len(arms)} trials are in {path}")
 
 

@@ -1,12 +1,13 @@
 """The arms of an experiment: what is coupled, how, and the controls of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import optax
 
 import gradsmooth_optax as gs
+from benchmarks.evidence.task import Task
 
 Operator = Literal["none", "window", "similarity_window", "mean", "learn_alpha"]
 Control = Literal["norm_matched", "shuffled_depth", "full_average"]
@@ -21,7 +22,8 @@ class Arm:
         operator: the operator along depth; "none" is the base.
         alpha: its strength, of the learned ones the one they start at.
         variant: of `apply_over_depth`; its norms are per parameter.
-        scope: "full" couples all parameters of the blocks, "proj" the projections.
+        scope: "full" couples all parameters of the blocks, "proj" the projections;
+            others are the task's own, see `Task.scopes`.
         control: what the arm is a control of, or None.
     """
 
@@ -29,7 +31,7 @@ class Arm:
     operator: Operator = "window"
     alpha: float = 0.2
     variant: Literal["standard", "norm_preserving"] = "standard"
-    scope: Literal["full", "proj"] = "full"
+    scope: str = "full"
     control: Control | None = None
 
 
@@ -72,6 +74,48 @@ NORM_MATCHED_MEAN = Arm(
 )
 
 
+# A U-ViT's `in_blocks` and `out_blocks` as one stack, rather than two.
+GROUPINGS = (
+    Arm("window(0.2), joined", scope="joined"),
+    Arm("window(0.2), joined with mid_block", scope="joined with mid_block"),
+)
+
+
+class Plan(NamedTuple):
+    """Which arms there are beside the base.
+
+    Attributes:
+        screened: the arms of which the best is confirmed.
+        confirmed: those of them that are confirmed in any case.
+        controlled: whether there are controls and the mean over depth.
+    """
+
+    screened: tuple[Arm, ...]
+    confirmed: tuple[Arm, ...]
+    controlled: bool = True
+
+
+FULL = Plan(SMOOTHED, (WINDOW, WEAK_WINDOW, NORM_PRESERVING))
+WITH_GROUPINGS = Plan((*SMOOTHED, *GROUPINGS), (*FULL.confirmed, *GROUPINGS))
+
+
+def plan_of_parts(parts: Sequence[str]) -> Plan:
+    """Returns the arms that couple one kind of parameters each, and all of them."""
+    arms = tuple(
+        Arm(f"window(0.5), {part}", alpha=0.5, scope=part) for part in ("full", *parts)
+    )
+    return Plan(arms, arms, controlled=False)
+
+
+def scope_of(arm: Arm, task: Task) -> Any:
+    """Returns the depth spec of what an arm couples."""
+    if arm.scope == "full":
+        return task.depth
+    if arm.scope == "proj":
+        return task.depth.only_projections()
+    return task.scopes[arm.scope]
+
+
 class Coupled(NamedTuple):
     """An optimizer's preconditioner with an arm's coupling.
 
@@ -91,10 +135,8 @@ def coupled(arm: Arm, inner: optax.GradientTransformation, depth: Any) -> Couple
     Args:
         arm: says how to couple.
         inner: the preconditioner.
-        depth: where all parameters of the blocks are, a depth spec.
+        depth: what to couple, see `scope_of`.
     """
-    if arm.scope == "proj":
-        depth = depth.only_projections()
     if arm.operator == "learn_alpha":
         learned = gs.learn_alpha(inner, depth, alpha=arm.alpha)
         return Coupled(

@@ -35,6 +35,8 @@ def model_probe(
 
     def probe(params: Any, seed: jax.Array, data: Any, step: jax.Array) -> Any:
         batch = task.draw(data, data_key(seed), step)
+        if task.rollout is not None:
+            batch = jax.tree.map(lambda leaf: leaf[0], task.rollout(params, batch))
         parts = jax.tree.map(
             lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch
         )
@@ -52,30 +54,28 @@ def model_probe(
     return probe
 
 
-def update_probe(
-    task: Task, coupled: Coupled
-) -> Callable[[Any, Any, Any], dict[str, Measures]]:
-    """Returns what measures an arm's update of the blocks before and after coupling.
+def before_and_after(coupled: Coupled) -> Callable[[Any, Any, Any], dict[str, Any]]:
+    """Returns what computes an arm's update before and after coupling.
 
     Args:
-        task: what is trained.
         coupled: of the arm.
 
     Returns:
-        A function `(gradient, state, params) -> measures`, with `roughness`, relative
-        to the squared norm, and the mean `adjacent_cosine`; each "before" and "after".
+        A function `(gradient, state, params) -> {"before": updates, "after": updates}`.
     """
 
-    def probe(gradient: Any, state: Any, params: Any) -> Any:
-        inner = coupled.inner(gradient, state, params)
+    def updates(gradient: Any, state: Any, params: Any) -> dict[str, Any]:
         after, _ = coupled.transformation.update(gradient, state, params)
-        before, after = _statistics(inner, task), _statistics(after, task)
-        return {name: {"before": before[name], "after": after[name]} for name in before}
+        return {"before": coupled.inner(gradient, state, params), "after": after}
 
-    return probe
+    return updates
 
 
-def _statistics(updates: Any, task: Task) -> Measures:
+def update_statistics(task: Task, updates: Any) -> Measures:
+    """Returns measures of an update of the blocks; the same for all arms.
+
+    `roughness`, relative to the squared norm, and the mean `adjacent_cosine`.
+    """
     stacks = diagnostics.depth_statistics(updates, task.depth).values()
     roughness = jnp.stack([stack.roughness for stack in stacks])
     squares = jnp.concatenate([stack.norms**2 for stack in stacks])

@@ -14,7 +14,15 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.evidence.arms import BASE, PROJECTIONS, Arm
+from benchmarks.evidence.arms import (
+    BASE,
+    FULL,
+    PROJECTIONS,
+    WITH_GROUPINGS,
+    Arm,
+    Plan,
+    plan_of_parts,
+)
 from benchmarks.evidence.trials import Job
 
 Options = Mapping[str, Any]
@@ -36,6 +44,25 @@ _REVERSE = {
     **{"steps": 200, "warmup": None, "b2": 0.999, "clip": None, "micro_batches": 4},
     **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
 }
+_VIT = {
+    **{"depths": [12], "width": 24, "heads": 2, "patch": [2, 4], "batch": 32},
+    **{"eval_images": 500},
+    **{"steps": 200, "warmup": 20, "b2": 0.95, "clip": 1.0, "micro_batches": 4},
+    **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
+}
+_DIFFUSION = {
+    **{"depths": [9], "width": 24, "heads": 2, "patch": 2, "batch": 8},
+    **{"eval_images": 297, "eval_times": 2, "samples": 128, "sampler_steps": 10},
+    **{"steps": 240, "warmup": 24, "b2": 0.95, "clip": 1.0, "micro_batches": 4},
+    **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
+}
+_RL = {
+    **{"depths": [6], "width": 32, "heads": 4, "batch": 16, "group": 8, "updates": 2},
+    **{"clip_ratio": 0.2, "kl": 0.01, "eval_problems": 500},
+    **{"start_steps": 1000, "start_batch": 64, "start_learning_rate": 6e-3},
+    **{"steps": 40, "warmup": None, "b2": 0.95, "clip": 1.0, "micro_batches": 4},
+    **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
+}
 _QUICK = {"steps": 40, "lanes": 2, "screen_seeds": 2, "confirm_seeds": 4}
 
 _PRESETS: dict[str, dict[str, Options]] = {
@@ -46,6 +73,8 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "small-batch": _LM | {"depths": [12], "batch": 2, "micro_batches": 2},
         "long": _LM | {"depths": [12], "steps": 600, "warmup": 60},
         "deep": _LM | {"depths": [48]},
+        # Which parameters to couple, see `plan_of`.
+        "parts": _LM | {"depths": [12]},
         "tpu": _LM_ON_TPU | {"depths": [24], "width": 2048, "heads": 16},
         "tpu-deep": _LM_ON_TPU | {"depths": [30], "width": 2560, "heads": 20},
     },
@@ -55,6 +84,30 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "tpu": _REVERSE
         | {"depths": [96], "width": 1024, "heads": 16, "length": 512, "batch": 256}
         | {"steps": 20_000, "lanes": 1},
+    },
+    "vit": {
+        "full": _VIT,
+        "quick": _VIT | _QUICK | {"depths": [4], "warmup": 4},
+        "parts": _VIT,
+        # As large as the paper's ViT-B, on the same images.
+        "tpu": _VIT
+        | {"width": 768, "heads": 12, "patch": [1, 1], "batch": 1024, "lanes": 1}
+        | {"steps": 20_000, "warmup": 500},
+    },
+    "diffusion": {
+        "full": _DIFFUSION,
+        "quick": _DIFFUSION | _QUICK | {"depths": [5], "warmup": 4},
+        "tpu": _DIFFUSION
+        | {"depths": [17], "width": 512, "heads": 8, "batch": 1024, "lanes": 1}
+        | {"steps": 20_000, "warmup": 500, "samples": 10_000, "sampler_steps": 50},
+    },
+    "rl": {
+        "full": _RL,
+        "quick": _RL | _QUICK | {"depths": [4], "steps": 10, "start_steps": 100},
+        # The start is part of the compiled programs, which bounds its size.
+        "tpu": _RL
+        | {"depths": [12], "width": 256, "heads": 8, "batch": 512, "lanes": 1}
+        | {"steps": 2_000, "start_steps": 5_000},
     },
 }
 _BY_OPTIMIZER: dict[str, dict[str, Options]] = {
@@ -68,6 +121,21 @@ _BY_OPTIMIZER: dict[str, dict[str, Options]] = {
         "sgd": {"learning_rate": 0.1, "weight_decay": 0.0},
         "muon": {"learning_rate": 1e-3, "weight_decay": 0.01},
     },
+    "vit": {
+        "adamw": {"learning_rate": 8e-3, "weight_decay": 0.05},
+        "sgd": {"learning_rate": 0.125, "weight_decay": 0.0},
+        "muon": {"learning_rate": 8e-3, "weight_decay": 0.05},
+    },
+    "diffusion": {
+        "adamw": {"learning_rate": 1.6e-2, "weight_decay": 0.01},
+        "sgd": {"learning_rate": 0.25, "weight_decay": 0.0},
+        "muon": {"learning_rate": 1.6e-2, "weight_decay": 0.01},
+    },
+    "rl": {
+        "adamw": {"learning_rate": 5e-4, "weight_decay": 0.0},
+        "sgd": {"learning_rate": 5e-3, "weight_decay": 0.0},
+        "muon": {"learning_rate": 1e-3, "weight_decay": 0.0},
+    },
 }
 
 # Billions of parameters train at lower rates.
@@ -77,6 +145,12 @@ _ON_TPU: dict[str, Options] = {
     "muon": {"learning_rate": 2e-3},
 }
 _ON_TPU_PRESETS = ("tpu", "tpu-deep")
+
+# What blocks have that can be coupled alone, see `parts_of`.
+_PARTS = {
+    "lm": ("attention", "mlp", "norms"),
+    "vit": ("attention", "mlp", "norms", "biases"),
+}
 
 NAMES = tuple(dict.fromkeys(name for of_task in _PRESETS.values() for name in of_task))
 # Those whose results are no evidence, and so are not committed.
@@ -184,6 +258,13 @@ def task_options(options: Options) -> dict[str, Any]:
     others = {field.name for field in dataclasses.fields(Job)}
     others |= {"depths", "learning_rate", "screen_seeds", "confirm_seeds"}
     return {name: value for name, value in options.items() if name not in others}
+
+
+def plan_of(task: str, preset: str) -> Plan:
+    """Returns which arms a run has."""
+    if preset == "parts":
+        return plan_of_parts(_PARTS[task])
+    return WITH_GROUPINGS if task == "diffusion" else FULL
 
 
 def confirmed_anyway(

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,23 @@ def read_finished(
 
 
 def arm_result(
-    trial: Trial, seeds: list[int], job: Job, measured: Measured
+    trial: Trial,
+    seeds: list[int],
+    job: Job,
+    measured: Measured,
+    metrics: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns what a result file says of a trial, as JSON values."""
+    """Returns what a result file says of a trial, as JSON values.
+
+    Args:
+        trial: what ran.
+        seeds: its seeds.
+        job: how it was trained.
+        measured: what was measured.
+        metrics: their names, the one that arms are judged by first.
+    """
     arm = trial.arm
+    first, *others = metrics
     steps, losses = thinned(measured.train_loss.mean(axis=1)[:, None], _POINTS)
     mechanism = {
         name: _of_seeds(values) for name, values in sorted(measured.mechanism.items())
@@ -110,8 +123,11 @@ def arm_result(
         "control": arm.control,
         "learning_rate": trial.learning_rate,
         "seeds": seeds,
-        "metric_per_seed": _numbers(measured.metric, 8),
-        "diverged": (~np.isfinite(measured.metric)).tolist(),
+        "metric_per_seed": _numbers(measured.metrics[first], 8),
+        "other_metrics_per_seed": {
+            name: _numbers(measured.metrics[name], 8) for name in others
+        },
+        "diverged": (~np.isfinite(measured.metrics[first])).tolist(),
         "curve": {"steps": steps.tolist(), "train_loss": _numbers(losses[:, 0])},
         "mechanism": {"steps": job.probed, **mechanism},
         "seconds_per_step": _numbers(np.array([measured.seconds_per_step]))[0],

@@ -12,13 +12,12 @@ import numpy as np
 
 from benchmarks.evidence.arms import (
     BASE,
+    FULL,
     MEAN,
     NORM_MATCHED_MEAN,
-    NORM_PRESERVING,
-    SMOOTHED,
-    WEAK_WINDOW,
     WINDOW,
     Arm,
+    Plan,
     controls_of,
 )
 
@@ -47,6 +46,7 @@ def next_trial(
     start: float,
     lower_is_better: bool,
     also: Sequence[tuple[Arm, float]] = (),
+    plan: Plan = FULL,
 ) -> Trial | None:
     """Returns the trial that comes next, or None where all are finished.
 
@@ -56,6 +56,7 @@ def next_trial(
         start: the learning rate at which the search of the first base begins.
         lower_is_better: of the metric.
         also: arms and rates to confirm in any case.
+        plan: which arms there are.
 
     Raises:
         NoOptimum: if an arm is best at an end of all rates in reach.
@@ -63,7 +64,7 @@ def next_trial(
     for layers in depths:
         here = [arm for arm in finished if arm["layers"] == layers]
         try:
-            trial = _next_at_depth(here, start, lower_is_better, also)
+            trial = _next_at_depth(here, start, lower_is_better, also, plan)
         except NoOptimum as error:
             raise NoOptimum(f"at {layers} layers, {error}") from None
         if trial is not None:
@@ -77,9 +78,12 @@ def _next_at_depth(
     start: float,
     lower_is_better: bool,
     also: Sequence[tuple[Arm, float]],
+    plan: Plan,
 ) -> tuple[Stage, Arm, float] | None:
     found: dict[Arm, dict[float, float]] = {}
-    to_screen = [BASE, *SMOOTHED, *controls_of(WINDOW), MEAN, NORM_MATCHED_MEAN]
+    to_screen = [BASE, *plan.screened]
+    if plan.controlled:
+        to_screen += [*controls_of(WINDOW), MEAN, NORM_MATCHED_MEAN]
     for arm in to_screen:
         found[arm] = screened(finished, arm, lower_is_better)
         try:
@@ -91,21 +95,23 @@ def _next_at_depth(
         if arm is BASE:
             start = best_rate(found[arm])
         if arm is NORM_MATCHED_MEAN:
-            others = (a for a in controls_of(best_screened(found)) if a not in found)
-            to_screen.extend(others)
+            controls = controls_of(best_screened(found, plan))
+            to_screen.extend(arm for arm in controls if arm not in found)
     done = {
         (arm["name"], arm["learning_rate"])
         for arm in finished
         if arm["stage"] == "confirm"
     }
-    for arm, rate in _to_confirm(found, also):
+    for arm, rate in _to_confirm(found, also, plan):
         if (arm.name, rate) not in done:
             return "confirm", arm, rate
     return None
 
 
 def _to_confirm(
-    found: Mapping[Arm, Mapping[float, float]], also: Sequence[tuple[Arm, float]]
+    found: Mapping[Arm, Mapping[float, float]],
+    also: Sequence[tuple[Arm, float]],
+    plan: Plan,
 ) -> Iterator[tuple[Arm, float]]:
     """All chosen arms at every rate that is the best of one of them in the screen.
 
@@ -113,22 +119,26 @@ def _to_confirm(
     controls of the best arm, and the mean over depth and its own, may need far other
     rates: at these only what they are compared with is run too.
     """
-    best = best_screened(found)
-    main = (BASE, WINDOW, *controls_of(WINDOW), WEAK_WINDOW, NORM_PRESERVING, best)
-    chosen = dict.fromkeys((*main, *controls_of(best)))
+    best = best_screened(found, plan)
+    controls = controls_of(best) if plan.controlled else ()
+    main = (BASE, *plan.confirmed, best)
+    if plan.controlled:
+        main += controls_of(WINDOW)
+    chosen = dict.fromkeys((*main, *controls))
     for rate in dict.fromkeys(best_rate(found[arm]) for arm in main):
         yield from ((arm, rate) for arm in chosen)
-    for control in controls_of(best):
+    for control in controls:
         yield from ((arm, best_rate(found[control])) for arm in (best, control))
-    yield MEAN, best_rate(found[BASE])
-    for rate in (best_rate(found[arm]) for arm in (MEAN, NORM_MATCHED_MEAN)):
-        yield from ((MEAN, rate), (NORM_MATCHED_MEAN, rate))
+    if plan.controlled:
+        yield MEAN, best_rate(found[BASE])
+        for rate in (best_rate(found[arm]) for arm in (MEAN, NORM_MATCHED_MEAN)):
+            yield from ((MEAN, rate), (NORM_MATCHED_MEAN, rate))
     yield from also
 
 
-def best_screened(found: Mapping[Arm, Mapping[float, float]]) -> Arm:
+def best_screened(found: Mapping[Arm, Mapping[float, float]], plan: Plan) -> Arm:
     """Returns the smoothed arm of the lowest cost in the screen."""
-    return min(SMOOTHED, key=lambda arm: min(found[arm].values()))
+    return min(plan.screened, key=lambda arm: min(found[arm].values()))
 
 
 def screened(

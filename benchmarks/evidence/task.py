@@ -1,15 +1,17 @@
 """What a task is: all of an experiment but the optimizer.
 
-A module of a task has `METRIC`, and `build(layers, *, ...)`, which returns its `Task`
-at a depth.
+A module of a task has `METRICS`, by the first of which arms are tuned and judged, and
+`build(layers, *, ...)`, which returns its `Task` at a depth.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.training import Draw, Init, Loss
+from benchmarks.training import Draw, Init, Loss, Rollout
 
 
 class Metric(NamedTuple):
@@ -17,7 +19,7 @@ class Metric(NamedTuple):
 
     Attributes:
         name: as in a table's header.
-        unit: of its values.
+        unit: of its values, or "".
         lower_is_better: whether a smaller value is a better one.
     """
 
@@ -36,10 +38,15 @@ class Task(NamedTuple):
         draw: the batch of a step, a tree of arrays with a leading axis of examples; a
             function of key and step alone, so that all arms see the same.
         loss: the mean over a batch's examples.
-        evaluate: the metric of parameters, on held-out data that all seeds share.
+        evaluate: {name of a metric: its value} of parameters, on held-out data that all
+            seeds share.
         states: the residual stream before the first and after every block, for a
             batch, of shape `(L + 1, ..., width)`.
         decayed: which leaves of the parameters have weight decay, a tree of bools.
+        hidden: which are matrices of the blocks, and so Muon's, a tree of bools.
+        scopes: {name: depth spec} of other things that an arm may couple.
+        rollout: what a policy makes of a drawn batch, or None where the batch itself is
+            trained on; see `benchmarks.training`.
     """
 
     depth: Any
@@ -47,6 +54,37 @@ class Task(NamedTuple):
     init: Init
     draw: Draw
     loss: Loss
-    evaluate: Callable[[Any], jax.Array]
+    evaluate: Callable[[Any], Mapping[str, jax.Array]]
     states: Callable[[Any, Any], jax.Array]
     decayed: Callable[[Any], Any]
+    hidden: Callable[[Any], Any]
+    scopes: Mapping[str, Any] = MappingProxyType({})
+    rollout: Rollout | None = None
+
+
+# In "/"-joined paths; every task calls the parts of its blocks so.
+_PARTS = {
+    "attention": r"(^|/)attention/.*kernel$",
+    "mlp": r"(^|/)mlp_(in|out)/kernel$",
+    "norms": r"norm/(scale|bias)$",
+    "biases": r"(^|/)(?!\w*norm/)\w+/bias$",
+}
+
+
+def parts_of(depth: Any) -> dict[str, Any]:
+    """Returns {part: depth spec} of the kinds of parameters that blocks have.
+
+    The kernels of attention, those of the MLP, the norms' parameters, and the biases of
+    projections.
+
+    Args:
+        depth: where all parameters of the blocks are.
+    """
+
+    def only(pattern: str) -> Any:
+        found = re.compile(pattern)
+        return depth.only(
+            lambda path, leaf: found.search("/".join(map(str, path))) is not None
+        )
+
+    return {part: only(pattern) for part, pattern in _PARTS.items()}

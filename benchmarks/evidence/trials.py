@@ -13,8 +13,12 @@ import numpy as np
 import optax
 
 from benchmarks.evidence import placement
-from benchmarks.evidence.arms import Arm, coupled
-from benchmarks.evidence.mechanism import model_probe, update_probe
+from benchmarks.evidence.arms import Arm, coupled, scope_of
+from benchmarks.evidence.mechanism import (
+    before_and_after,
+    model_probe,
+    update_statistics,
+)
 from benchmarks.evidence.task import Task
 from benchmarks.optimizers import preconditioner, warmup_cosine
 from benchmarks.training import TrainState, init_params, train_steps
@@ -63,14 +67,14 @@ class Measured(NamedTuple):
     """What a trial measured, of S seeds.
 
     Attributes:
-        metric: of the last parameters, shape `(S,)`.
+        metrics: {name: values} of the last parameters, of shape `(S,)`.
         train_loss: of every step, shape `(steps, S)`.
         mechanism: {name: values or {"before", "after": values}}, of shape
             `(len(job.probed), S)`.
         seconds_per_step: of as many seeds as there are lanes, the median over calls.
     """
 
-    metric: np.ndarray
+    metrics: dict[str, np.ndarray]
     train_loss: np.ndarray
     mechanism: dict[str, Any]
     seconds_per_step: float
@@ -95,8 +99,8 @@ def build_optimizer(job: Job, task: Task, arm: Arm) -> optax.GradientTransformat
 
 def _coupled(job: Job, task: Task, arm: Arm) -> Any:
     clip = optax.identity() if job.clip is None else optax.clip_by_global_norm(job.clip)
-    inner = optax.chain(clip, preconditioner(job.optimizer, job.b2))
-    return coupled(arm, inner, task.depth)
+    base = preconditioner(job.optimizer, task.depth, task.hidden, job.b2)
+    return coupled(arm, optax.chain(clip, base), scope_of(arm, task))
 
 
 def at_rate(opt_state: Any, learning_rate: jax.typing.ArrayLike) -> Any:
@@ -110,20 +114,29 @@ class Measures(NamedTuple):
     """The compiled functions that all arms of a job and task share.
 
     Attributes:
-        evaluate: parameters stacked over seeds -> metric `(S,)`.
+        init: seeds -> parameters stacked over them.
+        evaluate: such parameters -> {metric: `(S,)`}.
         probe: (parameters, seeds, data, step) -> gradients and measures of the model.
+        statistics: updates -> measures of them.
     """
 
+    init: Any
     evaluate: Any
     probe: Any
+    statistics: Any
 
 
 def build_measures(job: Job, task: Task) -> Measures:
-    """Returns what measures parameters, whatever trained them."""
+    """Returns what makes and measures parameters, whatever trains them."""
+    init = functools.partial(init_params, task.init)
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((job.lanes,), jnp.int32))
     probe = model_probe(task, job.micro_batches)
+    statistics = functools.partial(update_statistics, task)
     return Measures(
+        jax.jit(init, out_shardings=placement.shardings(shapes)),
         jax.jit(jax.vmap(task.evaluate)),
         jax.jit(jax.vmap(probe, in_axes=(0, 0, None, None))),
+        jax.jit(jax.vmap(statistics)),
     )
 
 
@@ -132,21 +145,21 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
     optimizer = build_optimizer(job, task, arm)
     probed = job.probed
     most_steps = max(np.diff(probed, prepend=0)).item()
-    train = train_steps(task.loss, optimizer, task.draw, most_steps)
+    train = train_steps(task.loss, optimizer, task.draw, most_steps, task.rollout)
 
-    def initial(learning_rate: Any, seeds: jax.Array) -> TrainState:
-        params = init_params(task.init, seeds)
-        opt_state = jax.vmap(optimizer.init)(params)
-        return TrainState(params, at_rate(opt_state, learning_rate))
+    def opt_state_at(learning_rate: Any, params: Any) -> Any:
+        return at_rate(jax.vmap(optimizer.init)(params), learning_rate)
 
-    shapes = jax.eval_shape(initial, 1.0, jax.ShapeDtypeStruct((job.lanes,), jnp.int32))
-    initial = jax.jit(initial, out_shardings=placement.shardings(shapes))
-    probe_updates = jax.jit(jax.vmap(update_probe(task, _coupled(job, task, arm))))
+    seeds = jax.ShapeDtypeStruct((job.lanes,), jnp.int32)
+    shapes = jax.eval_shape(opt_state_at, 1.0, jax.eval_shape(measures.init, seeds))
+    opt_state_at = jax.jit(opt_state_at, out_shardings=placement.shardings(shapes))
+    updates = jax.jit(jax.vmap(before_and_after(_coupled(job, task, arm))))
 
     def of_lanes(
         learning_rate: float, seeds: jax.Array, progress: Callable[[int], Any]
     ) -> Measured:
-        state = initial(learning_rate, seeds)
+        params = measures.init(seeds)
+        state = TrainState(params, opt_state_at(learning_rate, params))
         losses, seconds, probes = [], [], []
         for start, end in zip([0, *probed[:-1]], probed, strict=True):
             began = time.perf_counter()
@@ -159,11 +172,23 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
             gradient, of_model = measures.probe(
                 state.params, seeds, task.data, np.int32(end)
             )
-            of_updates = probe_updates(gradient, state.opt_state[0], state.params)
-            probes.append(jax.device_get(dict(of_updates) | dict(of_model)))
+            of_updates = {
+                moment: measures.statistics(update)
+                for moment, update in updates(
+                    gradient, state.opt_state[0], state.params
+                ).items()
+            }
+            probes.append(
+                {
+                    name: {at: of_updates[at][name] for at in of_updates}
+                    for name in of_updates["before"]
+                }
+                | of_model
+            )
+            probes = jax.device_get(probes)
             progress(end - start)
         return Measured(
-            metric=np.asarray(measures.evaluate(state.params)),
+            metrics=jax.tree.map(np.asarray, measures.evaluate(state.params)),
             train_loss=np.concatenate(losses),
             mechanism=jax.tree.map(lambda *values: np.stack(values), *probes),
             # The first call compiles.
@@ -179,13 +204,12 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
             of_lanes(learning_rate, jnp.array(lanes), progress)
             for lanes in np.reshape(seeds, (-1, job.lanes)).tolist()
         ]
-        metric, train_loss, mechanism, seconds = zip(*parts, strict=True)
-        joined = functools.partial(np.concatenate, axis=-1)
-        return Measured(
-            joined(metric),
-            joined(train_loss),
-            jax.tree.map(lambda *values: joined(values), *mechanism),
-            statistics.median(seconds),
+        joined = jax.tree.map(
+            lambda *values: np.concatenate(values, axis=-1),
+            *(part._replace(seconds_per_step=np.zeros(0)) for part in parts),
+        )
+        return joined._replace(
+            seconds_per_step=statistics.median(part.seconds_per_step for part in parts)
         )
 
     return run

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.stats
 
 from benchmarks.comparison import PairedDifference, paired_difference
-from benchmarks.report.records import Arm, Kind, Setting
+from benchmarks.report.records import Arm, Kind, Metric, Setting
 
 
 class TunedRate(NamedTuple):
@@ -207,19 +207,26 @@ def difference(arm: Arm | None, other: Arm | None) -> PairedDifference | None:
 def best_against_best(
     setting: Setting, kind: Kind | None, other: Kind | None
 ) -> PairedDifference | None:
-    """Returns the difference of two kinds, each at the best rate of those of both.
+    """Returns the difference of two kinds, each at the best rate of those of both."""
+    return difference(*best_pair(setting, kind, other))
+
+
+def best_pair(
+    setting: Setting, kind: Kind | None, other: Kind | None
+) -> tuple[Arm | None, Arm | None]:
+    """Returns two kinds at the best rates of those of both, None for what has not run.
 
     The mean over depth, and its control, are compared with each at its best rate of all
     it has.
     """
     if kind is None or other is None:
-        return None
+        return None, None
     ours, theirs = (
         [arm for arm in setting.confirm if arm.kind == of] for of in (kind, other)
     )
     if "mean" not in (kind.operator, other.operator):
         ours, theirs = _shared(ours, theirs), _shared(theirs, ours)
-    return difference(_best(setting, kind, ours), _best(setting, other, theirs))
+    return _best(setting, kind, ours), _best(setting, other, theirs)
 
 
 def _shared(arms: Sequence[Arm], others: Sequence[Arm]) -> list[Arm]:
@@ -229,6 +236,11 @@ def _shared(arms: Sequence[Arm], others: Sequence[Arm]) -> list[Arm]:
         for arm in arms
         if any(arm_at(others, other.kind, arm.learning_rate) for other in others[:1])
     ]
+
+
+def by_metric(arm: Arm | None, metric: Metric) -> Arm | None:
+    """Returns an arm with the losses of another metric than it was tuned by."""
+    return None if arm is None else arm._replace(losses=arm.others[metric.name])
 
 
 def at_base_rate(setting: Setting, kind: Kind) -> PairedDifference | None:

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.comparison import PairedDifference
+from benchmarks.report.choices import part_kinds
 from benchmarks.report.comparisons import (
     arm_at,
     base_of,
@@ -65,7 +66,11 @@ _RC = {
 def drawings(sources: Sequence[Source]) -> dict[str, Figure]:
     """Returns all figures by their file names; those without data are left out."""
     with _style():
-        found = {"differences.svg": forest([s for x in sources for s in x.settings])}
+        settings = [s for source in sources for s in source.settings]
+        found = {
+            "differences.svg": forest([s for s in settings if not s.is_of_parts]),
+            "parts.svg": parts([s for s in settings if s.is_of_parts]),
+        }
         for source in sources:
             found[f"{source.stem}-rates.svg"] = rates(source.settings)
             found[f"{source.stem}-mechanism.svg"] = mechanism(source.settings)
@@ -148,7 +153,7 @@ def _draw_forest(ax: Axes, settings: Sequence[Setting]) -> None:
             found = best_against_best(setting, kind, base_of(setting))
             place = row + (index - 3) * 0.125
             if found is not None:
-                _draw_interval(ax, place, found, metric.sign, role)
+                _draw_interval(ax, place, found, metric.sign, role, _ROLES[role])
         if row:
             ax.axhline(row - 0.5, color="0.8", linewidth=0.8)
     ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings])
@@ -159,9 +164,14 @@ def _draw_forest(ax: Axes, settings: Sequence[Setting]) -> None:
 
 
 def _draw_interval(
-    ax: Axes, place: float, found: PairedDifference, sign: int, role: str
+    ax: Axes,
+    place: float,
+    found: PairedDifference,
+    sign: int,
+    role: str,
+    style: tuple[str, str],
 ) -> None:
-    color, marker = _ROLES[role]
+    color, marker = style
     if has_diverged(found):
         ax.annotate(
             f"{role}: diverged",
@@ -190,6 +200,37 @@ def _forest_key(ax: Axes, role: str) -> Any:
     color, marker = _ROLES[role]
     (key,) = ax.plot([], [], color=color, marker=marker, markersize=4.5, label=role)
     return key
+
+
+# ── which parameters to couple ───────────────────────────────────────────────
+
+
+def parts(settings: Sequence[Setting]) -> Figure | None:
+    """Draws what coupling one kind of parameters does, a panel per setting."""
+    settings = [setting for setting in settings if setting.confirm]
+    if not settings:
+        return None
+    row, left, gap, wide, bottom, top = 0.3, 1.6, 0.4, 3.4, 0.6, 0.75
+    names = list(dict.fromkeys(k.name for s in settings for k in part_kinds(s)))
+    tall = row * len(names)
+    width = left + (wide + gap) * len(settings)
+    figure = Figure(figsize=(width, top + tall + bottom), dpi=100)
+    for column, setting in enumerate(settings):
+        ax = _axes(figure, (left + column * (wide + gap), bottom, wide, tall))
+        ax.axvline(0, color=_BLACK, linewidth=1)
+        for kind in part_kinds(setting):
+            found = best_against_best(setting, kind, base_of(setting))
+            if found is not None:
+                place, sign = names.index(kind.name), setting.metric.sign
+                _draw_interval(ax, place, found, sign, kind.name, (_BLUE, "s"))
+        ax.set_yticks(range(len(names)), [""] * len(names) if column else names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.margins(x=0.08)
+        metric = setting.metric
+        ax.set_xlabel(f"{metric_name(metric)}, difference; {better(metric)}")
+        ax.set_title(setting_name(setting))
+    _title(figure, "best against best, minus the base, 95 %; filled: excludes 0")
+    return figure
 
 
 # ── the screen ───────────────────────────────────────────────────────────────
@@ -327,10 +368,15 @@ def mechanism(settings: Sequence[Setting]) -> Figure | None:
     if not with_arms:
         return None
     setting, recorded = with_arms[-1]
+    if setting.is_of_parts:
+        return _mechanism(setting, recorded)
     shown = [base_of(setting), *_kinds_of_roles(setting)]
     if best_screened_of(setting) != window_of(setting, 0.1):
         shown.remove(window_of(setting, 0.1))
-    arms = [arm for arm in recorded if arm.kind in shown]
+    return _mechanism(setting, [arm for arm in recorded if arm.kind in shown])
+
+
+def _mechanism(setting: Setting, arms: Sequence[Arm]) -> Figure:
     names = quantities(arms)
     styles = _line_styles([arm.kind for arm in arms])
 

@@ -19,6 +19,11 @@ def metric_name(metric: Metric) -> str:
     return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
+def metric_text(metric: Metric) -> str:
+    """Returns a metric's name, unit and direction."""
+    return f"{metric_name(metric)}, {better(metric)}"
+
+
 def better(metric: Metric) -> str:
     """Returns the direction in which a metric is better."""
     return "lower is better" if metric.sign > 0 else "higher is better"

@@ -1,7 +1,7 @@
 """Result files read into records whose metric is lower where it is better."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Arm(NamedTuple):
         learning_rate: its rate.
         seeds: the seeds it ran with.
         losses: one per seed, lower is better; NaN where the run diverged.
+        others: the same by other metrics, {name: losses}.
         mechanism: quantity, such as "roughness, after", to its values over training,
             with "steps" among them; empty if nothing was recorded.
     """
@@ -50,19 +51,29 @@ class Arm(NamedTuple):
     learning_rate: float
     seeds: tuple[int, ...]
     losses: np.ndarray
+    others: Mapping[str, np.ndarray]
     mechanism: Mapping[str, np.ndarray]
 
 
 class Setting(NamedTuple):
-    """One model trained by one optimizer: what a verdict is about."""
+    """One model trained by one optimizer: what a verdict is about.
+
+    Arms are tuned and judged by `metric`; `others` are measured of the same arms.
+    """
 
     task: str
     optimizer: str
     preset: str
     layers: int
     metric: Metric
+    others: tuple[Metric, ...]
     screen: tuple[Arm, ...]
     confirm: tuple[Arm, ...]
+
+    @property
+    def is_of_parts(self) -> bool:
+        """Whether its arms couple a part each; then there are no controls."""
+        return self.preset == "parts"
 
 
 class Source(NamedTuple):
@@ -111,15 +122,13 @@ def _place(source: Source) -> tuple[Any, ...]:
 
 
 def _setting(value: Mapping[str, Any], layers: int) -> Setting:
-    metric = Metric(
-        value["metric"]["name"],
-        value["metric"]["unit"],
-        1 if value["metric"]["lower_is_better"] else -1,
-    )
+    metric = _metric(value["metric"])
+    # Files of tasks that have one metric may leave out that there is no other.
+    others = tuple(map(_metric, value.get("other_metrics", ())))
 
     def stage(name: str) -> tuple[Arm, ...]:
         arms = [
-            _arm(arm, metric.sign)
+            _arm(arm, metric, others)
             for arm in value["arms"]
             if arm["layers"] == layers and arm["stage"] == name
         ]
@@ -139,19 +148,32 @@ def _setting(value: Mapping[str, Any], layers: int) -> Setting:
         value["preset"],
         layers,
         metric,
+        others,
         stage("screen"),
         stage("confirm"),
     )
 
 
-def _arm(value: Mapping[str, Any], sign: int) -> Arm:
-    losses = sign * np.array(value["metric_per_seed"], float)
-    losses[np.array(value["diverged"], bool) | ~np.isfinite(losses)] = np.nan
+def _metric(value: Mapping[str, Any]) -> Metric:
+    sign = 1 if value["lower_is_better"] else -1
+    return Metric(value["name"], value["unit"], sign)
+
+
+def _arm(value: Mapping[str, Any], metric: Metric, others: Sequence[Metric]) -> Arm:
+    def losses(of: Sequence[float | None], sign: int) -> np.ndarray:
+        found = sign * np.array(of, float)
+        found[np.array(value["diverged"], bool) | ~np.isfinite(found)] = np.nan
+        return found
+
     return Arm(
         Kind(*(value[field] for field in Kind._fields)),
         value["learning_rate"],
         tuple(value["seeds"]),
-        losses,
+        losses(value["metric_per_seed"], metric.sign),
+        {
+            other.name: losses(value["other_metrics_per_seed"][other.name], other.sign)
+            for other in others
+        },
         _mechanism(value.get("mechanism") or {}),
     )
 

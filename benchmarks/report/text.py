@@ -8,25 +8,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison import (
-    PairedDifference,
-    format_difference,
     format_table,
 )
+from benchmarks.report.cells import NOT_RUN, difference_text, level_text, rate_text
+from benchmarks.report.choices import groupings, parts
 from benchmarks.report.comparisons import (
     arm_at,
     at_base_rate,
     at_screened_rates,
     base_of,
     best_against_best,
-    best_rate,
+    best_pair,
+    by_metric,
     confirmed,
     control_of,
     difference,
-    has_diverged,
     is_base,
-    is_better,
-    is_smoothed,
-    is_worse,
     kinds,
     mean_of,
     preserving_of,
@@ -35,16 +32,10 @@ from benchmarks.report.comparisons import (
 )
 from benchmarks.report.headline import headline
 from benchmarks.report.mechanism import mechanism_arms, quantities
-from benchmarks.report.names import better, metric_name, run_name, setting_name
-from benchmarks.report.records import Arm, Kind, Metric, Setting, Source
+from benchmarks.report.names import metric_text, run_name, setting_name
+from benchmarks.report.published import paper, replication
+from benchmarks.report.records import Kind, Setting, Source
 from benchmarks.report.verdicts import CONTROLS, Judgment, Outcome, Verdict, outcomes
-
-NOT_RUN = "not run"
-
-# What an independent replication of the paper published of the task "reverse":
-# 24-layer encoder, AdamW at 2e-3, window(0.2) on the projections, 5 seeds.
-REPLICATION_RATE = 2e-3
-_PUBLISHED = ("published", "5", "3.1121", "3.0911", "-0.0209 [-0.0264, -0.0154]", "")
 
 
 def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
@@ -54,9 +45,11 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
         sources: the results.
         figures: file names of the figures there are.
     """
-    of_all = outcomes([s for source in sources for s in source.settings])
+    settings = [s for source in sources for s in source.settings]
+    judged = [setting for setting in settings if not setting.is_of_parts]
+    of_all = outcomes(judged)
     figures = set(figures)
-    parts = [
+    found = [
         "<!-- Written by `python -m benchmarks.report`. -->",
         "# Does depth smoothing help?",
         headline(of_all),
@@ -64,12 +57,16 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
         HOW_TO_READ,
         summary(of_all),
         _figure("differences", "Best against best, with intervals", figures),
-        replication([outcome.setting for outcome in of_all]),
+        paper(sources),
+        replication(judged),
+        parts([setting for setting in settings if setting.is_of_parts]),
+        _figure("parts", "What coupling a part does, with intervals", figures),
+        groupings(judged),
         *(_source_part(source, of_all, figures) for source in sources),
         "## Where the numbers come from",
         provenance(sources),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in found if part) + "\n"
 
 
 HOW_TO_READ = """\
@@ -114,12 +111,12 @@ def summary(of_all: Sequence[Outcome]) -> str:
     rows = []
     for outcome in of_all:
         name, *cells = _summary_row(outcome)
-        metric = [_metric_text(outcome.setting.metric)] if len(metrics) > 1 else []
+        metric = [metric_text(outcome.setting.metric)] if len(metrics) > 1 else []
         rows.append([name, *metric, *cells])
     table = format_table(header, rows)
     if len(metrics) > 1:
         return table
-    return f"Metric: {_metric_text(of_all[0].setting.metric)}.\n\n{table}"
+    return f"Metric: {metric_text(of_all[0].setting.metric)}.\n\n{table}"
 
 
 def _summary_row(outcome: Outcome) -> list[str]:
@@ -165,22 +162,19 @@ def _best_text(outcome: Outcome, columns: Sequence[Kind | None]) -> str:
     return f"{best.name}: {'; '.join(parts)}"
 
 
-def _metric_text(metric: Metric) -> str:
-    return f"{metric_name(metric)}, {better(metric)}"
-
-
 # ── one file ─────────────────────────────────────────────────────────────────
 
 
 def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -> str:
     first = source.settings[0]
-    parts = [f"## {run_name(first)}"]
+    found = [f"## {run_name(first)}"]
     for setting in source.settings:
-        (outcome,) = (o for o in of_all if o.setting is setting)
-        parts += [
+        verdicts = [f"{_verdicts(o)} " for o in of_all if o.setting is setting]
+        found += [
             f"### {setting_name(setting)}",
-            f"{_verdicts(outcome)} Metric: {_metric_text(setting.metric)}.",
+            f"{''.join(verdicts)}Metric: {metric_text(setting.metric)}.",
             confirm_table(setting),
+            other_table(setting),
             _details(
                 "Screen: mean over its seeds at every rate", screen_table(setting)
             ),
@@ -191,11 +185,11 @@ def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -
                 mechanism_table(setting),
             ),
         ]
-    parts += [
+    found += [
         _figure(f"{source.stem}-rates", "Metric at every screened rate", figures),
         _figure(f"{source.stem}-mechanism", "Mechanism over training", figures),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in found if part)
 
 
 def _verdicts(outcome: Outcome) -> str:
@@ -233,6 +227,33 @@ def confirm_table(setting: Setting) -> str:
             row += [_control_text(setting, kind, control) for control in CONTROLS]
         rows.append(row + [""] * (len(header) - len(row)))
     return format_table(header, rows)
+
+
+def other_table(setting: Setting) -> str:
+    """Returns the same arms by the metrics that they were not tuned by, or ""."""
+    if not setting.others or not setting.confirm:
+        return ""
+    base, there = base_of(setting), {arm.kind for arm in setting.confirm}
+    rows = []
+    for kind in filter(there.__contains__, kinds(setting)):
+        ours, theirs = best_pair(setting, kind, base)
+        row = [kind.name]
+        for metric in setting.others:
+            arm, of_base = by_metric(ours, metric), by_metric(theirs, metric)
+            found = (
+                ""
+                if is_base(kind)
+                else difference_text(metric, difference(arm, of_base))
+            )
+            row += [level_text(metric, arm), found]
+        rows.append(row)
+    header = ["arm"]
+    for metric in setting.others:
+        header += [metric_text(metric), "minus base"]
+    return (
+        f"The same, tuned by {setting.metric.name} as above, by what else was "
+        f"measured:\n\n{format_table(header, rows)}"
+    )
 
 
 def _control_text(setting: Setting, kind: Kind, control: str) -> str:
@@ -284,65 +305,6 @@ def _last(values: np.ndarray | None) -> str:
     return f"{values[-1]:.3g}"
 
 
-# ── the published replication ────────────────────────────────────────────────
-
-
-def replication(settings: Sequence[Setting]) -> str:
-    """Returns the published replication and the same from these results, or ""."""
-    here = [s for s in settings if s.task == "reverse"]
-    if not here:
-        return ""
-    header = ["", "seeds", "base", "window(0.2), proj", "difference [95 %]", "wins"]
-    rows = [list(_PUBLISHED), *(_replication_row(setting) for setting in here)]
-    return (
-        "## The published replication\n\n"
-        "An independent replication of the paper trained a 24-layer encoder to reverse "
-        f"a sequence, with AdamW at {REPLICATION_RATE:g} and the window(0.2) on the "
-        "projections. Evaluation loss, lower is better, at that rate:\n\n"
-        f"{format_table(header, rows)}\n\n{' '.join(map(_best_here, here))}"
-    )
-
-
-def _best_here(setting: Setting) -> str:
-    base = base_of(setting)
-    if base is None or tuned_rate(setting, base) is None:
-        return "What the base's best rate is here has not been screened yet."
-    best = rate_text(setting, base)
-    return f"The base's best rate here ({setting_name(setting)}): {best}."
-
-
-def _replication_row(setting: Setting) -> list[str]:
-    name = f"the same here ({setting_name(setting)})"
-    window = next(
-        (
-            kind
-            for kind in kinds(setting)
-            if is_smoothed(kind)
-            and (kind.operator, kind.variant, kind.scope)
-            == ("window", "standard", "proj")
-            and math.isclose(kind.alpha, 0.2)
-        ),
-        None,
-    )
-    arms = [
-        arm_at(setting.confirm, kind, REPLICATION_RATE)
-        for kind in (base_of(setting), window)
-    ]
-    found = difference(arms[1], arms[0])
-    if found is None:
-        return [name, "", *(level_text(setting.metric, arm) for arm in arms), "", ""]
-    low, high = found.mean - found.half_width, found.mean + found.half_width
-    return [
-        name,
-        str(found.num_seeds),
-        *(level_text(setting.metric, arm) for arm in arms),
-        "diverged"
-        if has_diverged(found)
-        else f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]",
-        f"{found.wins}/{found.num_seeds}",
-    ]
-
-
 # ── provenance ───────────────────────────────────────────────────────────────
 
 
@@ -388,40 +350,7 @@ def _pairs(values: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {text(value)}" for key, value in values.items())
 
 
-# ── cells ────────────────────────────────────────────────────────────────────
-
-
-def difference_text(metric: Metric, found: PairedDifference | None) -> str:
-    """Returns a difference in the metric's own sign, with the seeds won."""
-    if found is None:
-        return NOT_RUN
-    wins = f"({found.wins}/{found.num_seeds})"
-    if has_diverged(found):
-        return f"diverged {wins}"
-    text = format_difference(found._replace(mean=metric.sign * found.mean))
-    return (
-        f"**{text}** {wins}"
-        if is_better(found) or is_worse(found)
-        else f"{text} {wins}"
-    )
-
-
-def level_text(metric: Metric, arm: Arm | None) -> str:
-    """Returns the mean of the metric over an arm's seeds."""
-    if arm is None:
-        return NOT_RUN
-    diverged = int(np.sum(np.isnan(arm.losses)))
-    if diverged:
-        return f"diverged in {diverged} of {arm.losses.size}"
-    return f"{metric.sign * np.mean(arm.losses):.4f}"
-
-
-def rate_text(setting: Setting, kind: Kind) -> str:
-    """Returns a kind's best rate, and whether it is at an end of those tried."""
-    best = best_rate(setting, kind)
-    if best is None:
-        return "not screened"
-    return f"{best.rate:g}, at an end" if best.at_an_end else f"{best.rate:g}"
+# ── parts ────────────────────────────────────────────────────────────────────
 
 
 def _details(title: str, body: str) -> str:

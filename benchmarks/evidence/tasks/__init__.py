@@ -1,5 +1,5 @@
 """The tasks by name."""
 
-from benchmarks.evidence.tasks import lm, reverse
+from benchmarks.evidence.tasks import diffusion, lm, reverse, rl, vit
 
-TASKS = {"lm": lm, "reverse": reverse}
+TASKS = {"lm": lm, "reverse": reverse, "vit": vit, "diffusion": diffusion, "rl": rl}

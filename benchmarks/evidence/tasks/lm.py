@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 import gradsmooth_optax as gs
 from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
-from benchmarks.evidence.task import Metric, Task
+from benchmarks.evidence.task import Metric, Task, parts_of
 from benchmarks.gpt import GPT, init_gpt
 from benchmarks.next_token import mean_loss, next_token_loss
-from benchmarks.optimizers import matrices
+from benchmarks.optimizers import hidden_matrices, matrices
 
-METRIC = Metric("validation loss", "nats/byte", lower_is_better=True)
+METRICS = (Metric("validation loss", "nats/byte", lower_is_better=True),)
 
 
 def build(
@@ -67,13 +67,18 @@ def build(
         (after,) = blocks["blocks"]["states"]
         return jnp.concatenate([first[None], after])
 
+    depth = gs.scanned("blocks/")
+    parts = parts_of(depth)
+    del parts["biases"]  # there are none
     return Task(
-        depth=gs.scanned("blocks/"),
+        depth=depth,
         data=jnp.asarray(text.train),
         init=init_gpt(model),
         draw=functools.partial(sample_windows, batch=batch, context=context),
         loss=functools.partial(next_token_loss, model),
-        evaluate=lambda params: mean_loss(model, params, windows),
+        evaluate=lambda params: {"validation loss": mean_loss(model, params, windows)},
         states=states,
         decayed=matrices,
+        hidden=hidden_matrices,
+        scopes=parts,
     )

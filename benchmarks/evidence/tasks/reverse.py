@@ -15,8 +15,9 @@ from flax import linen as nn
 
 import gradsmooth_optax as gs
 from benchmarks.evidence.task import Metric, Task
+from benchmarks.optimizers import hidden_matrices
 
-METRIC = Metric("evaluation loss", "nats/symbol", lower_is_better=True)
+METRICS = (Metric("evaluation loss", "nats/symbol", lower_is_better=True),)
 
 
 def build(
@@ -75,10 +76,11 @@ def build(
         init=lambda key: model.init(key, held_out[:1])["params"],
         draw=draw,
         loss=loss,
-        evaluate=lambda params: loss(params, held_out),
+        evaluate=lambda params: {"evaluation loss": loss(params, held_out)},
         states=states,
         # As in PyTorch's AdamW.
         decayed=lambda params: jax.tree.map(lambda _: True, params),
+        hidden=hidden_matrices,
     )
 
 
