@@ -19,9 +19,9 @@ from typing import Any
 
 from benchmarks.comparison import format_table
 from benchmarks.json_files import RESULTS
-from benchmarks.report.headline import headline
+from benchmarks.report.grid import grid
+from benchmarks.report.headline import in_short
 from benchmarks.report.records import Source, read_sources
-from benchmarks.report.text import HOW_TO_READ, summary
 from benchmarks.report.verdicts import outcomes
 from benchmarks.speed.peers import HOOK, OURS
 
@@ -117,9 +117,10 @@ def costs(speed: Mapping[str, Any]) -> dict[str, str]:
 
 
 def evidence_text(sources: Sequence[Source]) -> str:
-    """Returns the verdict of the report and its table of all settings."""
-    of_all = outcomes([setting for source in sources for setting in source.settings])
-    return f"{headline(of_all)}\n\n{HOW_TO_READ}\n\n{summary(of_all)}"
+    """Returns the verdict of the report in short, and the whole grid."""
+    settings = [setting for source in sources for setting in source.settings]
+    of_all = outcomes([setting for setting in settings if not setting.is_of_parts])
+    return f"{in_short(of_all)}\n\n{grid(of_all)}"
 
 
 def speed_text(reports: Mapping[str, Mapping[str, Any]]) -> str:

@@ -984,6 +984,7 @@ def fake_trial(job, task, arm, measures):
                 "adjacent_cosine": {"before": of_probes, "after": of_probes},
                 "roughness": {"before": of_probes, "after": of_probes},
             },
+            before={},
             seconds_per_step=0.01,
         )
 
@@ -1014,6 +1015,9 @@ def assert_complete(value, screen_seeds, confirm_seeds):
     assert set(value["metric"]) == {"name", "unit", "lower_is_better"}
     sign = 1 if value["metric"]["lower_is_better"] else -1
     for arm in value["arms"]:
+        before = arm.pop("metrics_before", {})
+        assert set(before) <= {value["metric"]["name"], *others}
+        assert not before or arm["operator"] == "none"
         of_others = arm.setdefault("other_metrics_per_seed", {})
         assert set(arm) == OF_ARM
         assert list(of_others) == others

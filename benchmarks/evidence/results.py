@@ -108,6 +108,10 @@ def arm_result(
     """
     arm = trial.arm
     first, *others = metrics
+    before = {
+        name: _numbers(of.mean(keepdims=True))[0]
+        for name, of in measured.before.items()
+    }
     steps, losses = thinned(measured.train_loss.mean(axis=1)[:, None], _POINTS)
     mechanism = {
         name: _of_seeds(values) for name, values in sorted(measured.mechanism.items())
@@ -127,6 +131,7 @@ def arm_result(
         "other_metrics_per_seed": {
             name: _numbers(measured.metrics[name], 8) for name in others
         },
+        **({"metrics_before": before} if before else {}),
         "diverged": (~np.isfinite(measured.metrics[first])).tolist(),
         "curve": {"steps": steps.tolist(), "train_loss": _numbers(losses[:, 0])},
         "mechanism": {"steps": job.probed, **mechanism},

@@ -71,12 +71,14 @@ class Measured(NamedTuple):
         train_loss: of every step, shape `(steps, S)`.
         mechanism: {name: values or {"before", "after": values}}, of shape
             `(len(job.probed), S)`.
+        before: what of the metrics is there before training, of the base; else empty.
         seconds_per_step: of as many seeds as there are lanes, the median over calls.
     """
 
     metrics: dict[str, np.ndarray]
     train_loss: np.ndarray
     mechanism: dict[str, Any]
+    before: dict[str, np.ndarray]
     seconds_per_step: float
 
 
@@ -160,6 +162,8 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
     ) -> Measured:
         params = measures.init(seeds)
         state = TrainState(params, opt_state_at(learning_rate, params))
+        # All arms begin at the same, and so it is measured once.
+        before = measures.evaluate(params) if arm.operator == "none" else {}
         losses, seconds, probes = [], [], []
         for start, end in zip([0, *probed[:-1]], probed, strict=True):
             began = time.perf_counter()
@@ -191,6 +195,7 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
             metrics=jax.tree.map(np.asarray, measures.evaluate(state.params)),
             train_loss=np.concatenate(losses),
             mechanism=jax.tree.map(lambda *values: np.stack(values), *probes),
+            before=jax.tree.map(np.asarray, before),
             # The first call compiles.
             seconds_per_step=statistics.median(seconds[1:] or seconds),
         )

@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "`python -m benchmarks.evidence`, or name another directory with --results"
         )
     figures = {name: svg(figure) for name, figure in drawings(sources).items()}
-    text = report(sources, figures)
+    # Pictures that other commands made.
+    pictures = [path.name for path in (options.results / "figures").glob("*.png")]
+    text = report(sources, [*figures, *pictures])
     if options.check:
         stale = differences(options.results, text, figures)
         print("\n".join(stale) or "the report is what the results say")

@@ -53,6 +53,12 @@ def headline(of_all: Sequence[Outcome]) -> str:
     return "\n\n".join(parts)
 
 
+def in_short(of_all: Sequence[Outcome]) -> str:
+    """Returns the verdict without saying where."""
+    done = [outcome for outcome in of_all if outcome.window.verdict not in _OPEN]
+    return " ".join([*([_sentence(done)] if done else []), *_chance(of_all)])
+
+
 def _sentence(done: Sequence[Outcome]) -> str:
     better, best = (
         sum(is_better(_to_base(outcome, of(outcome).kind)) for outcome in done)
@@ -72,7 +78,7 @@ def _sentence(done: Sequence[Outcome]) -> str:
     shown = f"in {neighbors}" if neighbors else "nowhere"
     return (
         f"{counts[0].upper()}{counts[1:]}. **That it is the coupling of neighbors "
-        f"which helps is shown {shown}**; the controls say what else it may be:"
+        f"which helps is shown {shown}**."
     )
 
 

@@ -43,6 +43,7 @@ class Arm(NamedTuple):
         seeds: the seeds it ran with.
         losses: one per seed, lower is better; NaN where the run diverged.
         others: the same by other metrics, {name: losses}.
+        before: {name of a metric: its mean before training}, of a base; else empty.
         mechanism: quantity, such as "roughness, after", to its values over training,
             with "steps" among them; empty if nothing was recorded.
     """
@@ -52,6 +53,7 @@ class Arm(NamedTuple):
     seeds: tuple[int, ...]
     losses: np.ndarray
     others: Mapping[str, np.ndarray]
+    before: Mapping[str, float]
     mechanism: Mapping[str, np.ndarray]
 
 
@@ -174,6 +176,7 @@ def _arm(value: Mapping[str, Any], metric: Metric, others: Sequence[Metric]) -> 
             other.name: losses(value["other_metrics_per_seed"][other.name], other.sign)
             for other in others
         },
+        value.get("metrics_before", {}),
         _mechanism(value.get("mechanism") or {}),
     )
 

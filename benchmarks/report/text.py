@@ -30,6 +30,7 @@ from benchmarks.report.comparisons import (
     tuned_rate,
     window_of,
 )
+from benchmarks.report.grid import grid
 from benchmarks.report.headline import headline
 from benchmarks.report.mechanism import mechanism_arms, quantities
 from benchmarks.report.names import metric_text, run_name, setting_name
@@ -53,14 +54,17 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
         "<!-- Written by `python -m benchmarks.report`. -->",
         "# Does depth smoothing help?",
         headline(of_all),
+        "## The window(0.2) in every task",
+        grid(of_all),
         "## Every setting",
+        WHAT_IS_TRAINED,
         HOW_TO_READ,
         summary(of_all),
-        _figure("differences", "Best against best, with intervals", figures),
+        _figure("differences.svg", "Best against best, with intervals", figures),
         paper(sources),
         replication(judged),
         parts([setting for setting in settings if setting.is_of_parts]),
-        _figure("parts", "What coupling a part does, with intervals", figures),
+        _figure("parts.svg", "What coupling a part does, with intervals", figures),
         groupings(judged),
         *(_source_part(source, of_all, figures) for source in sources),
         "## Where the numbers come from",
@@ -69,18 +73,34 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
     return "\n\n".join(part for part in found if part) + "\n"
 
 
+WHAT_IS_TRAINED = """\
+- `lm`: a decoder-only GPT, scanned, on the source text of Python's standard library;
+  loss on windows of held-out files.
+- `reverse`: the encoder of the paper's one replication, scanned, which reverses random
+  symbols; loss on fixed sequences.
+- `vit`: a Vision Transformer in Flax NNX, one module per layer, on scikit-learn's 8 × 8
+  digits, some shifted by a pixel; loss and accuracy on held-out digits.
+- `diffusion`: a U-ViT with long skips, one module per layer, that predicts the noise in
+  these digits; loss on held-out digits, and the Fréchet distance to them of images by a
+  deterministic sampler, in the features of a fixed small classifier.
+- `rl`: GRPO of a GPT on sums of octal numbers with a checked answer; the probability
+  that an answer to a held-out problem is right, and the mean reward. All seeds begin at
+  one model, which learned by supervision from part of the problems and then imitated
+  careless answers. That was chosen so that there is something for GRPO to gain: from a
+  plain supervised start no rate that was tried by hand did better than not to train."""
+
 HOW_TO_READ = """\
-Every difference is an arm minus the base optimizer without smoothing, over fresh
-paired seeds (same initialization, same data), with a 95 % t-interval and the seeds
-in which the arm is better. *Best against best*: a screen on other seeds finds every
-arm's best learning rate (factors of two), the arms are run at all rates that are
-best for one of them, and two arms are compared over the rates that both ran at, each
-at its better one. (The mean over depth, which needs higher rates, and what it is
-compared with have each all of theirs.) This rule was made when the first cells, AdamW
-at 6 and 12 layers, had run: a screen of few seeds confuses neighboring rates; the
-differences at the rates of the screen stand beside it in the tables of each setting.
-The intervals count neither this choice, nor that there is one held-out text and one
-random order per depth. **Bold**: the interval excludes 0. †: also after Holm's
+Every difference is an arm minus the base optimizer without smoothing, over fresh paired
+seeds (same initialization, same data), with a 95 % t-interval and the seeds in which
+the arm is better. *Best against best*: a screen on other seeds finds every arm's best
+learning rate (factors of two), the arms are run at all rates that are best for one of
+them, and two arms are compared over the rates that both ran at, each at its better one.
+(The mean over depth, which needs higher rates, and what it is compared with have each
+all of theirs.) This rule was made when the first cells, `lm` with AdamW at 6 and 12
+layers, had run: a screen of few seeds confuses neighboring rates; the differences at
+the rates of the screen stand beside it in the tables of each setting. The intervals
+count neither this choice, nor that there is one held-out set, one random order per
+depth and, of `rl`, one start. **Bold**: the interval excludes 0. †: also after Holm's
 correction over all differences of this table; those to the controls are not corrected.
 A verdict is on one arm against the base, against its *norm-matched* control (every
 tensor of a layer keeps its direction and gets the norm that smoothing gives it: as
@@ -172,7 +192,8 @@ def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -
         verdicts = [f"{_verdicts(o)} " for o in of_all if o.setting is setting]
         found += [
             f"### {setting_name(setting)}",
-            f"{''.join(verdicts)}Metric: {metric_text(setting.metric)}.",
+            f"{''.join(verdicts)}Metric: {metric_text(setting.metric)}."
+            f"{_before(setting)}",
             confirm_table(setting),
             other_table(setting),
             _details(
@@ -186,10 +207,25 @@ def _source_part(source: Source, of_all: Sequence[Outcome], figures: set[str]) -
             ),
         ]
     found += [
-        _figure(f"{source.stem}-rates", "Metric at every screened rate", figures),
-        _figure(f"{source.stem}-mechanism", "Mechanism over training", figures),
+        _figure(f"{source.stem}-rates.svg", "Metric at every screened rate", figures),
+        _figure(f"{source.stem}-mechanism.svg", "Mechanism over training", figures),
+        _figure(
+            f"{source.stem}-samples.png",
+            "Digits that were held out, and samples of trained models from the same "
+            "noise (python -m benchmarks.samples)",
+            figures,
+        ),
     ]
     return "\n\n".join(part for part in found if part)
+
+
+def _before(setting: Setting) -> str:
+    """What the metrics are before training, where the base has measured it."""
+    base = confirmed(setting, base_of(setting))
+    if base is None or not base.before:
+        return ""
+    values = (f"{name} {value:.4f}" for name, value in base.before.items())
+    return f" Before training: {', '.join(values)}."
 
 
 def _verdicts(outcome: Outcome) -> str:
@@ -359,6 +395,5 @@ def _details(title: str, body: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
 
 
-def _figure(name: str, title: str, figures: set[str]) -> str:
-    file = f"{name}.svg"
+def _figure(file: str, title: str, figures: set[str]) -> str:
     return f"![{title}](figures/{file})" if file in figures else ""

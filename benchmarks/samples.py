@@ -1,0 +1,130 @@
+"""Draws the images that models of the task `diffusion` make, below real ones.
+
+    python -m benchmarks.samples --optimizer adamw
+
+Trains the base and window(0.2) at their best learning rates in
+`benchmarks/results/diffusion/<optimizer>.json` once more, with the first seed that
+confirmed them, and writes `figures/diffusion-<optimizer>-samples.png` beside it. All
+models begin at the same noise: images in one column can be compared.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.evidence import presets
+from benchmarks.evidence.arms import BASE, WINDOW, Arm
+from benchmarks.evidence.digits import split_digits
+from benchmarks.evidence.tasks import diffusion
+from benchmarks.evidence.trials import at_rate, build_optimizer
+from benchmarks.json_files import RESULTS
+from benchmarks.optimizers import DEFAULT_LEARNING_RATES
+from benchmarks.report.comparisons import base_of, best_pair, window_of
+from benchmarks.report.records import read_source
+from benchmarks.training import TrainState, init_params, train_steps
+
+COLUMNS = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the options `argv` and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.samples",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--optimizer", choices=[*DEFAULT_LEARNING_RATES], default="adamw"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    given = parser.parse_args(argv)
+    path = given.results / "diffusion" / f"{given.optimizer}.json"
+    if not path.exists():
+        parser.error(
+            f"there is no {path}. To fix: run `python -m benchmarks.evidence --task "
+            f"diffusion --optimizer {given.optimizer}`"
+        )
+    images = images_of(path, given.optimizer)
+    picture = given.results / "figures" / f"diffusion-{given.optimizer}-samples.png"
+    picture.parent.mkdir(exist_ok=True)
+    grid(images).savefig(picture, dpi=100, metadata={"Software": None})
+    print(f"{picture} is written")
+    return 0
+
+
+def images_of(path: Path, optimizer: str) -> dict[str, np.ndarray]:
+    """Returns `COLUMNS` real images, and as many of every arm, by what they are.
+
+    Args:
+        path: a result file of the task.
+        optimizer: its base.
+    """
+    setting = read_source(path).settings[0]
+    of_arms = zip(
+        (WINDOW, BASE),
+        best_pair(setting, window_of(setting, WINDOW.alpha), base_of(setting)),
+        strict=True,
+    )
+    config = json.loads(path.read_text("utf-8"))["config"]
+    _, held_out = split_digits(config["eval_images"])
+    images = {"held out": 2 * held_out.images[:COLUMNS] - 1}
+    for arm, found in sorted(of_arms, key=lambda pair: pair[0] is not BASE):
+        if found is None:
+            raise ValueError(f"{path}: {arm.name} is not confirmed yet")
+        name = f"{arm.name}, rate {found.learning_rate:g}"
+        images[name] = generated(
+            optimizer, config, arm, found.learning_rate, found.seeds[0]
+        )
+    return images
+
+
+def generated(
+    optimizer: str,
+    config: presets.Options,
+    arm: Arm,
+    learning_rate: float,
+    seed: int,
+) -> np.ndarray:
+    """Returns images by a model that is trained for it, `(COLUMNS, 8, 8)`."""
+    job, options = presets.job_of(optimizer, config), presets.task_options(config)
+    layers = config["depths"][-1]
+    task = diffusion.build(layers, **options)
+    tx = build_optimizer(job, task, arm)
+    seeds = jnp.array([seed])
+    params = init_params(task.init, seeds)
+    state = TrainState(params, at_rate(jax.vmap(tx.init)(params), learning_rate))
+    train = train_steps(task.loss, tx, task.draw, job.steps)
+    state, _ = train(state, seeds, task.data, np.int32(0), np.int32(job.steps))
+    of_sampler = ("width", "heads", "sampler_steps", "patch")
+    sampler = diffusion.build_sampler(layers, **{k: options[k] for k in of_sampler})
+    one = jax.tree.map(lambda leaf: leaf[0], state.params)
+    return np.asarray(jax.jit(sampler, static_argnums=1)(one, COLUMNS))
+
+
+def grid(images: Mapping[str, np.ndarray]) -> Figure:
+    """Draws a row of images in [-1, 1] for each name."""
+    size, left, gap = 0.42, 1.5, 0.04
+    figure = Figure(figsize=(left + COLUMNS * (size + gap), len(images) * (size + gap)))
+    width, height = figure.get_size_inches()
+    for row, (name, of_row) in enumerate(images.items()):
+        bottom = height - (row + 1) * (size + gap)
+        figure.text(0.05 / width, (bottom + size / 2) / height, name, va="center")
+        for column, image in enumerate(of_row):
+            x = left + column * (size + gap)
+            ax = figure.add_axes(
+                (x / width, bottom / height, size / width, size / height)
+            )
+            ax.imshow(image, cmap="gray", vmin=-1, vmax=1)
+            ax.axis("off")
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
