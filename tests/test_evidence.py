@@ -30,16 +30,26 @@ from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import arms, presets, results, search, trials
 from benchmarks.evidence.arms import (
     BASE,
+    FULL,
+    GROUPINGS,
     MEAN,
     NORM_MATCHED_MEAN,
     SMOOTHED,
     WINDOW,
+    WITH_GROUPINGS,
     controls_of,
+    plan_of_parts,
+)
+from benchmarks.evidence.mechanism import (
+    before_and_after,
+    model_probe,
+    update_statistics,
 )
 from benchmarks.evidence.search import NoOptimum, Trial, next_rate, next_trial
+from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
-from benchmarks.training import TrainState, init_params, train_steps
+from benchmarks.training import TrainState, data_key, init_params, train_steps
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -150,24 +160,32 @@ EVERY_ARM = dict.fromkeys(
     (*ALL_ARMS, *(control for arm in SMOOTHED for control in controls_of(arm)))
 )
 CELLS = [(layers, arm.name) for layers in DEPTHS for arm in EVERY_ARM]
-EXPERIMENTS = st.fixed_dictionaries(
-    {
-        # (exponent of the best rate, its metric) of every depth and arm
-        "optima": st.fixed_dictionaries(
-            dict.fromkeys(CELLS, st.tuples(st.integers(-2, 2), st.floats(1, 3)))
-        ),
-        "lower_is_better": st.booleans(),
-        "start": STARTS,
-    }
-)
+
+
+def experiments(of_arms):
+    cells = [(layers, arm.name) for layers in DEPTHS for arm in of_arms]
+    return st.fixed_dictionaries(
+        {
+            # (exponent of the best rate, its metric) of every depth and arm
+            "optima": st.fixed_dictionaries(
+                dict.fromkeys(cells, st.tuples(st.integers(-2, 2), st.floats(1, 3)))
+            ),
+            "lower_is_better": st.booleans(),
+            "start": STARTS,
+        }
+    )
+
+
+EXPERIMENTS = experiments(EVERY_ARM)
 few = hypothesis.settings(max_examples=5)
 
 
 class Experiment:
     """Every arm has one best rate; a confirmation says the opposite of the screen."""
 
-    def __init__(self, optima, lower_is_better, start):
+    def __init__(self, optima, lower_is_better, start, plan=FULL):
         self.optima, self.start, self.lower = optima, start, lower_is_better
+        self.plan = plan
 
     def rate(self, layers, arm):
         return self.start * 2.0 ** self.optima[layers, arm.name][0]
@@ -176,7 +194,7 @@ class Experiment:
         return self.optima[layers, arm.name][1]
 
     def best(self, layers):
-        return min(SMOOTHED, key=functools.partial(self.cost, layers))
+        return min(self.plan.screened, key=functools.partial(self.cost, layers))
 
     def result(self, trial):
         off = math.log2(trial.learning_rate / self.rate(trial.layers, trial.arm))
@@ -191,7 +209,7 @@ class Experiment:
         }
 
     def next(self, finished, also=()):
-        return next_trial(finished, DEPTHS, self.start, self.lower, also)
+        return next_trial(finished, DEPTHS, self.start, self.lower, also, self.plan)
 
     def all(self, also=()):
         done, finished = [], []
@@ -208,25 +226,34 @@ def test_what_is_confirmed_is_what_the_protocol_says_and_nothing_twice(values):
     done, _ = experiment.all()
     assert max(Counter(done).values()) == 1
     for layers in DEPTHS:
-        confirmed = {
-            (trial.arm.name, trial.learning_rate)
-            for trial in done
-            if trial[:2] == (layers, "confirm")
-        }
         best_rates = {arm.name: experiment.rate(layers, arm) for arm in EVERY_ARM}
-        assert confirmed == to_confirm(best_rates, experiment.best(layers).name)
+        expected = to_confirm(best_rates, experiment.best(layers).name)
+        assert names_and_rates(done, layers, "confirm") == expected
 
 
-WINDOWS = ("window(0.1)", "window(0.2)", "window(0.5)", "window(0.2), proj")
+def names_and_rates(done, layers, stage):
+    here = [trial for trial in done if trial[:2] == (layers, stage)]
+    return {(trial.arm.name, trial.learning_rate) for trial in here}
+
+
+WINDOWS = (
+    *("window(0.1)", "window(0.2)", "window(0.5)", "window(0.2), proj"),
+    *("window(0.2), joined", "window(0.2), joined with mid_block"),
+)
 
 
 def controls_named(best):
     return {f"norm-matched {best}", f"shuffled {best}"} if best in WINDOWS else set()
 
 
-def to_confirm(best_rates, best):
-    """{(name, rate)} that the protocol wants, by the screen's best rates and arm."""
+def to_confirm(best_rates, best, more=()):
+    """{(name, rate)} that the protocol wants, by the screen's best rates and arm.
+
+    Args:
+        more: names of other arms that are confirmed in any case.
+    """
     main = {
+        *more,
         *("base", "window(0.1)", "window(0.2)", "window(0.2), norm-preserving"),
         *("norm-matched window(0.2)", "shuffled window(0.2)", best),
     }
@@ -277,6 +304,71 @@ def test_a_run_goes_on_with_the_same_trial_wherever_it_stopped(values, random):
         shuffled = random.sample(finished[:stop], stop)
         assert experiment.next(shuffled) == done[stop]
     assert experiment.next(finished[::-1]) is None
+
+
+PARTS = plan_of_parts(("attention", "norms"))
+
+
+@few
+@hypothesis.given(experiments((BASE, *PARTS.screened)))
+def test_with_parts_the_base_and_each_part_run_and_nothing_else_does(values):
+    experiment = Experiment(**values, plan=PARTS)
+    done, _ = experiment.all()
+    names = {"base", *(f"window(0.5), {of}" for of in ("full", "attention", "norms"))}
+    for layers in DEPTHS:
+        best_rates = {experiment.rate(layers, arm) for arm in (BASE, *PARTS.screened)}
+        screened = names_and_rates(done, layers, "screen")
+        assert {name for name, _ in screened} == names
+        assert names_and_rates(done, layers, "confirm") == {
+            (name, rate) for name in names for rate in best_rates
+        }
+    assert max(Counter(done).values()) == 1
+
+
+def test_an_arm_of_a_part_is_the_strong_window_on_that_part_alone():
+    assert [
+        (arm.operator, arm.alpha, arm.variant, arm.scope, arm.control)
+        for arm in PARTS.screened
+    ] == [
+        ("window", 0.5, "standard", scope, None)
+        for scope in ("full", "attention", "norms")
+    ]
+
+
+WITH_JOINED = (
+    *EVERY_ARM,
+    *GROUPINGS,
+    *(control for arm in GROUPINGS for control in controls_of(arm)),
+)
+JOINED = ("window(0.2), joined", "window(0.2), joined with mid_block")
+
+
+@few
+@hypothesis.given(experiments(WITH_JOINED), st.booleans())
+def test_with_groupings_both_are_confirmed_and_all_else_is_as_without(values, is_best):
+    if is_best:  # of all arms, and so controlled
+        values["optima"] |= {(layers, JOINED[1]): (1, 0.5) for layers in DEPTHS}
+    experiment = Experiment(**values, plan=WITH_GROUPINGS)
+    done, _ = experiment.all()
+    for layers in DEPTHS:
+        best = experiment.best(layers).name
+        assert best == JOINED[1] or not is_best
+        best_rates = {arm.name: experiment.rate(layers, arm) for arm in WITH_JOINED}
+        expected = to_confirm(best_rates, best, more=JOINED)
+        assert names_and_rates(done, layers, "confirm") == expected
+        screened = {name for name, _ in names_and_rates(done, layers, "screen")}
+        names = {*(arm.name for arm in ALL_ARMS), *JOINED, *controls_named(best)}
+        assert screened == names
+
+
+def test_tasks_have_the_arms_that_suit_them():
+    assert presets.plan_of("lm", "full") == presets.plan_of("rl", "quick") == FULL
+    assert presets.plan_of("diffusion", "full") == WITH_GROUPINGS
+    for task in ("lm", "vit"):
+        plan = presets.plan_of(task, "parts")
+        scopes = [arm.scope for arm in plan.screened]
+        assert scopes[:4] == ["full", "attention", "mlp", "norms"]
+        assert not plan.controlled
 
 
 def test_the_replications_rate_is_confirmed_whatever_the_screen_says():
@@ -401,6 +493,22 @@ def test_the_inner_update_is_that_of_the_preconditioner_alone(arm):
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-6), before, expected
         )
+
+
+def test_an_arm_couples_the_scope_that_it_names():
+    task = tiny_task()
+    params = jax.eval_shape(task.init, jax.random.key(0))
+
+    def coupled(scope):
+        spec = arms.scope_of(dataclasses.replace(WINDOW, scope=scope), task)
+        return {str(group.role) for group in gs.describe(spec, params).groups}
+
+    kernels = {f"attention/{of}/kernel" for of in ("query", "key", "value", "out")}
+    scales = {"attention_norm/scale", "mlp_norm/scale"}
+    assert coupled("attention") == kernels
+    assert coupled("norms") == scales
+    assert coupled("proj") == kernels | {"mlp_in/kernel", "mlp_out/kernel"}
+    assert coupled("full") == coupled("proj") | scales
 
 
 def test_the_shuffled_window_couples_layers_that_are_no_neighbors():
@@ -682,6 +790,114 @@ def test_the_mechanism_is_measured_on_the_batch_that_comes_next():
     assert all(x.shape == (4, 2) for x in jax.tree.leaves(mechanism))
 
 
+# The same measures on made-up numbers, of two stacks of layers.
+
+
+def two_stacks(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"encoder": (4, 2, 3), "decoder": (3, 5), "embedding": (6,)}
+    return {
+        name: {"kernel": rng.normal(size=shape).astype("f4")}
+        for name, shape in shapes.items()
+    }
+
+
+def made_up_task(draw, rollout=None):
+    """Whose gradient is the mean of a batch, of trees like the parameters."""
+
+    def loss(params, batch):
+        means = jax.tree.map(lambda leaf: leaf.mean(0), batch)
+        return optax.tree_utils.tree_vdot(params, means)
+
+    def states(params, batch):
+        scale = params["embedding"]["kernel"][0]
+        return scale * jnp.moveaxis(batch["encoder"]["kernel"], 1, 0)
+
+    return Task(
+        depth=gs.first_match(
+            *(gs.scanned(f"{name}/", stack=name) for name in ("encoder", "decoder"))
+        ),
+        data=stacked_trees(4),
+        init=None,
+        draw=draw,
+        loss=loss,
+        evaluate=None,
+        states=states,
+        decayed=None,
+        hidden=None,
+        rollout=rollout,
+    )
+
+
+def stacked_trees(number):
+    return jax.tree.map(lambda *x: np.stack(x), *map(two_stacks, range(number)))
+
+
+def of_step(data, key, step):
+    """A batch that the seed and the step decide."""
+    return jax.tree.map(lambda leaf: leaf + step + jax.random.normal(key), data)
+
+
+def two_batches(params, drawn):
+    """The first of them depends on the parameters, the second is far off."""
+    first = jax.tree.map(lambda leaf, of: leaf + 0.1 * of[None], drawn, params)
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, 100 * leaf**2]), first)
+
+
+def test_with_a_rollout_the_model_is_measured_on_the_first_of_its_batches():
+    params, seed, step = two_stacks(9), 3, 7
+    probe = jax.jit(model_probe(made_up_task(of_step, two_batches), 2))
+    task = made_up_task(of_step)
+    gradient, measures = probe(params, seed, task.data, step)
+
+    drawn = of_step(task.data, data_key(seed), step)
+    batch = jax.device_get(two_batches(params, drawn))
+    batch = jax.tree.map(lambda leaf: leaf[0], batch)
+    jax.tree.map(
+        lambda found, of: np.testing.assert_allclose(found, of.mean(0), rtol=1e-4),
+        *(gradient, batch),
+    )
+    blocks = np.concatenate(
+        [batch[name]["kernel"].reshape(4, -1) for name in ("encoder", "decoder")], 1
+    )
+    a, b = (blocks[k : k + 2].mean(0) for k in (0, 2))
+    noise = np.sum((a - b) ** 2) / 2 / np.sum(((a + b) / 2) ** 2)
+    np.testing.assert_allclose(measures["gradient_noise"], noise, rtol=1e-3)
+    states = np.asarray(task.states(params, batch), np.float64)
+    steps = np.diff(states, axis=0)
+    alignment = np.mean(cosine(steps[:-1], steps[1:]))
+    np.testing.assert_allclose(measures["residual_alignment"], alignment, atol=1e-4)
+
+
+def test_an_update_is_compared_with_itself_before_coupling():
+    coupled = arms.coupled(WINDOW, optax.trace(0.5), arms.scope_of(WINDOW, tiny_task()))
+    transformation, first, second = coupled.transformation, *map(gradients, (1, 2))
+
+    @jax.jit
+    def updates(first, second):
+        _, state = transformation.update(first, transformation.init(first), first)
+        return before_and_after(coupled)(second, state, first)
+
+    found = updates(first, second)
+    momentum = jax.tree.map(lambda g, h: 0.5 * g + h, first, second)
+    assert [*found] == ["before", "after"]
+    oracle.assert_blocks_close(blocks_of(found["before"]), blocks_of(momentum))
+    smoothed = oracle.window(blocks_of(momentum), 0.2)
+    oracle.assert_blocks_close(blocks_of(found["after"]), smoothed)
+
+
+def test_statistics_of_an_update_are_over_all_stacks_and_the_blocks_alone():
+    updates = two_stacks(5)
+    found = update_statistics(made_up_task(of_step), updates)
+    stacks = [updates[k]["kernel"] for k in ("encoder", "decoder")]
+    stacks = [stack.reshape(len(stack), -1).astype(np.float64) for stack in stacks]
+    rough = sum(np.sum(np.diff(u, axis=0) ** 2) for u in stacks)
+    squares = sum(np.sum(u**2) for u in stacks)
+    cosines = np.concatenate([cosine(u[:-1], u[1:]) for u in stacks])
+    assert found["roughness"] == pytest.approx(rough / squares, rel=1e-5)
+    assert found["adjacent_cosine"] == pytest.approx(cosines.mean(), rel=1e-4)
+
+
 def timeless(measured):
     return measured._replace(seconds_per_step=0.0)
 
@@ -714,6 +930,27 @@ def as_result(arm, rate, seeds):
     measured = trained(arm, rate, seeds)
     names = ["validation loss"]
     return results.arm_result(trial, seeds, tiny_job(), measured, names)
+
+
+def test_arms_are_judged_by_the_first_metric_named_and_the_others_are_kept():
+    measured = trials.Measured(
+        metrics={
+            "accuracy": np.array([0.5, np.nan]),
+            "loss": np.array([1.25, 2.5]),
+            "zeal": np.array([7.0, 8.0]),
+        },
+        train_loss=np.ones((4, 2)),
+        mechanism={},
+        seconds_per_step=0.01,
+    )
+    trial = Trial(3, "screen", WINDOW, RATE)
+    names = ["loss", "zeal", "accuracy"]
+    found = results.arm_result(trial, [0, 1], tiny_job(), measured, names)
+    assert found["metric_per_seed"] == [1.25, 2.5]
+    assert [*found["other_metrics_per_seed"].items()] == [
+        *(("zeal", [7.0, 8.0]), ("accuracy", [0.5, None])),
+    ]
+    assert found["diverged"] == [False, False]
 
 
 def test_an_arm_that_diverges_is_recorded_as_diverged(tmp_path):
@@ -1091,6 +1328,25 @@ def test_a_run_of_all_arms_leaves_a_file_as_the_protocol_describes_it(
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(value["arms"]) + 1
     assert printed[0] == "screen 2 layers, base at 0.008: validation loss 2.0550"
+
+
+def test_a_file_of_several_metrics_says_which_they_are(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    two_arms(monkeypatch)
+    monkeypatch.setattr(command, "build_trial", fake_trial)
+    path = tmp_path / "a.json"
+    arguments = ["--task", "vit", "--preset", "quick", "--out", str(path)]
+    assert command.main(arguments) == 0
+    value = json.loads(path.read_text())
+    nll, accuracy = (metric._asdict() for metric in TASKS["vit"].METRICS)
+    assert (value["metric"], value["other_metrics"]) == (nll, [accuracy])
+    for arm in value["arms"]:
+        assert [*arm["other_metrics_per_seed"]] == ["test accuracy"]
+        # As `fake_trial` has it: by 1 more.
+        (others,) = arm["other_metrics_per_seed"].values()
+        np.testing.assert_allclose(np.subtract(others, arm["metric_per_seed"]), 1)
+    means = capsys.readouterr().out.splitlines()[0].split(": ")[1]
+    assert means == "test NLL 2.0450, test accuracy 3.0450"
 
 
 # The presets.

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("flax")
 
 import gradsmooth_optax as gs
+from benchmarks.evidence.task import parts_of
 from benchmarks.evidence.tasks import TASKS, lm, reverse
 from benchmarks.gpt import GPT
 from benchmarks.training import data_key
@@ -110,6 +111,31 @@ def test_parts_of_a_gpts_blocks_are_disjoint_and_cover_them(tasks):
     assert {role for part in roles.values() for role in part} == {
         group.role for group in gs.describe(task.depth, params).groups
     }
+
+
+def test_parts_are_told_apart_by_the_names_in_a_path_however_deep():
+    of_part = {
+        "attention": ["attention/qkv/kernel", "cell/attention/heads/out/kernel"],
+        "mlp": ["mlp_in/kernel", "cell/mlp_out/kernel"],
+        "norms": ["mlp_norm/bias", "attention/q_norm/scale", "cell/norm/bias"],
+        "biases": ["mlp_in/bias", "attention/qkv/bias", "cell/normal/bias"],
+        # None of them, whatever they sound like.
+        None: ["skip/kernel", "attention_norm/kernel", "mlp_in/kernel_scale"],
+    }
+    params = {}
+    for path in itertools.chain(*of_part.values()):
+        *modules, leaf = f"blocks/{path}".split("/")
+        node = params
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = np.zeros((LAYERS, 2, 2))
+    params["attention"] = {"out": {"kernel": np.zeros((2, 2))}}  # of no block
+    found = {
+        part: sorted(str(group.role) for group in gs.describe(spec, params).groups)
+        for part, spec in parts_of(gs.scanned("blocks/")).items()
+    }
+    del of_part[None]
+    assert found == {part: sorted(paths) for part, paths in of_part.items()}
 
 
 @pytest.mark.parametrize("name", ["lm", "reverse"])

@@ -102,6 +102,84 @@ def test_the_evaluation_is_the_mean_over_all_windows():
     np.testing.assert_allclose(losses, (normalizer - picked).mean((1, 2)), rtol=1e-5)
 
 
+# Steps of several updates, on parameters of one vector and a parabola.
+
+TARGETS = np.linspace(-1, 1, 8, dtype=np.float32).reshape(4, 2)  # of every step
+STARTS = np.array([[3, -2], [0.5, 4]], np.float32)  # of every seed
+RATE, MOMENTUM = 0.1, 0.5
+
+
+def parabola(params, target):
+    return jnp.sum(jnp.square(params - target)) / 2
+
+
+def three_targets(params, drawn):
+    """Between the parameters and what was drawn, and on either side of them."""
+    return jnp.stack([drawn, 2 * params - drawn, (params + drawn) / 2])
+
+
+@functools.cache
+def with_rollout(rollout, momentum=MOMENTUM):
+    """The last parameters and the losses of every step, and of every seed."""
+    optimizer = optax.sgd(RATE, momentum)
+    run = training.train_steps(
+        *(parabola, optimizer, lambda data, key, step: data[step], 5), rollout
+    )
+    state = training.init_state(optimizer, jnp.asarray(STARTS))
+    state, losses = run(state, SEEDS, jnp.asarray(TARGETS), np.int32(0), np.int32(4))
+    return np.asarray(state.params), np.asarray(losses)
+
+
+def by_loops(start):
+    """The same of one seed in plain Python, with every update's loss."""
+    params, trace, losses = np.array(start, float), np.zeros(2), []
+    for drawn in TARGETS:
+        before, of_step = params.copy(), []
+        for target in (drawn, 2 * before - drawn, (before + drawn) / 2):
+            of_step.append(np.sum((params - target) ** 2) / 2)
+            trace = MOMENTUM * trace + params - target
+            params = params - RATE * trace
+        losses.append(of_step)
+    return params, np.array(losses)
+
+
+def test_a_step_with_a_rollout_updates_on_each_of_its_batches_in_turn():
+    params, _ = with_rollout(three_targets)
+    for found, start in zip(params, STARTS, strict=True):
+        np.testing.assert_allclose(found, by_loops(start)[0], rtol=1e-5)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_updates():
+    _, losses = with_rollout(three_targets)
+    assert losses.shape == (5, 2)
+    for found, start in zip(losses[:4].T, STARTS, strict=True):
+        np.testing.assert_allclose(found, by_loops(start)[1].mean(1), rtol=1e-5)
+    assert np.isnan(losses[4]).all()  # a step that was not asked for
+
+
+def ahead(params, drawn):
+    return jnp.stack([params + 1] * 3)
+
+
+def test_all_batches_of_a_step_are_made_of_the_parameters_before_it():
+    params, losses = with_rollout(ahead, momentum=0.0)
+    # Towards one place that stays; if it moved along, each would go a tenth of 1.
+    left = 0.9 ** np.arange(3)
+    np.testing.assert_allclose(params - STARTS, 4 * (1 - 0.9**3), rtol=1e-5)
+    np.testing.assert_allclose(losses[:4], np.mean(left**2), rtol=1e-4)
+
+
+def only_what_was_drawn(params, drawn):
+    return drawn[None]
+
+
+def test_a_rollout_of_what_was_drawn_alone_is_none():
+    for found, expected in zip(
+        with_rollout(only_what_was_drawn), with_rollout(None), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def random_tree(seed):
     """Random values for all parameters of a model with every kind of them."""
     model = GPT(256, 3, 8, heads=2, context=8, rotary=False, tied=False)

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.comparison import PairedDifference
+from benchmarks.comparison import PairedDifference, format_difference
 from benchmarks.report.choices import part_kinds
 from benchmarks.report.comparisons import (
     arm_at,
@@ -146,21 +146,52 @@ def _kinds_of_roles(setting: Setting) -> list[Kind | None]:
 def _draw_forest(ax: Axes, settings: Sequence[Setting]) -> None:
     metric = settings[0].metric
     ax.axvline(0, color=_BLACK, linewidth=1)
+    drawn, far = [0.0], []
     for row, setting in enumerate(settings):
         for index, (kind, role) in enumerate(
             zip(_kinds_of_roles(setting), _ROLES, strict=True)
         ):
             found = best_against_best(setting, kind, base_of(setting))
             place = row + (index - 3) * 0.125
-            if found is not None:
-                _draw_interval(ax, place, found, metric.sign, role, _ROLES[role])
+            if found is None:
+                continue
+            if kind is not None and is_mean(kind) and not has_diverged(found):
+                far.append((place, found, role))
+                continue
+            _draw_interval(ax, place, found, metric.sign, role, _ROLES[role])
+            drawn += [found.mean - found.half_width, found.mean + found.half_width]
         if row:
             ax.axhline(row - 0.5, color="0.8", linewidth=0.8)
+    _limit(ax.set_xlim, metric.sign * np.array(drawn), 0.08)
+    for place, found, role in far:
+        _draw_or_name(ax, place, found, metric.sign, role)
     ax.set_yticks(range(len(settings)), [setting_name(s) for s in settings])
     ax.set_ylim(len(settings) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel(f"{metric_name(metric)}, difference; {better(metric)}")
-    ax.margins(x=0.08)
+
+
+def _draw_or_name(
+    ax: Axes, place: float, found: PairedDifference, sign: int, role: str
+) -> None:
+    """Draws an interval that need not fit, or says at the edge where it is."""
+    low, high = ax.get_xlim()
+    if low < sign * found.mean < high:
+        _draw_interval(ax, place, found, sign, role, _ROLES[role])
+        ax.set_xlim(low, high)
+        return
+    is_left = sign * found.mean < low
+    value = format_difference(found._replace(mean=sign * found.mean))
+    ax.annotate(
+        f"← {role}: {value}" if is_left else f"{role}: {value} →",
+        (low if is_left else high, place),
+        xytext=(4 if is_left else -4, 0),
+        textcoords="offset points",
+        ha="left" if is_left else "right",
+        va="center",
+        fontsize=6.5,
+        color=_ROLES[role][0],
+    )
 
 
 def _draw_interval(
@@ -294,7 +325,11 @@ def _draw_levels(ax: Axes, setting: Setting, styles: Mapping[Kind, Any]) -> None
         ax.plot(
             *_by_rate(setting, kind, lambda arm: np.mean(arm.losses), sign), **style
         )
-    _limit(ax, sign * np.array([level for level in levels if level <= worst]), 0.08)
+    _limit(
+        ax.set_ylim,
+        sign * np.array([level for level in levels if level <= worst]),
+        0.08,
+    )
     _rate_axis(ax, setting)
     ax.tick_params(labelbottom=False)
 
@@ -318,7 +353,7 @@ def _draw_differences(ax: Axes, setting: Setting, styles: Mapping[Kind, Any]) ->
             if not is_mean(kind):
                 near = tuned is None or abs(np.log2(x / tuned.rate)) < 1.5
                 drawn.extend(y[np.broadcast_to(near, y.shape)])
-    _limit(ax, np.array([0.0, *drawn]), 0.4)
+    _limit(ax.set_ylim, np.array([0.0, *drawn]), 0.4)
     _rate_axis(ax, setting)
     ax.set_xlabel("learning rate")
 
@@ -336,12 +371,12 @@ def _by_rate(
     )
 
 
-def _limit(ax: Axes, values: np.ndarray, margin: float) -> None:
-    """Shows the range of `values`; lines beyond it leave the panel."""
+def _limit(set_limits: Any, values: np.ndarray, margin: float) -> None:
+    """Shows the range of `values`; what is beyond it leaves the panel."""
     finite = values[np.isfinite(values)]
     if finite.size and np.ptp(finite) > 0:
         pad = margin * np.ptp(finite)
-        ax.set_ylim(finite.min() - pad, finite.max() + pad)
+        set_limits(finite.min() - pad, finite.max() + pad)
 
 
 def _rate_axis(ax: Axes, setting: Setting) -> None:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# The paper's regimes in its order, then the one replication.
+_TASKS = ("lm", "vit", "diffusion", "rl", "reverse")
+
 
 class Metric(NamedTuple):
     """What is compared.
@@ -120,7 +123,8 @@ def read_source(path: Path) -> Source:
 
 def _place(source: Source) -> tuple[Any, ...]:
     first = source.settings[0]
-    return first.task, first.optimizer, first.preset != "full", source.stem
+    known = _TASKS.index(first.task) if first.task in _TASKS else len(_TASKS)
+    return known, first.task, first.optimizer, first.preset != "full", source.stem
 
 
 def _setting(value: Mapping[str, Any], layers: int) -> Setting:
