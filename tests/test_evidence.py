@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import operator
@@ -880,7 +881,7 @@ def test_an_update_is_compared_with_itself_before_coupling():
 
     found = updates(first, second)
     momentum = jax.tree.map(lambda g, h: 0.5 * g + h, first, second)
-    assert [*found] == ["before", "after"]
+    assert {*found} == {"before", "after"}
     oracle.assert_blocks_close(blocks_of(found["before"]), blocks_of(momentum))
     smoothed = oracle.window(blocks_of(momentum), 0.2)
     oracle.assert_blocks_close(blocks_of(found["after"]), smoothed)
@@ -941,6 +942,7 @@ def test_arms_are_judged_by_the_first_metric_named_and_the_others_are_kept():
         },
         train_loss=np.ones((4, 2)),
         mechanism={},
+        before={"loss": np.array([3.0, 4.0])},
         seconds_per_step=0.01,
     )
     trial = Trial(3, "screen", WINDOW, RATE)
@@ -951,6 +953,7 @@ def test_arms_are_judged_by_the_first_metric_named_and_the_others_are_kept():
         *(("zeal", [7.0, 8.0]), ("accuracy", [0.5, None])),
     ]
     assert found["diverged"] == [False, False]
+    assert found["metrics_before"] == {"loss": 3.5}  # of all seeds
 
 
 def test_an_arm_that_diverges_is_recorded_as_diverged(tmp_path):
@@ -1299,13 +1302,21 @@ def assert_complete(value, screen_seeds, confirm_seeds):
             lowest[name], rates = costs[best], sorted(costs)
             assert rates[0] < best < rates[-1], (layers, name)
             assert np.all(np.divide(rates[1:], rates[:-1]) <= 2)
-        best = min((arm.name for arm in SMOOTHED), key=lowest.__getitem__)
-        assert in_screen == {arm.name for arm in ALL_ARMS} | controls_named(best)
+        plan = presets.plan_of(value["task"], value["preset"])
+        smoothed = [arm.name for arm in plan.screened]
+        best = min(smoothed, key=lowest.__getitem__)
+        if value["preset"] == "parts":
+            wanted = {"base", *smoothed}
+            to_be_there = {*itertools.product(wanted, best_rates.values())}
+        else:
+            more = {*JOINED} & {*smoothed}
+            wanted = {arm.name for arm in ALL_ARMS} | more | controls_named(best)
+            to_be_there = to_confirm(best_rates, best, more)
+        assert in_screen == wanted
         confirmed = {
             (a["name"], a["learning_rate"]) for a in here if a["stage"] == "confirm"
         }
-        missing = to_confirm(best_rates, best) - confirmed
-        assert not missing, layers
+        assert not to_be_there - confirmed, layers
 
 
 def test_a_run_of_all_arms_leaves_a_file_as_the_protocol_describes_it(
@@ -1347,6 +1358,20 @@ def test_a_file_of_several_metrics_says_which_they_are(tmp_path, monkeypatch, ca
         np.testing.assert_allclose(np.subtract(others, arm["metric_per_seed"]), 1)
     means = capsys.readouterr().out.splitlines()[0].split(": ")[1]
     assert means == "test NLL 2.0450, test accuracy 3.0450"
+
+
+def test_a_run_of_parts_leaves_a_file_as_the_protocol_describes_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command, "build_measures", lambda job, task: None)
+    monkeypatch.setattr(command, "build_trial", fake_trial)
+    path = tmp_path / "a.json"
+    changes = {"depths": [3], "screen_seeds": 4, "confirm_seeds": 16}
+    assert command.main(options(path, preset="parts", **changes)) == 0
+    value = json.loads(path.read_text())
+    assert_complete(value, 4, 16)
+    scopes = {arm["scope"] for arm in value["arms"]}
+    assert scopes == {"full", "attention", "mlp", "norms"}
 
 
 # The presets.
@@ -1494,4 +1519,6 @@ def test_committed_results_are_complete(name):
     lower = value["metric"]["lower_is_better"]
     config = value["config"]
     start = config["learning_rate"]
-    assert next_trial(value["arms"], config["depths"], start, lower, also) is None
+    plan = presets.plan_of(value["task"], value["preset"])
+    depths = config["depths"]
+    assert next_trial(value["arms"], depths, start, lower, also, plan) is None

@@ -19,7 +19,11 @@ from benchmarks.report.comparisons import (
     tuned_rate,
     window_of,
 )
-from benchmarks.report.records import read_source, read_sources
+from benchmarks.report.figures import drawings
+from benchmarks.report.grid import grid
+from benchmarks.report.headline import in_short
+from benchmarks.report.names import metric_text
+from benchmarks.report.records import Metric, read_source, read_sources
 from benchmarks.report.text import confirm_table, report, screen_table
 from benchmarks.report.verdicts import Verdict, outcomes, verdict_of
 
@@ -140,6 +144,42 @@ def written(directory, *values):
 def only_setting(directory, value):
     ((setting,),) = (s.settings for s in read_sources(written(directory, value)))
     return setting
+
+
+def with_other(value, name, level, lower_is_better=False):
+    """Adds another metric, by a function of an arm that gives its level."""
+    metric = {"name": name, "unit": "", "lower_is_better": lower_is_better}
+    value.setdefault("other_metrics", []).append(metric)
+    for of in value["arms"]:
+        others = of.setdefault("other_metrics_per_seed", {})
+        others[name] = [level(of)] * len(of["seeds"])
+    return value
+
+
+def renamed(value, names, **fields):
+    """Makes other arms of some: {name: fields that differ}."""
+    for of in value["arms"]:
+        if of["name"] in names:
+            of |= {"operator": "window", **fields, **names[of["name"]]}
+    return value
+
+
+def of_parts(effect_of_norms, **fields):
+    """A result of parts, of full and norms."""
+    effects = {"window(0.2)": effect_of_norms}
+    value = result(effects, **{"preset": "parts", **fields})
+    kept = ("base", "window(0.1)", "window(0.2)")
+    value["arms"] = [of for of in value["arms"] if of["name"] in kept]
+    names = {
+        "window(0.1)": {"name": "window(0.5), full", "scope": "full"},
+        "window(0.2)": {"name": "window(0.5), norms", "scope": "norms"},
+    }
+    return renamed(value, names, alpha=0.5)
+
+
+def section(text, heading):
+    """What stands below a heading of the second level."""
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 def text_of(directory, *values):
@@ -463,6 +503,252 @@ def test_the_published_replication_stands_beside_the_same_here(tmp_path):
     assert cells[3].startswith(f"{window - base:+.4f} [")
     assert cells[4] == "16/16"
     assert "published" not in text_of(tmp_path / "other", result({}))
+
+
+# Other metrics than the one that arms are tuned by.
+
+
+def accuracy_of(of):
+    """Best at the highest rate; the window adds a tenth."""
+    return of["learning_rate"] + (0.1 if of["name"] == "window(0.2)" else 0.0)
+
+
+def test_other_metrics_are_shown_at_the_rates_that_the_first_one_is_best_at(tmp_path):
+    value = with_other(result(HELPS), "accuracy", accuracy_of)
+    with_other(value, "distance", accuracy_of, lower_is_better=True)
+    table = text_of(tmp_path, value).split("by what else was measured:\n\n")[1]
+    header, *_ = table.splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == [
+        *("arm", "accuracy, higher is better", "minus base"),
+        *("distance, lower is better", "minus base"),
+    ]
+    table = table.split("\n\n")[0]
+    # At 0.004, not at 0.016; more is won by one and lost by the other.
+    assert cells_of(table, "base") == ["0.0040", "", "0.0040", ""]
+    assert cells_of(table, "window(0.2)") == [
+        *("0.1040", "**+0.1000 ± 0.0000** (16/16)"),
+        *("0.1040", "**+0.1000 ± 0.0000** (0/16)"),
+    ]
+    assert cells_of(table, "learn_alpha")[1].endswith("0.0000 ± 0.0000 (0/16)")
+
+
+def test_other_metrics_change_no_verdict_and_no_table_of_the_first(tmp_path):
+    alone = text_of(tmp_path / "a", result(HELPS))
+    value = with_other(result(HELPS), "accuracy", accuracy_of)
+    both = text_of(tmp_path / "b", value)
+    added = both[both.index("The same, tuned by") :].split("<details>")[0]
+    assert both.replace(added, "") == alone
+
+
+def test_a_run_that_diverged_by_the_first_metric_has_no_number_by_another(tmp_path):
+    value = with_other(result(HELPS), "accuracy", accuracy_of)
+    for of in arms_of(value, "window(0.2)", "confirm"):
+        of["metric_per_seed"][3], of["diverged"][3] = None, True
+    table = text_of(tmp_path, value).split("by what else was measured:\n\n")[1]
+    cells = cells_of(table.split("\n\n")[0], "window(0.2)")
+    assert cells == ["diverged in 1 of 16", "diverged (15/16)"]
+
+
+def test_a_metric_is_named_with_its_unit_and_direction():
+    text = "validation loss (nats/byte), lower is better"
+    assert metric_text(Metric("validation loss", "nats/byte", 1)) == text
+    assert metric_text(Metric("pass@1", "", -1)) == "pass@1, higher is better"
+
+
+# What to couple.
+
+
+def test_parts_have_a_table_of_their_own(tmp_path):
+    text = text_of(tmp_path, result({}), of_parts(-0.05), of_parts(0.03, task="vit"))
+    table = section(text, "Which parameters to couple")
+    header = next(line for line in table.splitlines() if line.startswith("| "))
+    loss = "validation loss (nats/byte), lower is better"
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [
+        f"{task}, adamw, parts, 6 layers: {loss}" for task in ("lm", "vit")
+    ]
+    lm, vit = cells_of(table, "window(0.5), norms")
+    assert lm == "**-0.0500 ± 0.0005** (16/16)"
+    assert vit.startswith("**+0.0300 ± 0.000")
+    full = cells_of(table, "window(0.5), full")
+    assert [float(cell.split(" ±")[0]) for cell in full] == pytest.approx(
+        [0, 0], abs=1e-3
+    )
+    assert all(float(level) for level in cells_of(table, "base"))
+    assert "Which parameters" not in text_of(tmp_path / "other", result({}))
+
+
+def test_a_part_that_did_not_run_in_one_setting_has_an_empty_cell(tmp_path):
+    other = of_parts(0.0, task="vit")
+    other["arms"] = [of for of in other["arms"] if of["scope"] != "norms"]
+    table = section(
+        text_of(tmp_path, result({}), of_parts(0.0), other),
+        "Which parameters to couple",
+    )
+    assert cells_of(table, "window(0.5), norms")[1] == ""
+    assert cells_of(table, "window(0.5), full")[1] != ""
+
+
+def test_parts_count_in_no_verdict_and_in_no_other_table(tmp_path):
+    values = [result(HELPS), of_parts(-0.5)]
+    without = text_of(tmp_path / "a", values[0])
+    text = text_of(tmp_path / "b", *values)
+    before = text.split("## Which parameters to couple")[0]
+    assert before == without.split("## lm, adamw\n")[0]
+    assert "Verdict" not in section(text, "lm, adamw, parts")
+    assert "window(0.5), norms" in section(text, "lm, adamw, parts")
+
+
+def test_parts_have_a_figure_of_their_own_and_are_in_no_other(tmp_path):
+    figures = drawings(read_sources(written(tmp_path, result(HELPS), of_parts(-0.05))))
+
+    def rows(name):
+        return [
+            [t.get_text() for t in ax.get_yticklabels()] for ax in figures[name].axes
+        ]
+
+    assert rows("differences.svg") == [["lm, adamw, 6 layers"]]
+    assert rows("parts.svg") == [["window(0.5), full", "window(0.5), norms"]]
+    alone = drawings(read_sources(written(tmp_path / "other", result(HELPS))))
+    assert "parts.svg" not in alone
+
+
+def test_groupings_compare_one_stack_with_the_base_and_with_two(tmp_path):
+    effects = {"window(0.2)": -0.02, "window(0.2), proj": -0.05, "learn_alpha": 0.01}
+    both = {
+        "window(0.2), proj": {"name": "window(0.2), joined", "scope": "joined"},
+        "learn_alpha": {
+            **{"name": "window(0.2), joined with mid_block", "alpha": 0.2},
+            "scope": "joined with mid_block",
+        },
+    }
+    value = renamed(result(effects, task="diffusion"), both)
+    text = text_of(tmp_path, value, result({}))
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in section(text, "One stack or two").splitlines()
+        if line.startswith("| diffusion")
+    ]
+    expected = {"joined": (-0.05, -0.03), "joined with mid_block": (0.01, 0.03)}
+    assert [row[:2] for row in rows] == [
+        ["diffusion, adamw, 6 layers", scope] for scope in expected
+    ]
+    for row, differences in zip(rows, expected.values(), strict=True):
+        found = [float(cell.strip("*").split(" ")[0]) for cell in row[2:]]
+        np.testing.assert_allclose(found, differences, atol=1e-3)
+    assert "One stack or two" not in text_of(tmp_path / "other", result({}))
+
+
+# Beside the paper.
+
+
+def beside_paper(text):
+    """The rows of the paper's table, as cells."""
+    lines = section(text, "Beside the paper's own numbers").splitlines()
+    rows = [line for line in lines if line.startswith("| ")][2:]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+PAPERS = {
+    "vit": ("test accuracy", "74.56 %"),
+    "diffusion": ("Fréchet distance", "6.58 / 4.01"),
+    "rl": ("pass@1", "55.45 %"),
+    "lm": ("validation loss", "GPT"),
+}
+
+
+@pytest.mark.parametrize("task", PAPERS)
+def test_the_papers_numbers_stand_beside_the_metric_that_is_most_like_its(
+    tmp_path, task
+):
+    pytest.importorskip("flax")
+    pytest.importorskip("sklearn")
+    from benchmarks.evidence.tasks import TASKS
+
+    first, *others = TASKS[task].METRICS
+    sign = 1 if first.lower_is_better else -1
+    value = result(HELPS, task=task, metric=first._asdict(), sign=sign)
+    for other in others:
+        with_other(value, other.name, accuracy_of, other.lower_is_better)
+    (row,) = beside_paper(text_of(tmp_path, value))
+    wanted, number = PAPERS[task]
+    assert row[0] == task
+    assert number in " ".join(row[1:4])
+    assert row[5].startswith(wanted)
+    if wanted == first.name:
+        assert row[7].startswith(f"**{-0.05 * sign:+.4f} ±")
+    else:  # at the rate of the first metric
+        assert row[6] == "0.0040"
+        assert row[7].startswith("**+0.1000 ±")
+
+
+def test_the_papers_numbers_are_said_once_a_task_and_of_full_presets_alone(tmp_path):
+    values = [
+        *(result({}, layers=(6, 12)), result({}, optimizer="sgd")),
+        *(result({}, preset="deep", layers=(48,)), result({}, task="reverse")),
+        result({}, task="rl"),
+    ]
+    rows = beside_paper(text_of(tmp_path, *values))
+    assert [(row[0], row[4]) for row in rows] == [
+        ("lm", "adamw, 6 layers"),
+        ("", "adamw, 12 layers"),
+        ("", "sgd, 6 layers"),
+        ("rl", "adamw, 6 layers"),
+    ]
+    assert all(any(row[1:4]) == bool(row[0]) for row in rows)
+    other = text_of(tmp_path / "other", result({}, preset="deep"))
+    assert "Beside the paper" not in other
+
+
+# All of it at a glance.
+
+
+def test_the_grid_has_a_row_per_task_and_depth_and_a_column_per_optimizer(tmp_path):
+    values = [
+        *(result(HELPS, layers=(6, 12)), result({}, optimizer="sgd")),
+        *(result(HELPS, task="vit", optimizer="muon"), result({}, preset="deep")),
+    ]
+    settings = [s for x in read_sources(written(tmp_path, *values)) for s in x.settings]
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in grid(outcomes(settings)).splitlines()
+    )
+    assert header == ["task", "metric", "sgd", "adamw", "muon"]
+    found = {row[0]: [cell.split("; ")[-1] for cell in row[2:]] for row in rows}
+    helps, nothing = Verdict.NEIGHBORS.value, Verdict.NOTHING.value
+    assert found == {
+        "lm, 6 layers": [nothing, helps, ""],
+        "lm, 12 layers": ["", helps, ""],
+        "lm, deep, 6 layers": ["", nothing, ""],
+        "vit, 6 layers": ["", "", helps],
+    }
+    cells = {row[0]: row[2:] for row in rows}
+    assert cells["vit, 6 layers"][2].startswith("**-0.0500 ± 0.0005** (16/16)†; ")
+    assert {row[1] for row in rows} == {"validation loss (nats/byte), lower is better"}
+
+
+def test_in_short_is_the_first_sentence_and_the_counts_without_the_places(tmp_path):
+    values = [result(HELPS), result({}, optimizer="sgd"), result({}, task="vit")]
+    without(values[2], "base", "confirm")
+    settings = [s for x in read_sources(written(tmp_path, *values)) for s in x.settings]
+    found = in_short(outcomes(settings))
+    text = report(read_sources(tmp_path), [])
+    assert found.startswith(text.split("\n\n")[2])
+    assert "beats the base optimizer in 1 of 2 settings" in found
+    assert "Of the 8 comparisons with the base" in found
+    assert not any(place in found for place in ("adamw", "sgd", "layers", "vit"))
+
+
+def test_a_picture_is_shown_in_the_section_of_its_source_and_kept(tmp_path):
+    values = [result({}), result({}, optimizer="sgd")]
+    options = ["--results", str(written(tmp_path, *values))]
+    picture = tmp_path / "figures" / "lm-sgd-samples.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"a picture")
+    assert main(options) == main([*options, "--check"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("(figures/lm-sgd-samples.png)") == 1
+    assert "(figures/lm-sgd-samples.png)" in section(text, "lm, sgd")
+    assert picture.read_bytes() == b"a picture"
 
 
 def test_two_arms_that_are_the_same_are_an_error(tmp_path):

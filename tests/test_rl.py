@@ -84,6 +84,12 @@ def test_every_sum_is_in_exactly_one_of_the_three_sets():
     assert all(len(each) >= 1000 for each in sets)
 
 
+def test_a_sum_and_the_same_with_its_numbers_swapped_are_in_one_set():
+    for problems in arithmetic.split_problems():
+        there = {*map(tuple, np.asarray(problems.prompts).tolist())}
+        assert {(c, d, a, b) for a, b, c, d in there} == there
+
+
 def test_answers_are_octal_sums_with_the_units_first():
     for problems in map(jax.device_get, arithmetic.split_problems()):
         for (a, b, c, d), (low, high) in zip(*problems, strict=True):

@@ -14,7 +14,7 @@ BASE = 8
 PROMPT, ANSWER = 4, 2
 # Of a right digit in an answer that is not right as a whole; that is worth 1.
 PARTIAL_CREDIT = 0.2
-# Of all 4,096 problems; the rest is the test.
+# Of all 4,096 problems, about; the rest is the test.
 START, TRAIN = 2000, 1000
 # How likely a demonstration has either mistake, each by itself.
 TENS_FIRST, NO_CARRY = 0.6, 0.6
@@ -33,7 +33,10 @@ class Problems(NamedTuple):
 
 
 class Split(NamedTuple):
-    """All problems in three disjoint sets, each in random order."""
+    """All problems in three disjoint sets, each in random order.
+
+    A problem and the same with its numbers swapped are in one set.
+    """
 
     start: Problems
     train: Problems
@@ -42,12 +45,24 @@ class Split(NamedTuple):
 
 def split_problems() -> Split:
     """Returns the three sets, the same ones at every call."""
-    numbers = np.random.default_rng(0).permutation(BASE**PROMPT)
+    rng = np.random.default_rng(0)
+    numbers = rng.permutation(BASE**PROMPT)
+    one, other = np.divmod(numbers, BASE**2)
+    pairs, of_problem = np.unique(
+        np.minimum(one, other) * BASE**2 + np.maximum(one, other), return_inverse=True
+    )
+    # Of every pair a place in [0, 1).
+    place = (rng.permutation(len(pairs)) / len(pairs))[of_problem]
     prompts = np.stack([numbers // BASE**k % BASE for k in (3, 2, 1, 0)], axis=-1)
     answers = _add(prompts, 1)
-    cuts = [START, START + TRAIN]
-    sets = zip(np.split(prompts, cuts), np.split(answers, cuts), strict=True)
-    return Split(*(Problems(*map(jnp.asarray, each)) for each in sets))
+    cuts = np.array([START, START + TRAIN]) / len(numbers)
+    which = np.searchsorted(cuts, place, side="right")
+    return Split(
+        *(
+            Problems(jnp.asarray(prompts[which == k]), jnp.asarray(answers[which == k]))
+            for k in range(len(Split._fields))
+        )
+    )
 
 
 def demonstrate(key: jax.Array, problems: Problems) -> jax.Array:

@@ -86,8 +86,8 @@ WHAT_IS_TRAINED = """\
 - `rl`: GRPO of a GPT on sums of octal numbers with a checked answer; the probability
   that an answer to a held-out problem is right, and the mean reward. All seeds begin at
   one model, which learned by supervision from part of the problems and then imitated
-  careless answers. That was chosen so that there is something for GRPO to gain: from a
-  plain supervised start no rate that was tried by hand did better than not to train."""
+  careless answers. That was chosen so that there is something for GRPO to gain: in a
+  first version with a plain start, it gained nothing at the rates tried by hand."""
 
 HOW_TO_READ = """\
 Every difference is an arm minus the base optimizer without smoothing, over fresh paired

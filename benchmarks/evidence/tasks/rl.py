@@ -36,7 +36,7 @@ from benchmarks.evidence.grpo import (
 )
 from benchmarks.evidence.task import Metric, Task, parts_of
 from benchmarks.gpt import GPT, init_gpt
-from benchmarks.optimizers import matrices, warmup_cosine
+from benchmarks.optimizers import hidden_matrices, matrices, warmup_cosine
 
 METRICS = (
     Metric("pass@1", "", lower_is_better=False),
@@ -155,7 +155,7 @@ def build(
         evaluate=evaluate,
         states=states,
         decayed=matrices,
-        hidden=_hidden,
+        hidden=hidden_matrices,
         # The blocks of this model have no biases.
         scopes={part: parts[part] for part in ("attention", "mlp", "norms")},
         rollout=rollout,
@@ -174,12 +174,6 @@ def _policy(model: GPT, params: Any, tokens: jax.Array) -> jax.Array:
 
 def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.gumbel(key, (*shape, ANSWER, BASE))
-
-
-def _hidden(params: Any) -> Any:
-    # The norms of the stack have rank 2.
-    stacked = {"blocks": jax.tree.map(lambda leaf: leaf.ndim == 3, params["blocks"])}
-    return jax.tree.map(lambda leaf: False, params) | stacked
 
 
 @functools.lru_cache
