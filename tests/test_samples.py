@@ -34,7 +34,8 @@ def compiled_once(tmp_path_factory):
         # Next to nothing runs: what takes the time is to compile it.
         "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in values}
+    # The last one is a flag, off, that is no attribute.
+    before = {name: getattr(jax.config, name, False) for name in values}
     for name, value in values.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
