@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.comparison import format_table
 from benchmarks.json_files import RESULTS
-from benchmarks.report.grid import grid
+from benchmarks.report.grid import LEGEND, grid
 from benchmarks.report.headline import in_short
 from benchmarks.report.records import Source, read_sources
 from benchmarks.report.verdicts import outcomes
@@ -120,7 +120,7 @@ def evidence_text(sources: Sequence[Source]) -> str:
     """Returns the verdict of the report in short, and the whole grid."""
     settings = [setting for source in sources for setting in source.settings]
     of_all = outcomes([setting for setting in settings if not setting.is_of_parts])
-    return f"{in_short(of_all)}\n\n{grid(of_all)}"
+    return f"{in_short(of_all)}\n\n{LEGEND}\n\n{grid(of_all)}"
 
 
 def speed_text(reports: Mapping[str, Mapping[str, Any]]) -> str:

@@ -51,12 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"there is no {path}. To fix: run `python -m benchmarks.evidence --task "
             f"diffusion --optimizer {given.optimizer}`"
         )
-    images = images_of(path, given.optimizer)
+    try:
+        images = images_of(path, given.optimizer)
+    except Unfinished as error:
+        parser.error(str(error))
     picture = given.results / "figures" / f"diffusion-{given.optimizer}-samples.png"
     picture.parent.mkdir(exist_ok=True)
     grid(images).savefig(picture, dpi=100, metadata={"Software": None})
     print(f"{picture} is written")
     return 0
+
+
+class Unfinished(ValueError):
+    """Results have no best rate yet; the message says which."""
 
 
 def images_of(path: Path, optimizer: str) -> dict[str, np.ndarray]:
@@ -66,7 +73,7 @@ def images_of(path: Path, optimizer: str) -> dict[str, np.ndarray]:
         path: a result file of the task.
         optimizer: its base.
     """
-    setting = read_source(path).settings[0]
+    *_, setting = read_source(path).settings
     of_arms = zip(
         (WINDOW, BASE),
         best_pair(setting, window_of(setting, WINDOW.alpha), base_of(setting)),
@@ -77,7 +84,10 @@ def images_of(path: Path, optimizer: str) -> dict[str, np.ndarray]:
     images = {"held out": 2 * held_out.images[:COLUMNS] - 1}
     for arm, found in sorted(of_arms, key=lambda pair: pair[0] is not BASE):
         if found is None:
-            raise ValueError(f"{path}: {arm.name} is not confirmed yet")
+            raise Unfinished(
+                f"{path} has not confirmed {arm.name} yet. To fix: run `python -m "
+                f"benchmarks.evidence --task diffusion --optimizer {optimizer}`"
+            )
         name = f"{arm.name}, rate {found.learning_rate:g}"
         images[name] = generated(
             optimizer, config, arm, found.learning_rate, found.seeds[0]
@@ -94,7 +104,7 @@ def generated(
 ) -> np.ndarray:
     """Returns images by a model that is trained for it, `(COLUMNS, 8, 8)`."""
     job, options = presets.job_of(optimizer, config), presets.task_options(config)
-    layers = config["depths"][-1]
+    layers = max(config["depths"])
     task = diffusion.build(layers, **options)
     tx = build_optimizer(job, task, arm)
     seeds = jnp.array([seed])

@@ -48,7 +48,7 @@ def part_kinds(setting: Setting) -> list[Kind]:
 
 def groupings(settings: Sequence[Setting]) -> str:
     """Returns one stack against two, of the settings that have both, or ""."""
-    rows = []
+    rows, metrics = [], {}
     for setting in settings:
         joined = [
             kind
@@ -60,16 +60,16 @@ def groupings(settings: Sequence[Setting]) -> str:
             found = [best_against_best(setting, kind, of) for of in (base, two)]
             cells = [difference_text(setting.metric, of) for of in found]
             rows.append([setting_name(setting), kind.scope, *cells])
+            metrics[metric_text(setting.metric)] = None
     if not rows:
         return ""
-    metric = settings[0].metric
     header = ["setting", "grouping", "minus base", "minus two stacks"]
     return (
         "## One stack or two\n\n"
         "The window(0.2) on a U-ViT whose `in_blocks` and `out_blocks` are one stack, "
         "in the roles that both have, without `mid_block` or with it between them, "
         "against the base and against the window on two stacks that leaves "
-        f"`mid_block` alone. {metric_text(metric)}, best against "
+        f"`mid_block` alone. {'; '.join(metrics)}, best against "
         f"best:\n\n{format_table(header, rows)}"
     )
 

@@ -135,7 +135,7 @@ def _chance(of_all: Sequence[Outcome]) -> Iterator[str]:
     better, worse = sum(map(is_better, found)), sum(map(is_worse, found))
     survivors = sum(len(outcome.survivors) for outcome in of_all)
     yield (
-        f"Of the {len(found)} comparisons with the base in the table below, the 95 % "
+        f"Of the {len(found)} comparisons of main arms with the base, the 95 % "
         f"interval excludes 0 in {better + worse} ({better} better, {worse} worse), "
         f"after Holm's correction in {survivors}; by chance it would in one of twenty, "
         f"{len(found) / 20:.1f} of them."

@@ -84,7 +84,8 @@ def paper(sources: Sequence[Source]) -> str:
         f"parameters to the end; here {'; '.join(sizes)}. *Data*: the metrics are "
         "alike and not the same (a Fréchet distance here is in the features of a "
         "small classifier of digits, no FID). *Seeds*: the paper's main results are "
-        "single seeds; here are 16 paired ones, with a 95 % interval. *Tuning*: the "
+        f"single seeds; here are {_seeds(there)} paired ones, with a 95 % interval. "
+        "*Tuning*: the "
         "paper adds smoothing at the settings of the base optimizer; here every arm "
         "has its own best learning rate, by the first metric of its task."
     )
@@ -108,6 +109,11 @@ def _paper_row(setting: Setting, is_first: bool) -> list[str]:
         level_text(metric, theirs),
         difference_text(metric, difference(window, theirs)),
     ]
+
+
+def _seeds(there: Sequence[tuple[Source, Setting]]) -> str:
+    counts = {len(arm.seeds) for _, setting in there for arm in setting.confirm}
+    return " or ".join(map(str, sorted(counts))) or "to be"
 
 
 def _size(config: Mapping[str, Any]) -> str:

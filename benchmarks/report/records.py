@@ -46,7 +46,8 @@ class Arm(NamedTuple):
         seeds: the seeds it ran with.
         losses: one per seed, lower is better; NaN where the run diverged.
         others: the same by other metrics, {name: losses}.
-        before: {name of a metric: its mean before training}, of a base; else empty.
+        before: {name of a metric: its mean before training, None if not finite}, of a
+            base; else empty.
         mechanism: quantity, such as "roughness, after", to its values over training,
             with "steps" among them; empty if nothing was recorded.
     """
@@ -56,7 +57,7 @@ class Arm(NamedTuple):
     seeds: tuple[int, ...]
     losses: np.ndarray
     others: Mapping[str, np.ndarray]
-    before: Mapping[str, float]
+    before: Mapping[str, float | None]
     mechanism: Mapping[str, np.ndarray]
 
 

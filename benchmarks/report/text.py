@@ -54,11 +54,10 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
         "<!-- Written by `python -m benchmarks.report`. -->",
         "# Does depth smoothing help?",
         headline(of_all),
-        "## The window(0.2) in every task",
-        grid(of_all),
         "## Every setting",
         WHAT_IS_TRAINED,
         HOW_TO_READ,
+        grid(of_all),
         summary(of_all),
         _figure("differences.svg", "Best against best, with intervals", figures),
         paper(sources),
@@ -116,6 +115,8 @@ the rates it was tried at."""
 
 def summary(of_all: Sequence[Outcome]) -> str:
     """Returns the table with one row per setting."""
+    if not of_all:
+        return ""
     metrics = {outcome.setting.metric for outcome in of_all}
     header = [
         "setting",
@@ -224,7 +225,10 @@ def _before(setting: Setting) -> str:
     base = confirmed(setting, base_of(setting))
     if base is None or not base.before:
         return ""
-    values = (f"{name} {value:.4f}" for name, value in base.before.items())
+    values = (
+        f"{name} {'not finite' if value is None else f'{value:.4f}'}"
+        for name, value in base.before.items()
+    )
     return f" Before training: {', '.join(values)}."
 
 
