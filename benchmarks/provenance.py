@@ -13,6 +13,7 @@ import jax
 
 _PACKAGES = (
     *("gradsmooth_optax", "jax", "jaxlib", "optax", "flax", "numpy"),
+    "scikit-learn",
     *("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
 )
 

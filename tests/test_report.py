@@ -379,11 +379,12 @@ def test_the_mean_over_depth_has_rates_of_its_own(tmp_path):
     without(value, "norm-matched mean over depth", "confirm")
     text = text_of(tmp_path, value)
     # 0.1 + 0.4 at four times the best rate - 0.6.
-    mean = "each layer's own: lm, adamw, 6 layers: {}.\n"
-    assert mean.format("-0.1000 ± 0.0005 and not run") in text
+    mean = "these minus the base: lm, adamw, 6 layers: {}.\n"
+    assert mean.format("-0.1000 ± 0.0005, not run and not run") in text
     effects = {"mean over depth": 0.1, "norm-matched mean over depth": 0.3}
     worse = text_of(tmp_path, result(HELPS | effects))
-    assert mean.format("+0.1000 ± 0.0005 and -0.1999 ± 0.0006") in worse
+    shown = "+0.1000 ± 0.0005, -0.1999 ± 0.0006 and +0.2999 ± 0.0005"
+    assert mean.format(shown) in worse
 
 
 def test_a_rate_at_which_a_seed_diverged_was_tried_but_is_not_the_best(tmp_path):
@@ -450,7 +451,7 @@ def test_the_headline_counts_settings_and_comparisons(tmp_path):
     hurts = result({"window(0.2)": 0.05, "learn_alpha": -0.05}, optimizer="muon")
     text = text_of(tmp_path, helps, smaller, hurts)
     first = text.split("\n\n")[2]
-    assert "window(0.2) beats the base optimizer in 3 of 4 settings, and" in first
+    assert "the base optimizer in 3 of 4 settings (lm 3 of 4), and" in first
     assert (
         "did best in the screen in 4. **That it is the coupling of neighbors" in first
     )
@@ -463,8 +464,8 @@ def test_the_headline_counts_settings_and_comparisons(tmp_path):
     assert "no controls): lm, muon, 6 layers, learn_alpha (-0.0500 ± 0.0005)." in text
     # Two windows, norm-preserving and the mean in each, learn_alpha in one.
     assert (
-        "Of the 17 comparisons with the base in the table below, the 95 % interval "
-        "excludes 0 in 5 (4 better, 1 worse), after Holm's correction in 5; by chance "
+        "Of the 17 comparisons of main arms with the base, the 95 % interval excludes "
+        "0 in 5 (4 better, 1 worse), after Holm's correction in 5; by chance "
         "it would in one of twenty, 0.8 of them."
     ) in text
     assert "learn_alpha: **-0.0500 ± " in text
@@ -483,6 +484,8 @@ def test_settings_of_several_depths_are_compared_by_depth(tmp_path):
 def test_a_preset_is_a_setting_of_its_own_after_the_full_ones(tmp_path):
     text = text_of(tmp_path, result({}), result({}, preset="deep", layers=(48,)))
     assert text.index("## lm, adamw\n") < text.index("## lm, adamw, deep\n")
+    # Whoever ran it had seen the others: it is shown, and not counted.
+    assert "beats the base optimizer in 0 of 1 setting (lm 0 of 1), and" in text
     assert "--task lm --optimizer adamw --preset deep" in text
 
 
@@ -513,30 +516,31 @@ def accuracy_of(of):
     return of["learning_rate"] + (0.1 if of["name"] == "window(0.2)" else 0.0)
 
 
-def test_other_metrics_are_shown_at_the_rates_that_the_first_one_is_best_at(tmp_path):
+def test_other_metrics_are_shown_at_the_rates_that_they_are_best_at(tmp_path):
     value = with_other(result(HELPS), "accuracy", accuracy_of)
     with_other(value, "distance", accuracy_of, lower_is_better=True)
-    table = text_of(tmp_path, value).split("by what else was measured:\n\n")[1]
+    table = text_of(tmp_path, value).split("(no correction for this):\n\n")[1]
     header, *_ = table.splitlines()
     assert [cell.strip() for cell in header.split("|")[1:-1]] == [
-        *("arm", "accuracy, higher is better", "minus base"),
-        *("distance, lower is better", "minus base"),
+        *("arm", "accuracy, higher is better", "at rate (and the base's)"),
+        *("minus base", "distance, lower is better", "at rate (and the base's)"),
+        "minus base",
     ]
     table = table.split("\n\n")[0]
-    # At 0.004, not at 0.016; more is won by one and lost by the other.
-    assert cells_of(table, "base") == ["0.0040", "", "0.0040", ""]
+    # Not at 0.004, the best by the first; more is won by one and lost by the other.
+    assert cells_of(table, "base") == ["0.0160", "0.016", "", "0.0020", "0.002", ""]
     assert cells_of(table, "window(0.2)") == [
-        *("0.1040", "**+0.1000 ± 0.0000** (16/16)"),
-        *("0.1040", "**+0.1000 ± 0.0000** (0/16)"),
+        *("0.1160", "0.016", "**+0.1000 ± 0.0000** (16/16)"),
+        *("0.1020", "0.002", "**+0.1000 ± 0.0000** (0/16)"),
     ]
-    assert cells_of(table, "learn_alpha")[1].endswith("0.0000 ± 0.0000 (0/16)")
+    assert cells_of(table, "learn_alpha")[2].endswith("0.0000 ± 0.0000 (0/16)")
 
 
 def test_other_metrics_change_no_verdict_and_no_table_of_the_first(tmp_path):
     alone = text_of(tmp_path / "a", result(HELPS))
     value = with_other(result(HELPS), "accuracy", accuracy_of)
     both = text_of(tmp_path / "b", value)
-    added = both[both.index("The same, tuned by") :].split("<details>")[0]
+    added = both[both.index("By what else was measured") :].split("<details>")[0]
     assert both.replace(added, "") == alone
 
 
@@ -544,9 +548,10 @@ def test_a_run_that_diverged_by_the_first_metric_has_no_number_by_another(tmp_pa
     value = with_other(result(HELPS), "accuracy", accuracy_of)
     for of in arms_of(value, "window(0.2)", "confirm"):
         of["metric_per_seed"][3], of["diverged"][3] = None, True
-    table = text_of(tmp_path, value).split("by what else was measured:\n\n")[1]
+    table = text_of(tmp_path, value).split("(no correction for this):\n\n")[1]
     cells = cells_of(table.split("\n\n")[0], "window(0.2)")
-    assert cells == ["diverged in 1 of 16", "diverged (15/16)"]
+    assert cells[0] == "diverged in 1 of 16"
+    assert cells[2] == "diverged (15/16)"
 
 
 def test_a_metric_is_named_with_its_unit_and_direction():
@@ -676,8 +681,9 @@ def test_the_papers_numbers_stand_beside_the_metric_that_is_most_like_its(
     assert row[5].startswith(wanted)
     if wanted == first.name:
         assert row[7].startswith(f"**{-0.05 * sign:+.4f} ±")
-    else:  # at the rate of the first metric
-        assert row[6] == "0.0040"
+    else:  # at its own best rate
+        lower = next(m for m in others if m.name == wanted).lower_is_better
+        assert row[6] == ("0.0020" if lower else "0.0160")
         assert row[7].startswith("**+0.1000 ±")
 
 
@@ -734,8 +740,9 @@ def test_in_short_is_the_first_sentence_and_the_counts_without_the_places(tmp_pa
     text = report(read_sources(tmp_path), [])
     assert found.startswith(text.split("\n\n")[2])
     assert "beats the base optimizer in 1 of 2 settings" in found
-    assert "Of the 8 comparisons with the base" in found
-    assert not any(place in found for place in ("adamw", "sgd", "layers", "vit"))
+    assert "Of the 8 comparisons of main arms with the base" in found
+    assert "without any coupling**, beat the base in 0 of 2 settings" in found
+    assert "layers" not in found.split("Not finished, and not counted: ")[0]
 
 
 def test_a_picture_is_shown_in_the_section_of_its_source_and_kept(tmp_path):

@@ -7,11 +7,10 @@
 
 First a screen: every arm on a few seeds, over learning rates by factors of two until
 the best of them has a worse one on both sides. Then what the screen chose is confirmed
-on other seeds: the base, the main arms, the best arm and the controls, each at its own
-best learning rate and at the base's. All arms share initialization and data, seed by
-seed. Every finished trial is in the result file at once, and the same command goes on
-after the last of them. `python -m benchmarks.report` makes tables and figures of the
-files.
+on other seeds: the base, the main arms, the best arm and the controls, at every rate
+that is the best of one of them. All arms share initialization and data, seed by seed.
+Every finished trial is in the result file at once, and the same command goes on after
+the last of them. `python -m benchmarks.report` makes tables and figures of the files.
 """
 
 import argparse

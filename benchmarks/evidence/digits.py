@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-SIZE, CLASSES = 8, 10
+SIZE, CLASSES, IMAGES = 8, 10, 1797
 
 
 class Digits(NamedTuple):

@@ -15,7 +15,8 @@ from flax import linen as nn
 
 from benchmarks.evidence.digits import CLASSES, SIZE, split_digits
 
-# Few enough for the covariances of a few hundred images.
+# Few, for the covariances of some hundred images; a distance still depends on how many
+# samples there are.
 FEATURES = 16
 _STEPS = 200
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from benchmarks.evidence.arithmetic import split_problems
 from benchmarks.evidence.arms import (
     BASE,
     FULL,
@@ -23,6 +24,7 @@ from benchmarks.evidence.arms import (
     Plan,
     plan_of_parts,
 )
+from benchmarks.evidence.digits import CLASSES, IMAGES, SIZE
 from benchmarks.evidence.trials import Job
 
 Options = Mapping[str, Any]
@@ -33,7 +35,7 @@ _LM = {
     **{"steps": 200, "warmup": 20, "b2": 0.95, "clip": 1.0, "micro_batches": 4},
     **{"lanes": 4, "screen_seeds": 4, "confirm_seeds": 16},
 }
-# The paper's sizes: 1.2 billion parameters in 24 layers and 2.4 billion in 30.
+# The paper's sizes: 1.2 billion parameters in 24 blocks and 2.4 billion in 30.
 _LM_ON_TPU = _LM | {
     **{"context": 2048, "batch": 256, "eval_windows": 512, "dtype": "bfloat16"},
     **{"remat": True, "steps": 20_000, "warmup": 500, "lanes": 1},
@@ -89,14 +91,15 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "full": _VIT,
         "quick": _VIT | _QUICK | {"depths": [4], "warmup": 4},
         "parts": _VIT,
-        # As large as the paper's ViT-B, on the same images.
+        # As deep and wide as the paper's ViT-B, on the same images.
         "tpu": _VIT
         | {"width": 768, "heads": 12, "patch": [1, 1], "batch": 1024, "lanes": 1}
         | {"steps": 20_000, "warmup": 500},
     },
     "diffusion": {
         "full": _DIFFUSION,
-        "quick": _DIFFUSION | _QUICK | {"depths": [5], "warmup": 4},
+        # In stacks of fewer than four layers shuffling leaves neighbors.
+        "quick": _DIFFUSION | _QUICK | {"warmup": 4, "samples": 32},
         "tpu": _DIFFUSION
         | {"depths": [17], "width": 512, "heads": 8, "batch": 1024, "lanes": 1}
         | {"steps": 20_000, "warmup": 500, "samples": 10_000, "sampler_steps": 50},
@@ -138,7 +141,7 @@ _BY_OPTIMIZER: dict[str, dict[str, Options]] = {
     },
 }
 
-# Billions of parameters train at lower rates.
+# Billions of parameters train at lower rates; those of `rl` are low anyway.
 _ON_TPU: dict[str, Options] = {
     "adamw": {"learning_rate": 6e-4},
     "sgd": {"learning_rate": 0.1},
@@ -183,7 +186,7 @@ def options_of(
     options = {
         **_BY_OPTIMIZER[task][optimizer],
         **_PRESETS[task][preset],
-        **(_ON_TPU[optimizer] if preset in _ON_TPU_PRESETS else {}),
+        **(_ON_TPU[optimizer] if preset in _ON_TPU_PRESETS and task != "rl" else {}),
     }
     for name, value in (changes or {}).items():
         if name not in options:
@@ -193,7 +196,7 @@ def options_of(
             )
         _check_kind(name, value, options[name])
     options = {**options, **(changes or {})}
-    for problem in _problems(options):
+    for problem in (*_problems(options), *_problems_of_task(task, options)):
         raise OptionError(problem)
     return options
 
@@ -235,16 +238,56 @@ def _problems(options: Options) -> Iterator[str]:
                 f"{name}={options[name]} is no multiple of lanes={options['lanes']}, "
                 "the seeds that train at once"
             )
-    if options["batch"] % options["micro_batches"] or options["micro_batches"] < 2:
+    updates = options.get("updates", 1)
+    of_update = options["batch"] // updates
+    if options["batch"] % updates:
+        yield f"updates={updates} of a step do not divide batch={options['batch']}"
+    elif of_update % options["micro_batches"] or options["micro_batches"] < 2:
         yield (
             f"micro_batches={options['micro_batches']} must be at least 2 and divide "
-            f"batch={options['batch']}: their gradients show the noise"
+            f"the {of_update} examples of an update: their gradients show the noise"
+        )
+    if updates > 1 and options["warmup"] is not None:
+        yield (
+            f"warmup={options['warmup']} would count updates, of which a step here has "
+            f"{updates}; write --option warmup=null, for a constant learning rate"
         )
     if options["warmup"] is not None and options["warmup"] >= options["steps"]:
         yield (
             f"warmup={options['warmup']} leaves nothing of steps={options['steps']}; "
             f"use at most warmup={options['steps'] - 1}"
         )
+
+
+def _problems_of_task(task: str, options: Options) -> Iterator[str]:
+    """What is wrong with the options that only some tasks have."""
+    if task == "vit" and len(options["patch"]) != 2:
+        yield f"patch={options['patch']} must be a height and a width"
+    if task in ("vit", "diffusion"):
+        sides = options["patch"] if task == "vit" else [options["patch"]]
+        if any(SIZE % side for side in sides):
+            yield f"patch={options['patch']} does not divide images of {SIZE} pixels"
+        if not CLASSES <= options["eval_images"] <= IMAGES - CLASSES:
+            yield (
+                f"eval_images={options['eval_images']} must be between {CLASSES} and "
+                f"{IMAGES - CLASSES}: every class needs an image in both sets"
+            )
+    if task == "diffusion":
+        if options["width"] % 2:
+            yield f"width={options['width']} must be even"
+        even = [layers for layers in options["depths"] if layers % 2 == 0]
+        if even or min(options["depths"]) < 3:
+            yield (
+                f"depths={options['depths']} must be odd and at least 3: as many "
+                "in_blocks as out_blocks, and one between them"
+            )
+    if task == "rl":
+        held_out = len(split_problems().test.prompts)
+        if options["eval_problems"] > held_out:
+            yield (
+                f"eval_problems={options['eval_problems']} are more than the "
+                f"{held_out} problems held out"
+            )
 
 
 def job_of(optimizer: str, options: Options) -> Job:

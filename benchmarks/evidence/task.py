@@ -32,7 +32,8 @@ class Task(NamedTuple):
     """One model on one kind of data, at one depth. All functions are of one seed.
 
     Attributes:
-        depth: where all parameters of the blocks are, a depth spec.
+        depth: where the parameters of the blocks are, a depth spec; an arm of the
+            scope "full" couples all of it.
         data: arrays to train on, handed to `draw`.
         init: makes parameters from a key.
         draw: the batch of a step, a tree of arrays with a leading axis of examples; a
@@ -62,7 +63,7 @@ class Task(NamedTuple):
     rollout: Rollout | None = None
 
 
-# In "/"-joined paths; every task calls the parts of its blocks so.
+# In "/"-joined paths, of tasks that call the parts of their blocks so.
 _PARTS = {
     "attention": r"(^|/)attention/.*kernel$",
     "mlp": r"(^|/)mlp_(in|out)/kernel$",
@@ -71,14 +72,15 @@ _PARTS = {
 }
 
 
-def parts_of(depth: Any) -> dict[str, Any]:
+def parts_of(depth: Any, *parts: str) -> dict[str, Any]:
     """Returns {part: depth spec} of the kinds of parameters that blocks have.
 
     The kernels of attention, those of the MLP, the norms' parameters, and the biases of
     projections.
 
     Args:
-        depth: where all parameters of the blocks are.
+        depth: where the parameters of the blocks are.
+        parts: those that there are, if not all.
     """
 
     def only(pattern: str) -> Any:
@@ -87,4 +89,14 @@ def parts_of(depth: Any) -> dict[str, Any]:
             lambda path, leaf: found.search("/".join(map(str, path))) is not None
         )
 
-    return {part: only(pattern) for part, pattern in _PARTS.items()}
+    return {part: only(_PARTS[part]) for part in parts or _PARTS}
+
+
+def leaves_matching(pattern: str, params: Any) -> Any:
+    """Returns which leaves have a "/"-joined path that matches, a tree of bools."""
+
+    def matches(path: tuple, _: Any) -> bool:
+        joined = jax.tree_util.keystr(path, simple=True, separator="/")
+        return re.search(pattern, joined) is not None
+
+    return jax.tree_util.tree_map_with_path(matches, params)

@@ -162,7 +162,7 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
     ) -> Measured:
         params = measures.init(seeds)
         state = TrainState(params, opt_state_at(learning_rate, params))
-        # All arms begin at the same, and so it is measured once.
+        # All arms begin at the same.
         before = measures.evaluate(params) if arm.operator == "none" else {}
         losses, seconds, probes = [], [], []
         for start, end in zip([0, *probed[:-1]], probed, strict=True):

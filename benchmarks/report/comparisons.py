@@ -62,7 +62,7 @@ def window_of(setting: Setting, alpha: float) -> Kind | None:
 
 
 def is_mean(kind: Kind) -> bool:
-    """Returns whether this gives all layers one update, the mean of theirs."""
+    """Returns whether this gives all layers of a stack one update, their mean."""
     return kind.control == "full_average"
 
 
@@ -221,12 +221,41 @@ def best_pair(
     """
     if kind is None or other is None:
         return None, None
+    ours, theirs = _comparable(setting, kind, other)
+    return _best(setting, kind, ours), _best(setting, other, theirs)
+
+
+def best_pair_by(
+    setting: Setting, kind: Kind | None, other: Kind | None, metric: Metric
+) -> tuple[Arm | None, Arm | None]:
+    """Returns the same by a metric that the arms were not tuned by.
+
+    Over the same rates, but each at the one where this metric is better: two rates that
+    are as good by the first metric need not be by this one.
+    """
+    pair = best_pair(setting, kind, other)
+    if kind is None or other is None or metric == setting.metric or None in pair:
+        return pair
+    ours, theirs = (
+        min(
+            (arm._replace(losses=arm.others[metric.name]) for arm in arms),
+            key=lambda arm: (_level(arm), arm.learning_rate),
+        )
+        for arms in _comparable(setting, kind, other)
+    )
+    return ours, theirs
+
+
+def _comparable(
+    setting: Setting, kind: Kind, other: Kind
+) -> tuple[list[Arm], list[Arm]]:
+    """Returns the confirmed arms of two kinds at the rates of both."""
     ours, theirs = (
         [arm for arm in setting.confirm if arm.kind == of] for of in (kind, other)
     )
-    if "mean" not in (kind.operator, other.operator):
-        ours, theirs = _shared(ours, theirs), _shared(theirs, ours)
-    return _best(setting, kind, ours), _best(setting, other, theirs)
+    if "mean" in (kind.operator, other.operator):
+        return ours, theirs
+    return _shared(ours, theirs), _shared(theirs, ours)
 
 
 def _shared(arms: Sequence[Arm], others: Sequence[Arm]) -> list[Arm]:
@@ -236,11 +265,6 @@ def _shared(arms: Sequence[Arm], others: Sequence[Arm]) -> list[Arm]:
         for arm in arms
         if any(arm_at(others, other.kind, arm.learning_rate) for other in others[:1])
     ]
-
-
-def by_metric(arm: Arm | None, metric: Metric) -> Arm | None:
-    """Returns an arm with the losses of another metric than it was tuned by."""
-    return None if arm is None else arm._replace(losses=arm.others[metric.name])
 
 
 def at_base_rate(setting: Setting, kind: Kind) -> PairedDifference | None:

@@ -9,10 +9,10 @@ from benchmarks.report.records import Setting
 from benchmarks.report.verdicts import Outcome, Verdict
 
 LEGEND = """\
-Window(0.2) minus the base over paired seeds, each at its best learning rate, with a 95 %
-interval and the seeds in which the window is better. **Bold**: the interval excludes 0;
-†: also after Holm's correction over all comparisons; ‡: a rate under the verdict is at
-an end of those tried. A verdict looks at both controls as well."""
+Window(0.2) minus the base over paired seeds, each at its best learning rate, with a
+95 % interval and the seeds in which the window is better. **Bold**: the interval
+excludes 0; †: also after Holm's correction over all comparisons; ‡: a rate under the
+verdict is at an end of those tried. A verdict looks at both controls as well."""
 
 _OPTIMIZERS = ("sgd", "adamw", "muon")
 

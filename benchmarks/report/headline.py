@@ -5,6 +5,7 @@ from itertools import groupby
 
 from benchmarks.comparison import PairedDifference, format_difference
 from benchmarks.report.comparisons import (
+    base_of,
     best_against_best,
     control_of,
     is_better,
@@ -29,7 +30,7 @@ _MEANINGS = {
         "better than the base and than norm-matched, not told apart from shuffled",
     ),
     Verdict.SMALLER: (
-        "Smaller updates of the blocks help as much",
+        "It helps, and smaller updates of the blocks help too",
         "better than the base, as norm-matched is, and not told apart from it",
     ),
     Verdict.UNCLEAR: (
@@ -37,41 +38,50 @@ _MEANINGS = {
         "better than the base; norm-matched is told apart from neither",
     ),
     Verdict.NO_CONTROLS: ("It helps", "an arm that has no controls"),
-    Verdict.NOTHING: ("No difference", "the interval includes 0"),
+    Verdict.NOTHING: ("No difference shown", "the interval includes 0"),
     Verdict.HURTS: ("It hurts", "worse than the base"),
 }
 
 
 def headline(of_all: Sequence[Outcome]) -> str:
     """Returns the verdict, with the numbers that it rests on."""
-    done = [outcome for outcome in of_all if outcome.window.verdict not in _OPEN]
+    done = _done(of_all)
     parts = [" ".join([*_chance(of_all), *_unsettled(of_all)])]
     if done:
-        bullets = (f"- {line}" for line in (*_verdicts(done), *_mean(done)))
-        depths = (f"- {line}" for line in _by_depth(done))
-        parts = [_sentence(done), "\n".join((*bullets, *depths)), *parts]
+        lines = (*_verdicts(done), *_smaller(done), *_mean(done), *_by_depth(done))
+        parts = [_sentence(done), "\n".join(f"- {line}" for line in lines), *parts]
     return "\n\n".join(parts)
 
 
 def in_short(of_all: Sequence[Outcome]) -> str:
     """Returns the verdict without saying where."""
-    done = [outcome for outcome in of_all if outcome.window.verdict not in _OPEN]
-    return " ".join([*([_sentence(done)] if done else []), *_chance(of_all)])
+    done = _done(of_all)
+    sentences = [_sentence(done), *_smaller(done)] if done else []
+    return " ".join([*sentences, *_chance(of_all), *_unsettled(of_all)])
+
+
+def _done(of_all: Sequence[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in of_all if outcome.window.verdict not in _OPEN]
+
+
+def _counted(done: Sequence[Outcome]) -> list[Outcome]:
+    """The full runs, where there are any: others are chosen after these are seen."""
+    full = [outcome for outcome in done if outcome.setting.preset == "full"]
+    return full or list(done)
 
 
 def _sentence(done: Sequence[Outcome]) -> str:
-    better, best = (
-        sum(is_better(_to_base(outcome, of(outcome).kind)) for outcome in done)
-        for of in (lambda outcome: outcome.window, lambda outcome: outcome.best)
-    )
+    done = _counted(done)
+    better = [is_better(_to_base(outcome, outcome.window.kind)) for outcome in done]
+    best = sum(is_better(_to_base(outcome, outcome.best.kind)) for outcome in done)
     neighbors = sum(
         Verdict.NEIGHBORS in {judgment.verdict for judgment in _judged(outcome)}
         for outcome in done
     )
-    of_all = f"{len(done)} setting" if len(done) == 1 else f"{len(done)} settings"
     counts = (
-        f"at tuned learning rates window(0.2) beats the base optimizer in {better} of "
-        f"{of_all}, and the arm that did best in the screen in {best}"
+        "at tuned learning rates window(0.2) beats the base optimizer in "
+        f"{sum(better)} of {_settings(len(done))} ({_by_task(done, better)}), and the "
+        f"arm that did best in the screen in {best}"
     )
     if not any(map(is_better, _differences(done))):
         return f"**No setting shows a gain at tuned rates**: {counts}."
@@ -79,6 +89,32 @@ def _sentence(done: Sequence[Outcome]) -> str:
     return (
         f"{counts[0].upper()}{counts[1:]}. **That it is the coupling of neighbors "
         f"which helps is shown {shown}**."
+    )
+
+
+def _settings(count: int) -> str:
+    return f"{count} setting" if count == 1 else f"{count} settings"
+
+
+def _by_task(done: Sequence[Outcome], wins: Sequence[bool]) -> str:
+    """Such as `lm 6 of 9, vit 0 of 3`: settings of one task are alike."""
+    of_tasks: dict[str, list[bool]] = {}
+    for outcome, win in zip(done, wins, strict=True):
+        of_tasks.setdefault(outcome.setting.task, []).append(win)
+    return ", ".join(f"{task} {sum(of)} of {len(of)}" for task, of in of_tasks.items())
+
+
+def _smaller(done: Sequence[Outcome]) -> Iterator[str]:
+    """Where updates as small as the window's, without its coupling, help as well."""
+    done, wins = _counted(done), []
+    for outcome in done:
+        setting = outcome.setting
+        control = control_of(setting, outcome.window.kind, "norm_matched")
+        wins.append(is_better(best_against_best(setting, control, base_of(setting))))
+    yield (
+        "**Updates of the blocks as small as window(0.2) makes them, without any "
+        f"coupling**, beat the base in {sum(wins)} of {_settings(len(done))} "
+        f"({_by_task(done, wins)})."
     )
 
 
@@ -103,17 +139,18 @@ def _mean(done: Sequence[Outcome]) -> Iterator[str]:
         setting, kind = outcome.setting, mean_of(outcome.setting)
         if _to_base(outcome, kind) is None:
             continue
-        beside = best_against_best(
-            setting, kind, control_of(setting, kind, "norm_matched")
-        )
+        control = control_of(setting, kind, "norm_matched")
+        beside = best_against_best(setting, kind, control)
+        alone = best_against_best(setting, control, base_of(setting))
         found.append(
-            f"{setting_name(setting)}: {_shown(outcome, kind)} and "
-            f"{_text(setting, beside)}"
+            f"{setting_name(setting)}: {_shown(outcome, kind)}, "
+            f"{_text(setting, beside)} and {_text(setting, alone)}"
         )
     if found:
         yield (
-            "**The mean over depth** (one update for all layers) minus the base, and "
-            f"minus updates as small of each layer's own: {'; '.join(found)}."
+            "**The mean over depth** (one update for all layers of a stack) minus the "
+            "base, minus updates as small of each layer's own, and these minus the "
+            f"base: {'; '.join(found)}."
         )
 
 

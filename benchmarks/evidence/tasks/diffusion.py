@@ -7,7 +7,6 @@ distance between these and images made by the deterministic sampler (DDIM), both
 the same fixed noise for every seed and arm.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import gradsmooth_optax as gs
 from benchmarks.evidence.digits import SIZE, split_digits
 from benchmarks.evidence.frechet import frechet_distance, moments, trained_classifier
-from benchmarks.evidence.task import Metric, Task, parts_of
+from benchmarks.evidence.task import Metric, Task, leaves_matching, parts_of
 from benchmarks.evidence.uvit import UViT, half_of
 
 METRICS = (
@@ -114,8 +113,8 @@ def build(
         loss=loss,
         evaluate=evaluate,
         states=states,
-        decayed=lambda params: _kernels(params, r"kernel$"),
-        hidden=lambda params: _kernels(params, rf"(^|/){_BLOCK}/.*kernel$"),
+        decayed=lambda params: leaves_matching(r"/kernel$", params),
+        hidden=lambda params: leaves_matching(rf"^{_BLOCK}/.*kernel$", params),
         scopes={
             # The kernels `skip`, of the out blocks alone, are in none of the parts.
             **parts_of(depth),
@@ -212,14 +211,6 @@ def _evaluation_batch(images: jax.Array, times: int) -> Batch:
 
 
 _BLOCK = r"(in_blocks_\d+|mid_block|out_blocks_\d+)"
-
-
-def _kernels(params: Any, pattern: str) -> Any:
-    def is_one(path: tuple, leaf: Any) -> bool:
-        joined = jax.tree_util.keystr(path, simple=True, separator="/")
-        return leaf.ndim == 2 and re.search(pattern, joined) is not None
-
-    return jax.tree_util.tree_map_with_path(is_one, params)
 
 
 def _joined_with_mid_block(half: int) -> gs.DepthSpec:

@@ -68,8 +68,6 @@ def build(
         return jnp.concatenate([first[None], after])
 
     depth = gs.scanned("blocks/")
-    parts = parts_of(depth)
-    del parts["biases"]  # there are none
     return Task(
         depth=depth,
         data=jnp.asarray(text.train),
@@ -80,5 +78,5 @@ def build(
         states=states,
         decayed=matrices,
         hidden=hidden_matrices,
-        scopes=parts,
+        scopes=parts_of(depth, "attention", "mlp", "norms"),
     )

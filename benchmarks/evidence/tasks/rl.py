@@ -1,11 +1,12 @@
 """GRPO of a small GPT on arithmetic, from one supervised start for all seeds.
 
-The start learned to add on part of the problems and then to imitate careless answers
-to them; GRPO trains on other problems. Both metrics are over held-out ones, the same
-for all seeds. `pass@1`, the probability that an answer sampled at temperature 1 is
-right, is exact: that of the tokens of the right answer. `mean reward` is of one sampled
-answer to every problem, with random numbers that never change; see
-`benchmarks.evidence.arithmetic.reward`.
+The start learned to add on part of the problems and then to imitate careless answers to
+them; GRPO trains on other problems. It is trained again by every process, and another
+machine may round otherwise: a result file should be of one machine. Both metrics are
+over held-out ones, the same for all seeds. `pass@1`, the probability that an answer
+sampled at temperature 1 is right, is exact: that of the tokens of the right answer.
+`mean reward` is of one sampled answer to every problem, with random numbers that never
+change; see `benchmarks.evidence.arithmetic.reward`.
 """
 
 import functools
@@ -145,7 +146,6 @@ def build(
         return stream.reshape(layers + 1, *tokens.shape, width)
 
     depth = gs.scanned("blocks/")
-    parts = parts_of(depth)
     return Task(
         depth=depth,
         data=problems.train,
@@ -156,8 +156,7 @@ def build(
         states=states,
         decayed=matrices,
         hidden=hidden_matrices,
-        # The blocks of this model have no biases.
-        scopes={part: parts[part] for part in ("attention", "mlp", "norms")},
+        scopes=parts_of(depth, "attention", "mlp", "norms"),
         rollout=rollout,
     )
 

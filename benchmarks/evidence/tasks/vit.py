@@ -6,7 +6,6 @@ pixel. The metrics are the cross-entropy on held-out images, in nats per image, 
 share of them that is classified rightly.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from flax import nnx
 
 import gradsmooth_optax as gs
 from benchmarks.evidence.digits import CLASSES, SIZE, split_digits
-from benchmarks.evidence.task import Metric, Task, parts_of
+from benchmarks.evidence.task import Metric, Task, leaves_matching, parts_of
 
 METRICS = (
     Metric("test NLL", "nats/image", lower_is_better=True),
@@ -82,20 +81,10 @@ def build(
         loss=lambda params, drawn: metrics(params, drawn)[METRICS[0].name],
         evaluate=lambda params: metrics(params, test),
         states=states,
-        decayed=lambda params: _matching(r"/kernel$", params),
-        hidden=lambda params: _matching(r"^blocks/.*/kernel$", params),
+        decayed=lambda params: leaves_matching(r"/kernel$", params),
+        hidden=lambda params: leaves_matching(r"^blocks/.*/kernel$", params),
         scopes=parts_of(depth),
     )
-
-
-def _matching(pattern: str, params: Any) -> Any:
-    """Which leaves have a path that matches, a tree of bools."""
-
-    def matches(path: tuple, _: Any) -> bool:
-        joined = jax.tree_util.keystr(path, simple=True, separator="/")
-        return re.search(pattern, joined) is not None
-
-    return jax.tree_util.tree_map_with_path(matches, params)
 
 
 def _draw(data: Batch, key: jax.Array, size: int) -> Batch:
