@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence import presets
 from benchmarks.evidence.arms import BASE, WINDOW, Arm
-from benchmarks.evidence.digits import split_digits
 from benchmarks.evidence.tasks import diffusion
+from benchmarks.evidence.tasks.digits import split_digits
 from benchmarks.evidence.trials import at_rate, build_optimizer
 from benchmarks.json_files import RESULTS
 from benchmarks.optimizers import DEFAULT_LEARNING_RATES

@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,8 @@ from benchmarks.evidence.mechanism import (
 )
 from benchmarks.evidence.search import NoOptimum, Trial, next_rate, next_trial
 from benchmarks.evidence.task import Task
-from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.tasks import TASKS, rl
+from benchmarks.gpt import init_gpt
 from benchmarks.optimizers import smoothed_optimizer, warmup_cosine
 from benchmarks.training import TrainState, data_key, init_params, train_steps
 
@@ -1390,8 +1392,7 @@ SOURCES = [str(path) for path in sorted((ROOT / "tests").glob("*.py"))]
 
 
 def of_preset(name, optimizer, preset):
-    # A start without training has the same shapes.
-    changes = {"lm": {"corpus": SOURCES}, "rl": {"start_steps": 1}}.get(name, {})
+    changes = {"corpus": SOURCES} if name == "lm" else {}
     found = presets.options_of(name, optimizer, preset, changes)
     return found, presets.job_of(optimizer, found)
 
@@ -1408,14 +1409,44 @@ def state_shapes(optimizer, params):
     return jax.eval_shape(state, params)
 
 
+@pytest.mark.parametrize(
+    ("task", "changes", "words"),
+    [
+        ("vit", {"patch": [2]}, "patch=[2] must be a height and a width"),
+        ("vit", {"patch": [3, 4]}, "patch=[3, 4] does not divide images of 8 pixels"),
+        ("vit", {"eval_images": 1797}, "eval_images=1797 must be between 10 and 1787"),
+        ("diffusion", {"patch": 3}, "patch=3 does not divide images of 8 pixels"),
+        ("diffusion", {"depths": [9, 8]}, "depths=[9, 8] must be odd and at least 3"),
+        ("diffusion", {"width": 9, "heads": 3}, "width=9 must be even"),
+        ("rl", {"updates": 3}, "updates=3 of a step do not divide batch=16"),
+        ("rl", {"updates": 8}, "divide the 2 examples of an update"),
+        ("rl", {"warmup": 5}, "write --option warmup=null"),
+        ("rl", {"eval_problems": 4096}, "eval_problems=4096 are more than the 1094"),
+        ("lm", {"micro_batches": 1}, "micro_batches=1 must be at least 2"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_built(
+    task, changes, words
+):
+    with pytest.raises(presets.OptionError, match=re.escape(words)):
+        presets.options_of(task, "adamw", "full", changes)
+
+
 def test_every_task_has_a_quick_a_full_and_a_large_preset():
     for task in TASKS:
         assert {"quick", "full", "tpu"} <= set(presets_of(task)) <= {*presets.NAMES}
 
 
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
-def test_the_options_of_every_preset_fit_together(name, preset):
-    """By shapes alone, without a parameter in memory."""
+def test_the_options_of_every_preset_fit_together(name, preset, monkeypatch):
+    """By shapes alone, without training a start or any parameter."""
+
+    def start(layers, width, heads, *_):
+        init = init_gpt(rl._model(layers, width, heads))
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    monkeypatch.setattr(rl, "_trained_start", start)
     found, _ = of_preset(name, "adamw", preset)
     layers = found["depths"][-1]
     task = TASKS[name].build(layers, **presets.task_options(found))

@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("flax")
 
 import gradsmooth_optax as gs
-from benchmarks.evidence import arithmetic, grpo
-from benchmarks.evidence.tasks import rl
+from benchmarks.evidence.tasks import arithmetic, grpo, rl
 from benchmarks.gpt import GPT
 
 LAYERS, BATCH, GROUP, UPDATES = 2, 6, 5, 2

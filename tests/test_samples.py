@@ -12,8 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import samples
 from benchmarks.evidence import presets
-from benchmarks.evidence.digits import split_digits
 from benchmarks.evidence.tasks import diffusion
+from benchmarks.evidence.tasks.digits import split_digits
 from benchmarks.json_files import write_json
 
 TINY = {

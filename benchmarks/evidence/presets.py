@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.evidence.arithmetic import split_problems
 from benchmarks.evidence.arms import (
     BASE,
     FULL,
@@ -24,7 +23,8 @@ from benchmarks.evidence.arms import (
     Plan,
     plan_of_parts,
 )
-from benchmarks.evidence.digits import CLASSES, IMAGES, SIZE
+from benchmarks.evidence.tasks.arithmetic import split_problems
+from benchmarks.evidence.tasks.digits import CLASSES, IMAGES, SIZE
 from benchmarks.evidence.trials import Job
 
 Options = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The tasks by name; the other modules here are what they are made of."""
 
 from benchmarks.evidence.tasks import diffusion, lm, reverse, rl, vit
 

@@ -15,8 +15,8 @@ import optax
 from flax import nnx
 
 import gradsmooth_optax as gs
-from benchmarks.evidence.digits import CLASSES, SIZE, split_digits
 from benchmarks.evidence.task import Metric, Task, leaves_matching, parts_of
+from benchmarks.evidence.tasks.digits import CLASSES, SIZE, split_digits
 
 METRICS = (
     Metric("test NLL", "nats/image", lower_is_better=True),
