@@ -379,12 +379,18 @@ def test_the_mean_over_depth_has_rates_of_its_own(tmp_path):
     without(value, "norm-matched mean over depth", "confirm")
     text = text_of(tmp_path, value)
     # 0.1 + 0.4 at four times the best rate - 0.6.
-    mean = "these minus the base: lm, adamw, 6 layers: {}.\n"
-    assert mean.format("-0.1000 ± 0.0005, not run and not run") in text
+    table = section(text, "The mean over depth")
+    assert cells_of(table, "lm, adamw, 6 layers") == [
+        "**-0.1000 ± 0.0005** (16/16)",
+        *("not run", "not run"),
+    ]
     effects = {"mean over depth": 0.1, "norm-matched mean over depth": 0.3}
     worse = text_of(tmp_path, result(HELPS | effects))
-    shown = "+0.1000 ± 0.0005, -0.1999 ± 0.0006 and +0.2999 ± 0.0005"
-    assert mean.format(shown) in worse
+    table = section(worse, "The mean over depth")
+    assert cells_of(table, "lm, adamw, 6 layers") == [
+        *("**+0.1000 ± 0.0005** (0/16)", "**-0.1999 ± 0.0006** (16/16)"),
+        "**+0.2999 ± 0.0005** (0/16)",
+    ]
 
 
 def test_a_rate_at_which_a_seed_diverged_was_tried_but_is_not_the_best(tmp_path):
@@ -418,7 +424,8 @@ def test_the_metric_is_said_once_if_all_settings_share_it(tmp_path):
     assert "| metric |" not in same
     other = result({}, sign=-1, optimizer="sgd", metric=accuracy)
     mixed = text_of(tmp_path, result({}), other)
-    assert cells_of(mixed, "lm, sgd, 6 layers")[0] == "accuracy, higher is better"
+    table = mixed.split("## The mean over depth")[0]
+    assert cells_of(table, "lm, sgd, 6 layers")[0] == "accuracy, higher is better"
 
 
 def test_the_sign_of_a_difference_is_that_of_the_metric(tmp_path):

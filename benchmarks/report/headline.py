@@ -10,7 +10,6 @@ from benchmarks.report.comparisons import (
     control_of,
     is_better,
     is_worse,
-    mean_of,
 )
 from benchmarks.report.names import run_name, setting_name
 from benchmarks.report.records import Kind, Setting
@@ -48,7 +47,7 @@ def headline(of_all: Sequence[Outcome]) -> str:
     done = _done(of_all)
     parts = [" ".join([*_chance(of_all), *_unsettled(of_all)])]
     if done:
-        lines = (*_verdicts(done), *_smaller(done), *_mean(done), *_by_depth(done))
+        lines = (*_verdicts(done), *_smaller(done), *_by_depth(done))
         parts = [_sentence(done), "\n".join(f"- {line}" for line in lines), *parts]
     return "\n\n".join(parts)
 
@@ -130,28 +129,6 @@ def _verdicts(done: Sequence[Outcome]) -> Iterator[str]:
         ]
         if found or verdict is Verdict.NEIGHBORS:
             yield f"**{meaning}** ({comparisons}): {'; '.join(found) or 'nowhere'}."
-
-
-def _mean(done: Sequence[Outcome]) -> Iterator[str]:
-    """What the far end does, where no layer has an update of its own."""
-    found = []
-    for outcome in done:
-        setting, kind = outcome.setting, mean_of(outcome.setting)
-        if _to_base(outcome, kind) is None:
-            continue
-        control = control_of(setting, kind, "norm_matched")
-        beside = best_against_best(setting, kind, control)
-        alone = best_against_best(setting, control, base_of(setting))
-        found.append(
-            f"{setting_name(setting)}: {_shown(outcome, kind)}, "
-            f"{_text(setting, beside)} and {_text(setting, alone)}"
-        )
-    if found:
-        yield (
-            "**The mean over depth** (one update for all layers of a stack) minus the "
-            "base, minus updates as small of each layer's own, and these minus the "
-            f"base: {'; '.join(found)}."
-        )
 
 
 def _by_depth(done: Sequence[Outcome]) -> Iterator[str]:

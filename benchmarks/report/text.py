@@ -59,6 +59,7 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
         grid(of_all),
         summary(of_all),
         _figure("differences.svg", "Best against best, with intervals", figures),
+        mean_over_depth(judged),
         paper(sources),
         replication(judged),
         parts([setting for setting in settings if setting.is_of_parts]),
@@ -183,6 +184,28 @@ def _best_text(outcome: Outcome, columns: Sequence[Kind | None]) -> str:
     if parts != [NOT_RUN]:
         parts.append(_verdict_text(outcome.best))
     return f"{best.name}: {'; '.join(parts)}"
+
+
+def mean_over_depth(settings: Sequence[Setting]) -> str:
+    """Returns what the far end does, where no layer has an update of its own, or ""."""
+    rows = []
+    for setting in settings:
+        base, mean = base_of(setting), mean_of(setting)
+        control = control_of(setting, mean, "norm_matched")
+        pairs = ((mean, base), (mean, control), (control, base))
+        if best_against_best(setting, mean, base) is not None:
+            found = (best_against_best(setting, *pair) for pair in pairs)
+            cells = (difference_text(setting.metric, of) for of in found)
+            rows.append([setting_name(setting), *cells])
+    if not rows:
+        return ""
+    header = ["setting", "mean over depth minus base", "minus norm-matched"]
+    return (
+        "## The mean over depth\n\n"
+        "The far end of coupling: one update for all layers of a stack. Its norm-"
+        "matched control has updates as small, each layer in its own direction.\n\n"
+        f"{format_table([*header, 'norm-matched minus base'], rows)}"
+    )
 
 
 # ── one file ─────────────────────────────────────────────────────────────────
