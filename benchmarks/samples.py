@@ -120,7 +120,7 @@ def generated(
 
 def grid(images: Mapping[str, np.ndarray]) -> Figure:
     """Draws a row of images in [-1, 1] for each name."""
-    size, left, gap = 0.42, 1.5, 0.04
+    size, left, gap = 0.42, 1.9, 0.04
     figure = Figure(figsize=(left + COLUMNS * (size + gap), len(images) * (size + gap)))
     width, height = figure.get_size_inches()
     for row, (name, of_row) in enumerate(images.items()):

@@ -1523,7 +1523,12 @@ def test_a_window_at_the_size_of_the_paper_compiles():
 
 RESULTS = ROOT / "benchmarks" / "results"
 WANTED = {
-    *("lm/sgd.json", "lm/adamw.json", "lm/muon.json", "reverse/adamw.json"),
+    *(
+        f"{task}/{optimizer}.json"
+        for task in ("lm", "vit", "diffusion", "rl")
+        for optimizer in ("sgd", "adamw", "muon")
+    ),
+    *("reverse/adamw.json", "lm/adamw-parts.json", "vit/adamw-parts.json"),
 }
 
 

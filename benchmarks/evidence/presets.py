@@ -100,6 +100,7 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "full": _DIFFUSION,
         # In stacks of fewer than four layers shuffling leaves neighbors.
         "quick": _DIFFUSION | _QUICK | {"warmup": 4, "samples": 32},
+        "parts": _DIFFUSION,
         "tpu": _DIFFUSION
         | {"depths": [17], "width": 512, "heads": 8, "batch": 1024, "lanes": 1}
         | {"steps": 20_000, "warmup": 500, "samples": 10_000, "sampler_steps": 50},
@@ -107,6 +108,7 @@ _PRESETS: dict[str, dict[str, Options]] = {
     "rl": {
         "full": _RL,
         "quick": _RL | _QUICK | {"depths": [4], "steps": 10, "start_steps": 100},
+        "parts": _RL,
         # The start is part of the compiled programs, which bounds its size.
         "tpu": _RL
         | {"depths": [12], "width": 256, "heads": 8, "batch": 512, "lanes": 1}
@@ -153,6 +155,8 @@ _ON_TPU_PRESETS = ("tpu", "tpu-deep")
 _PARTS = {
     "lm": ("attention", "mlp", "norms"),
     "vit": ("attention", "mlp", "norms", "biases"),
+    "diffusion": ("attention", "mlp", "norms", "biases"),
+    "rl": ("attention", "mlp", "norms"),
 }
 
 NAMES = tuple(dict.fromkeys(name for of_task in _PRESETS.values() for name in of_task))

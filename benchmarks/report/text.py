@@ -81,8 +81,9 @@ WHAT_IS_TRAINED = """\
   digits, half of them shifted by a pixel; loss and accuracy on held-out digits.
 - `diffusion`: a U-ViT with long skips, one module per layer, that predicts the noise in
   these digits; loss on held-out digits, and the Fréchet distance to them of images by a
-  deterministic sampler, in the features of a fixed small classifier. Its layers are two
-  stacks and a block between them, which is coupled only where an arm says so.
+  deterministic sampler, in the features of a fixed small classifier. After so short a
+  training these are strokes, few of them digits. Its layers are two stacks and a block
+  between them, which is coupled only where an arm says so.
 - `rl`: GRPO of a GPT on sums of octal numbers with a checked answer; the probability
   that an answer to a held-out problem is right, and the mean reward. All seeds begin at
   one model, which learned by supervision from part of the problems and then imitated
