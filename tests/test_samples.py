@@ -1,5 +1,7 @@
 """The command that draws samples of diffusion models, on models that are tiny."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -111,6 +113,19 @@ def test_without_a_result_file_the_error_names_the_command_that_makes_it(
     assert "benchmarks.evidence --task diffusion --optimizer sgd" in message
 
 
+def test_an_arm_that_is_not_confirmed_yet_is_named_with_what_to_do(tmp_path, capsys):
+    result_file(tmp_path)
+    path = tmp_path / "diffusion" / "adamw.json"
+    value = json.loads(path.read_text())
+    value["arms"] = [arm for arm in value["arms"] if arm["stage"] == "screen"]
+    write_json(value, path)
+    with pytest.raises(SystemExit):
+        samples.main(["--results", str(tmp_path)])
+    message = capsys.readouterr().err
+    assert "has not confirmed" in message
+    assert "benchmarks.evidence --task diffusion --optimizer adamw" in message
+
+
 def test_rows_are_real_images_and_both_arms_at_the_rates_that_confirmed_best(drawn):
     _, _, images = drawn[0]
     real, base, window = images.values()
@@ -124,12 +139,12 @@ def test_rows_are_real_images_and_both_arms_at_the_rates_that_confirmed_best(dra
 
 def test_the_picture_has_room_for_all_rows_and_columns_and_begins_with_real_ones(drawn):
     _, pixels, _ = drawn[0]
-    # A label of 150 pixels, images of 42 and 4 between them.
-    assert pixels.shape[:2] == (3 * 46, 150 + COLUMNS * 46)
+    # A label of 190 pixels, images of 42 and 4 between them.
+    assert pixels.shape[:2] == (3 * 46, 190 + COLUMNS * 46)
     middles = ((np.arange(8) + 0.5) * 42 / 8).astype(int)
     _, held_out = split_digits(TINY["eval_images"])
     for column in range(COLUMNS):
-        rows, columns = 4 + middles, 150 + 46 * column + middles
+        rows, columns = 4 + middles, 190 + 46 * column + middles
         found = pixels[rows[:, None], columns, 0]
         np.testing.assert_allclose(found, held_out.images[column], atol=0.01)
 
