@@ -269,6 +269,18 @@ def test_an_arm_without_controls_is_compared_with_none(tmp_path):
     assert "(shuffled)): lm, adamw, 6 layers, window(0.2) (-0.0200 ± 0.0005)." in text
 
 
+def test_a_control_may_be_best_at_a_rate_that_the_base_has_not(tmp_path):
+    value = result(effects(Verdict.COUPLING))
+    control = "norm-matched window(0.2)"
+    shift(value, control, "screen", 0.016, -0.6)
+    without(value, "base", "confirm", 0.016)
+    setting = only_setting(tmp_path, value)
+    kind, base = kind_of(setting, control), base_of(setting)
+    assert tuned_rate(setting, kind).rate == 0.016
+    assert best_against_best(setting, kind, base).num_seeds == 16
+    assert verdict_of(setting, window_of(setting, 0.2)) is Verdict.COUPLING
+
+
 def test_the_best_screened_arm_waits_for_controls_of_its_own(tmp_path):
     value = result({"window(0.5)": -0.05, "window(0.2)": -0.02})
     without(value, "shuffled window(0.5)", "confirm")

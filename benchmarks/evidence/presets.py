@@ -107,7 +107,7 @@ _PRESETS: dict[str, dict[str, Options]] = {
     },
     "rl": {
         "full": _RL,
-        "quick": _RL | _QUICK | {"depths": [4], "steps": 10, "start_steps": 100},
+        "quick": _RL | _QUICK | {"steps": 10},
         "parts": _RL,
         # The start is part of the compiled programs, which bounds its size.
         "tpu": _RL

@@ -176,20 +176,13 @@ def build_trial(job: Job, task: Task, arm: Arm, measures: Measures) -> RunTrial:
             gradient, of_model = measures.probe(
                 state.params, seeds, task.data, np.int32(end)
             )
+            both = updates(gradient, state.opt_state[0], state.params)
+            at_moment = {moment: measures.statistics(of) for moment, of in both.items()}
             of_updates = {
-                moment: measures.statistics(update)
-                for moment, update in updates(
-                    gradient, state.opt_state[0], state.params
-                ).items()
+                name: {moment: at_moment[moment][name] for moment in at_moment}
+                for name in at_moment["before"]
             }
-            probes.append(
-                {
-                    name: {at: of_updates[at][name] for at in of_updates}
-                    for name in of_updates["before"]
-                }
-                | of_model
-            )
-            probes = jax.device_get(probes)
+            probes.append(jax.device_get(of_updates | of_model))
             progress(end - start)
         return Measured(
             metrics=jax.tree.map(np.asarray, measures.evaluate(state.params)),

@@ -182,9 +182,9 @@ def _best(setting: Setting, kind: Kind | None, arms: Sequence[Arm]) -> Arm | Non
     is_screened = any(arm.kind == kind for arm in setting.screen)
     screened = kind if is_screened else _twin(setting, kind, None)
     tuned = None if screened is None else tuned_rate(setting, screened)
-    if tuned is None or arm_at(arms, kind, tuned.rate) is None:
+    if tuned is None or arm_at(setting.confirm, kind, tuned.rate) is None:
         return None
-    return min(arms, key=lambda arm: (_level(arm), arm.learning_rate))
+    return min(arms, key=lambda arm: (_level(arm), arm.learning_rate), default=None)
 
 
 # ── differences ──────────────────────────────────────────────────────────────
