@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_layers import affine, block, layer_norm
 
 pytest.importorskip("flax")
 pytest.importorskip("scipy")
@@ -113,33 +114,6 @@ def test_no_held_out_image_is_trained_on():
 
 
 # The model.
-
-
-def layer_norm(x, norm):
-    x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
-    return x * norm["scale"] + norm["bias"]
-
-
-def affine(x, dense):
-    return x @ dense["kernel"] + dense["bias"]
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def block(x, params, heads):
-    """One block of one image, a head at a time."""
-    qkv = affine(layer_norm(x, params["attention_norm"]), params["attention"]["qkv"])
-    of_heads = (np.split(part, heads, axis=1) for part in np.split(qkv, 3, axis=1))
-    mixed = []
-    for query, key, value in zip(*of_heads, strict=True):
-        scores = np.exp(query @ key.T / np.sqrt(query.shape[1]))
-        mixed.append(scores / scores.sum(1, keepdims=True) @ value)
-    x = x + affine(np.concatenate(mixed, axis=1), params["attention"]["out"])
-    hidden = gelu(affine(layer_norm(x, params["mlp_norm"]), params["mlp_in"]))
-    return x + affine(hidden, params["mlp_out"])
 
 
 def forward(params, image, time, width, heads, patch=2):

@@ -90,8 +90,9 @@ def drawn(tmp_path_factory):
     grid, images = samples.grid, []
     with pytest.MonkeyPatch.context() as monkeypatch:
         # No distance is asked for: no classifier need be trained.
-        features = lambda images: (images[:, 0], None)  # noqa: E731
-        monkeypatch.setattr(diffusion, "trained_classifier", lambda _: features)
+        monkeypatch.setattr(
+            diffusion, "trained_classifier", lambda _: lambda x: (x[:, 0], None)
+        )
         monkeypatch.setattr(samples, "COLUMNS", COLUMNS)
         monkeypatch.setattr(samples, "grid", lambda of: images.append(of) or grid(of))
         for _ in range(2):

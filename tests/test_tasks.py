@@ -7,7 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_layers
 import pytest
+from plain_layers import affine
 
 pytest.importorskip("flax")
 
@@ -233,32 +235,18 @@ def test_whoever_says_the_mirrored_symbols_has_no_loss(tasks):
     assert task.loss(params, jnp.array([[0, 1, 3, 2]])) > 10
 
 
-def layer_norm(x, norm):
-    x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5)
-    return x * norm["scale"] + norm["bias"]
-
-
-def affine(x, dense):
-    return x @ dense["kernel"] + dense["bias"]
+# As PyTorch's.
+torch_norm = functools.partial(plain_layers.layer_norm, epsilon=1e-5)
 
 
 def torch_layer(x, params, heads):
-    """TransformerEncoderLayer(norm_first=True), one sequence and head at a time."""
-    mixed = np.zeros_like(x)
-    for n, sequence in enumerate(layer_norm(x, params["attention_norm"])):
-        of_all = np.split(affine(sequence, params["qkv"]), 3, axis=1)
-        of_heads = (np.split(part, heads, axis=1) for part in of_all)
-        outputs = []
-        for query, key, value in zip(*of_heads, strict=True):
-            scores = np.exp(query @ key.T / np.sqrt(query.shape[1]))
-            outputs.append(scores / scores.sum(1, keepdims=True) @ value)
-        mixed[n] = np.concatenate(outputs, axis=1)
-    x = x + affine(mixed, params["out"])
-    hidden = np.maximum(
-        affine(layer_norm(x, params["mlp_norm"]), params["mlp_in"]), 0.0
+    """TransformerEncoderLayer(norm_first=True) of one sequence."""
+    mixed = plain_layers.attention(
+        torch_norm(x, params["attention_norm"]), params, heads
     )
-    return x + affine(hidden, params["mlp_out"])
+    x = x + mixed
+    hidden = affine(torch_norm(x, params["mlp_norm"]), params["mlp_in"])
+    return x + affine(np.maximum(hidden, 0.0), params["mlp_out"])
 
 
 def test_the_encoder_is_that_of_pytorch_with_its_states(tasks):
@@ -270,9 +258,10 @@ def test_the_encoder_is_that_of_pytorch_with_its_states(tasks):
     expected = [x]
     for layer in range(LAYERS):
         block = jax.tree.map(lambda leaf, k=layer: leaf[k], wide["blocks"])
-        expected.append(x := torch_layer(x, block, heads=2))
+        x = np.stack([torch_layer(sequence, block, heads=2) for sequence in x])
+        expected.append(x)
     np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-5)
-    logits = affine(layer_norm(x, wide["final_norm"]), wide["head"])
+    logits = affine(torch_norm(x, wide["final_norm"]), wide["head"])
     found = task.loss(params, symbols)
     assert found == pytest.approx(cross_entropy(logits, symbols[:, ::-1]), rel=1e-5)
 

@@ -6,6 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from plain_layers import affine, block, layer_norm
 
 pytest.importorskip("flax")
 pytest.importorskip("sklearn")
@@ -56,31 +57,7 @@ def by_path(tree):
     }
 
 
-# The model in NumPy, one image and one head at a time.
-
-
-def layer_norm(x, norm):
-    x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
-    return x * norm["scale"] + norm["bias"]
-
-
-def affine(x, linear):
-    return x @ linear["kernel"] + linear["bias"]
-
-
-def gelu(x):
-    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def attention(x, params):
-    outputs = []
-    of_all = np.split(affine(x, params["qkv"]), 3, axis=1)
-    of_heads = (np.split(part, HEADS, axis=1) for part in of_all)
-    for query, key, value in zip(*of_heads, strict=True):
-        scores = np.exp(query @ key.T / np.sqrt(query.shape[1]))
-        outputs.append(scores / scores.sum(1, keepdims=True) @ value)
-    return affine(np.concatenate(outputs, axis=1), params["out"])
+# The model in NumPy, one image at a time.
 
 
 def states_and_logits(params, image):
@@ -92,11 +69,7 @@ def states_and_logits(params, image):
     x = affine(pixels, params["embed"]) + params["positions"]
     states = [x]
     for layer in range(LAYERS):
-        block = params["blocks"][layer]
-        x = x + attention(layer_norm(x, block["attention_norm"]), block["attention"])
-        hidden = gelu(affine(layer_norm(x, block["mlp_norm"]), block["mlp_in"]))
-        x = x + affine(hidden, block["mlp_out"])
-        states.append(x)
+        states.append(x := block(x, params["blocks"][layer], HEADS))
     pooled = layer_norm(x.mean(0), params["final_norm"])
     return np.stack(states), affine(pooled, params["head"])
 
@@ -210,9 +183,9 @@ def test_seeds_start_apart_and_with_equal_odds_for_all_classes(task, started, ba
 def test_every_linear_map_starts_by_its_inputs_and_a_blocks_outputs_by_depth(started):
     of_role = {"positions": (started["positions"], 1.0)}
     of_role["embed"] = started["embed"]["kernel"], 1 / (PATCH[0] * PATCH[1])
-    blocks = [by_path(block) for block in started["blocks"].values()]
+    blocks = [by_path(of) for of in started["blocks"].values()]
     for linear in KERNELS:
-        kernels = np.stack([block[f"{linear}/kernel"] for block in blocks])
+        kernels = np.stack([of[f"{linear}/kernel"] for of in blocks])
         outputs = 2 * LAYERS if linear in ("attention/out", "mlp_out") else 1
         of_role[linear] = kernels, 1 / (kernels.shape[-2] * outputs)
     for role, (values, variance) in of_role.items():
