@@ -69,8 +69,8 @@ def groupings(settings: Sequence[Setting]) -> str:
         "The window(0.2) on a U-ViT whose `in_blocks` and `out_blocks` are one stack, "
         "in the roles that both have, without `mid_block` or with it between them, "
         "against the base and against the window on two stacks that leaves "
-        f"`mid_block` alone. {'; '.join(metrics)}, best against "
-        f"best:\n\n{format_table(header, rows)}"
+        f"`mid_block` alone. Metric, best against best: {'; '.join(metrics)}.\n\n"
+        f"{format_table(header, rows)}"
     )
 
 
