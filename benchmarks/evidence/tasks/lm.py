@@ -5,7 +5,7 @@ The metric is the loss on windows spread over held-out files, in nats per byte.
 
 import functools
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import gradsmooth_optax as gs
 from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
 from benchmarks.evidence.task import Metric, Task, parts_of
+from benchmarks.evidence.tasks.scanned_states import scanned_states
 from benchmarks.gpt import GPT, init_gpt
 from benchmarks.next_token import mean_loss, next_token_loss
 from benchmarks.optimizers import hidden_matrices, matrices
@@ -59,13 +60,7 @@ def build(
     windows = jnp.asarray(spread_windows(text.validation, eval_windows, context))
 
     def states(params: Any, tokens: jax.Array) -> jax.Array:
-        _, kept = cast(
-            tuple,
-            model.apply({"params": params}, tokens[:, :-1], mutable="intermediates"),
-        )
-        (first,), blocks = kept["intermediates"]["input"], kept["intermediates"]
-        (after,) = blocks["blocks"]["states"]
-        return jnp.concatenate([first[None], after])
+        return scanned_states(model, params, tokens[:, :-1])
 
     depth = gs.scanned("blocks/")
     return Task(

@@ -6,6 +6,7 @@ Sequences are drawn anew at every step. The metric is the cross-entropy on fixed
 sequences, in nats per symbol; that of guessing is ln(vocabulary).
 """
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -15,6 +16,7 @@ from flax import linen as nn
 
 import gradsmooth_optax as gs
 from benchmarks.evidence.task import Metric, Task
+from benchmarks.evidence.tasks.scanned_states import scanned_states
 from benchmarks.optimizers import hidden_matrices
 
 METRICS = (Metric("evaluation loss", "nats/symbol", lower_is_better=True),)
@@ -53,16 +55,6 @@ def build(
         wanted = symbols[:, ::-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 
-    def states(params: Any, symbols: jax.Array) -> jax.Array:
-        _, kept = cast(
-            tuple, model.apply({"params": params}, symbols, mutable="intermediates")
-        )
-        (first,), (after,) = (
-            kept["intermediates"]["input"],
-            kept["intermediates"]["blocks"]["states"],
-        )
-        return jnp.concatenate([first[None], after])
-
     held_out = jax.random.randint(
         # Far from the keys of any seed's data.
         jax.random.fold_in(jax.random.key(2**31 - 1), 0),
@@ -77,7 +69,7 @@ def build(
         draw=draw,
         loss=loss,
         evaluate=lambda params: {"evaluation loss": loss(params, held_out)},
-        states=states,
+        states=functools.partial(scanned_states, model),
         # As in PyTorch's AdamW.
         decayed=lambda params: jax.tree.map(lambda _: True, params),
         hidden=hidden_matrices,

@@ -36,6 +36,7 @@ from benchmarks.evidence.tasks.grpo import (
     sample,
     with_answers,
 )
+from benchmarks.evidence.tasks.scanned_states import scanned_states
 from benchmarks.gpt import GPT, init_gpt
 from benchmarks.optimizers import hidden_matrices, matrices, warmup_cosine
 
@@ -137,12 +138,7 @@ def build(
     def states(params: Any, batch: Experience) -> jax.Array:
         tokens = with_answers(batch.prompts[:, None], batch.answers[..., :-1])
         flat = tokens.reshape(-1, tokens.shape[-1])
-        _, kept = cast(
-            tuple, model.apply({"params": params}, flat, mutable="intermediates")
-        )
-        (first,), blocks = kept["intermediates"]["input"], kept["intermediates"]
-        (after,) = blocks["blocks"]["states"]
-        stream = jnp.concatenate([first[None], after])
+        stream = scanned_states(model, params, flat)
         return stream.reshape(layers + 1, *tokens.shape, width)
 
     depth = gs.scanned("blocks/")
