@@ -120,7 +120,7 @@ def depth_statistics(
     for group in with_neighbors(grouping.groups):
         of_stack = sums.setdefault(group.stack, defaultdict(list))
         of_stack[group.role].append(_sums_of(group, grouping.leaves))
-    stacks = _texts("stacks", sums)
+    stacks = texts_of("stacks", sums)
     return {
         stacks[stack]: _statistics_of_stack(stack, of_stack)
         for stack, of_stack in sums.items()
@@ -147,7 +147,7 @@ def _statistics_of_stack(
     stack: Hashable, of_stack: dict[Hashable, list[_Sums]]
 ) -> DepthStatistics:
     of_roles = {role: _total(sums) for role, sums in of_stack.items()}
-    roles = _texts(f"roles of stack {stack!r}", of_roles)
+    roles = texts_of(f"roles of stack {stack!r}", of_roles)
     block = _statistics(_total(list(of_roles.values())))
     return DepthStatistics(
         *block, roles={roles[role]: _statistics(s) for role, s in of_roles.items()}
@@ -217,7 +217,7 @@ def _placed(x: jax.Array, names: Sequence[Any], among: Sequence[Any]) -> jax.Arr
     return jnp.zeros((*x.shape[:-1], len(among)), x.dtype).at[..., index].set(x)
 
 
-def _texts(kind: str, names: Iterable[Hashable]) -> dict[Hashable, str]:
+def texts_of(kind: str, names: Iterable[Hashable]) -> dict[Hashable, str]:
     """Names as strings: keys that jax can sort."""
     texts = {name: text_of(name) for name in names}
     meant: dict[str, Hashable] = {}

@@ -7,11 +7,16 @@ from typing import Any
 import numpy as np
 
 from gradsmooth_optax._composed import with_matrix
+from gradsmooth_optax._cosine_matrix import cosine_matrix as cosine_matrix
 from gradsmooth_optax._depth_statistics import DepthStatistics as DepthStatistics
 from gradsmooth_optax._depth_statistics import RoleStatistics as RoleStatistics
 from gradsmooth_optax._depth_statistics import depth_statistics as depth_statistics
 from gradsmooth_optax._gradient_noise import GradientNoise as GradientNoise
 from gradsmooth_optax._gradient_noise import gradient_noise as gradient_noise
+from gradsmooth_optax._monitor_depth import DepthRecord as DepthRecord
+from gradsmooth_optax._monitor_depth import MonitorDepthState as MonitorDepthState
+from gradsmooth_optax._monitor_depth import monitor_depth as monitor_depth
+from gradsmooth_optax._monitor_depth import monitored as monitored
 from gradsmooth_optax._operators import positive_int
 from gradsmooth_optax._residual_stream import line_shape_score as line_shape_score
 from gradsmooth_optax._residual_stream import residual_alignment as residual_alignment

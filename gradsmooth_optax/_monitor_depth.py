@@ -1,0 +1,224 @@
+"""`monitor_depth`: statistics along depth, kept in the optimizer's state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradsmooth_optax._depth_statistics import DepthStatistics, depth_statistics
+from gradsmooth_optax._groups import group_by_depth
+from gradsmooth_optax._learning import with_extra_args
+from gradsmooth_optax._operators import check_flag, positive_int
+from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+
+
+class DepthRecord(NamedTuple):
+    """What `monitor_depth` recorded last.
+
+    Attributes:
+      step: scalar int32, the number of updates before the recorded one; -1 while
+        nothing is recorded, and all statistics are 0.
+      before: {stack: DepthStatistics} of what went into the inner transformation.
+      after: the same of what came out.
+    """
+
+    step: jax.Array
+    before: dict[str, DepthStatistics]
+    after: dict[str, DepthStatistics]
+
+
+class MonitorDepthState(NamedTuple):
+    """State of `monitor_depth`.
+
+    Attributes:
+      count: scalar int32, the number of updates so far.
+      record: the last `DepthRecord`.
+      inner_state: state of the wrapped transformation.
+    """
+
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] # optax's name for it
+    record: DepthRecord
+    inner_state: optax.OptState
+
+
+def monitor_depth(
+    inner: optax.GradientTransformation,
+    depth: DepthSpec | DepthFunction,
+    *,
+    every: int = 1,
+    strict: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Records `depth_statistics` before and after `inner`, and changes nothing.
+
+    In updates 0, `every`, 2 · `every`, … the statistics of the updates that go into
+    `inner` and of those that come out are written into the state; the others keep the
+    last record. Read it by `monitored(opt_state)`, outside of jit or inside: as output
+    of a step under `jax.lax.scan` it becomes a history. No callback, and nothing is
+    sent to the host.
+
+    Put it around the smoothing, in the smoothing's place:
+    `chain(scale_by_adam(), monitor_depth(smooth_over_depth(depth, 0.2), depth),
+    scale_by_learning_rate(lr))`. Around `optax.identity()` it records one place of any
+    chain. Updates and inner state are those of `inner`; the state grows by a few
+    numbers per layer and role.
+
+    With `every` over 1 a step without a record costs little: what goes into `inner` has
+    to be in memory. One with a record runs `inner` twice. It needs memory for one more
+    copy of the updates. Under `jax.vmap` every step computes the record. Under
+    `jit` statistics are of whole layers, however the updates are sharded; inside
+    `jax.shard_map` and `jax.pmap` it is not supported.
+
+    Args:
+      inner: the transformation to look at, such as `smooth_over_depth(...)`.
+      depth: where depth is, as in `smooth_over_depth`.
+      every: number of updates from one record to the next, an int ≥ 1.
+      strict: as in `smooth_over_depth`. False also permits that nothing matches.
+
+    Returns:
+      A transformation with a `MonitorDepthState`.
+
+    Raises:
+      TypeError: at construction, for an argument of the wrong kind.
+      ValueError: at construction for `every` below 1; at `init` and at trace of
+        `update` for a grouping that does not fit the tree, as `smooth_over_depth`; at
+        trace of `update` for a state of other stacks.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> depth = gs.scanned("blocks/")
+      >>> smooth = gs.smooth_over_depth(depth, alpha=0.5)
+      >>> tx = optax.chain(gs.diagnostics.monitor_depth(smooth, depth), optax.scale(-1))
+      >>> updates = {"blocks": {"w": jnp.array([[4.0], [0.0], [0.0]])}}
+      >>> _, state = tx.update(updates, tx.init(updates))
+      >>> record = gs.diagnostics.monitored(state)
+      >>> before, after = record.before["blocks"], record.after["blocks"]
+      >>> float(before.roughness), after.norms.tolist()
+      (16.0, [3.0, 1.0, 0.0])
+    """
+    inner = with_extra_args(inner, "monitor_depth")
+    spec = as_spec(depth)
+    every = positive_int("every", every)
+    check_flag("strict", strict)
+
+    def statistics(updates: Any) -> dict[str, DepthStatistics]:
+        return depth_statistics(updates, spec, strict=strict)
+
+    def init_fn(params):
+        shapes = jax.eval_shape(statistics, params)
+        zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        if not group_by_depth(spec, params).paths:
+            # `optax.tree_map_params` compares the state with that of a leafless
+            # placeholder, in which one leaf may stand for all statistics.
+            zeros = jnp.zeros(())
+        record = DepthRecord(jnp.full((), -1, jnp.int32), zeros, zeros)
+        return MonitorDepthState(jnp.zeros((), jnp.int32), record, inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        def passed():
+            return inner.update(updates, state.inner_state, params, **extra_args)
+
+        def record(after: Any) -> DepthRecord:
+            new = DepthRecord(state.count, statistics(updates), statistics(after))
+            return jax.tree.map(lambda x, old: x.astype(old.dtype), new, state.record)
+
+        shapes = jax.eval_shape(statistics, updates)
+        after, inner_state = passed()
+        if not shapes and not isinstance(state.record.before, dict):
+            new = state.record  # of a tree without leaves
+        else:
+            _check_shapes(shapes, state.record.before)
+            if every == 1:
+                new = record(after)
+            else:
+                # `inner` runs again in here: what the branch takes from outside has to
+                # be in memory at every step, and `after` need not be.
+                new = jax.lax.cond(
+                    state.count % every == 0,
+                    lambda: record(passed()[0]),
+                    lambda: state.record,
+                )
+        count = optax.safe_increment(state.count)
+        return after, MonitorDepthState(count, new, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def monitored(state: Any) -> DepthRecord:
+    """The record of the one `monitor_depth` in a state, however deep it is nested.
+
+    Args:
+      state: of an optimizer, or any tree that holds one, such as a train state; also
+        one that was stacked by `jax.lax.scan` or `jax.vmap`.
+
+    Returns:
+      Its `DepthRecord`.
+
+    Raises:
+      ValueError: if there is none, or several: pass the part that holds one.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> depth = gs.scanned("blocks/")
+      >>> tx = optax.chain(
+      ...     optax.scale_by_adam(),
+      ...     gs.diagnostics.monitor_depth(optax.identity(), depth, every=100),
+      ... )
+      >>> state = tx.init({"blocks": {"w": jnp.ones((3, 2))}})
+      >>> int(gs.diagnostics.monitored(state).step)  # nothing yet
+      -1
+    """
+    found = _monitors(state)
+    if len(found) == 1:
+        return found[0][1].record
+    if not found:
+        raise ValueError(
+            f"`state`, a {type(state).__name__}, holds no MonitorDepthState: no part "
+            f"of the optimizer is a `monitor_depth`. Put one around the smoothing: "
+            f"`monitor_depth(smooth_over_depth(depth, alpha), depth)`."
+        )
+    places = ", ".join(f"`monitored(state{path})`" for path, _ in found)
+    raise ValueError(
+        f"`state` holds {len(found)} monitors. Pass the part with the one that you "
+        f"mean: {places}."
+    )
+
+
+def _monitors(state: Any, prefix: str = "") -> list[tuple[str, MonitorDepthState]]:
+    """(where, state) of all monitors, also of those inside of others."""
+    found = []
+    for path, part in jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda x: isinstance(x, MonitorDepthState)
+    ):
+        if isinstance(part, MonitorDepthState):
+            at = prefix + jax.tree_util.keystr(path)
+            found.append((at, part))
+            found += _monitors(part.inner_state, f"{at}.inner_state")
+    return found
+
+
+def _check_shapes(found: Any, recorded: Any) -> None:
+    """Raises if a record has other stacks, roles or layers than the updates."""
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, recorded):
+        raise ValueError(
+            f"the state records {_layers(recorded)}, but the updates have "
+            f"{_layers(found)}. It was probably made for other parameters or another "
+            f"`depth`: make it anew by `init(params)`. Or `update` runs inside "
+            f"`jax.shard_map` or `jax.pmap`, where `monitor_depth` would see the "
+            f"layers of one device: take it out of the chain there."
+        )
+
+
+def _layers(of_stacks: Any) -> str:
+    if not isinstance(of_stacks, dict) or not of_stacks:
+        return "no stack"
+    return ", ".join(
+        f"{stack!r} ({jnp.shape(of.norms)[0]} layers; {', '.join(of.roles)})"
+        for stack, of in of_stacks.items()
+    )
