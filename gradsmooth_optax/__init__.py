@@ -63,8 +63,9 @@ from gradsmooth_optax._learn_alpha import learn_alpha as learn_alpha
 from gradsmooth_optax._learn_operator import LearnOperatorState as LearnOperatorState
 from gradsmooth_optax._learn_operator import learn_operator as learn_operator
 
-# What it does, in numbers.
+# What it does, in numbers and in pictures.
 from gradsmooth_optax import diagnostics as diagnostics
+from gradsmooth_optax import plots as plots
 
 # Ready optimizers.
 from gradsmooth_optax._recipes import adamw as adamw

@@ -30,6 +30,14 @@ class RoleStatistics(NamedTuple):
       cosines: (L-1,), of every pair of neighbors, in depth order.
       roughness: scalar, Σ_l ‖u_{l+1} - u_l‖².
       relative_roughness: scalar, roughness / Σ_l ‖u_l‖².
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"w": jnp.array([[3.0, 4.0], [0.0, 5.0]])}}
+      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> of_blocks["blocks"].roles["w"].cosines.tolist()
+      [0.800000011920929]
     """
 
     norms: jax.Array
@@ -47,6 +55,14 @@ class DepthStatistics(NamedTuple):
       roughness: scalar, Σ_l ‖u_{l+1} - u_l‖².
       relative_roughness: scalar, roughness / Σ_l ‖u_l‖².
       roles: {role: the same of this role alone}.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"b": jnp.full(2, 3.0), "w": jnp.full(2, 4.0)}}
+      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> of_blocks["blocks"].norms.tolist(), sorted(of_blocks["blocks"].roles)
+      ([5.0, 5.0], ['b', 'w'])
     """
 
     norms: jax.Array

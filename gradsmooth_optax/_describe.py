@@ -32,6 +32,16 @@ class DepthSummary:
         a `from_tree`) that matched nothing.
       smoothed: number of parameters that are coupled with another layer.
       total: number of parameters of floating or complex dtype.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"blocks": {"w": jnp.ones((3, 2))}, "head": jnp.ones(2)}
+      >>> summary = gs.describe(gs.scanned("blocks/"), params)
+      >>> summary.groups[0].layers, summary.smoothed, summary.total
+      ((0, 1, 2), 6, 8)
+      >>> [path for path, shape, dtype in summary.untouched]
+      ['head']
     """
 
     spec: DepthSpec

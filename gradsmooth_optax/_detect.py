@@ -26,6 +26,16 @@ class Detection:
       code: the call to paste, or "" where nothing was found.
       reasons: what the proposal rests on; without one, what was left out.
       uncertain: what a person has to decide. Empty if the proposal is certain.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> block = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+      >>> detection = gs.detect({"layers_0": block, "layers_1": block})
+      >>> detection.uncertain
+      ()
+      >>> detection.spec == eval(detection.code)
+      True
     """
 
     code: str

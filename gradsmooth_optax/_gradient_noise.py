@@ -23,6 +23,15 @@ class GradientNoise(NamedTuple):
     Attributes:
       variance: (L,), over micro-batches, summed over the coordinates of each layer.
       squared_norm_of_mean: (L,), ‖mean over micro-batches‖² of each layer.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"w": jnp.array([[[1.0], [2.0]], [[3.0], [2.0]]])}}
+      >>> depth = gs.scanned("blocks/")
+      >>> noise = gs.diagnostics.gradient_noise(updates, depth)["blocks"]
+      >>> (noise.variance / noise.squared_norm_of_mean).tolist()  # of 2 layers
+      [0.5, 0.0]
     """
 
     variance: jax.Array

@@ -49,6 +49,14 @@ class LearnAlphaState(NamedTuple):
         to that update for the signal "coupling"), and `optax.MaskedNode()` where
         nothing is coupled.
       inner_state: state of the wrapped transformation.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> tx = gs.learn_alpha(optax.scale_by_adam(), gs.scanned("blocks/"), per="layer")
+      >>> tx.init({"blocks": {"w": jnp.ones((3, 2))}}).alpha["blocks"].shape
+      (3,)
     """
 
     alpha: dict[str, jax.Array]

@@ -52,6 +52,18 @@ class LearnOperatorState(NamedTuple):
       update: a tree as the parameters, with the last update of `inner`, and
         `optax.MaskedNode()` where nothing is coupled.
       inner_state: state of the wrapped transformation.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> depth = gs.scanned("blocks/")
+      >>> tx = gs.learn_operator(optax.scale_by_adam(), depth, alpha=0.2)
+      >>> state = tx.init({"blocks": {"w": jnp.ones((3, 2))}})
+      >>> state.matrix("blocks").round(3)
+      array([[0.9, 0.1, 0. ],
+             [0.1, 0.8, 0.1],
+             [0. , 0.1, 0.9]])
     """
 
     weights: dict[str, jax.Array]
@@ -108,8 +120,8 @@ def learn_operator(
       depth: where depth is, as in `smooth_over_depth`.
       alpha: strength of the window to start from, a scalar in [0, alpha_max].
       radius: neighbors on each side, an int ≥ 1; None means 1.
-      direction, signal, learning_rate, alpha_max, decay, dtype: as in `learn_alpha`;
-        `learning_rate` is that of α = 2 · radius · w.
+      direction: as in `learn_alpha`, and so are `signal`, `learning_rate` (that of α =
+        2 · radius · w), `alpha_max`, `decay` and `dtype`.
       strict: as in `smooth_over_depth`.
 
     Returns:

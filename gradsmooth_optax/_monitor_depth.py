@@ -23,6 +23,16 @@ class DepthRecord(NamedTuple):
         nothing is recorded, and all statistics are 0.
       before: {stack: DepthStatistics} of what went into the inner transformation.
       after: the same of what came out.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> depth = gs.scanned("blocks/")
+      >>> tx = gs.diagnostics.monitor_depth(gs.smooth_over_depth(depth, 0.5), depth)
+      >>> updates = {"blocks": {"w": jnp.array([[2.0], [0.0]])}}
+      >>> record = gs.diagnostics.monitored(tx.update(updates, tx.init(updates))[1])
+      >>> int(record.step), record.after["blocks"].norms.tolist()
+      (0, [1.5, 0.5])
     """
 
     step: jax.Array
@@ -37,6 +47,16 @@ class MonitorDepthState(NamedTuple):
       count: scalar int32, the number of updates so far.
       record: the last `DepthRecord`.
       inner_state: state of the wrapped transformation.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> depth = gs.scanned("blocks/")
+      >>> tx = gs.diagnostics.monitor_depth(optax.scale_by_adam(), depth)
+      >>> state = tx.init({"blocks": {"w": jnp.ones((3, 2))}})
+      >>> int(state.count), type(state.inner_state).__name__
+      (0, 'ScaleByAdamState')
     """
 
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] # optax's name for it

@@ -51,6 +51,12 @@ class DepthSpec:
     Made by `unrolled`, `scanned`, `first_match`, `ranked`, `from_tree`, `depth_fn`.
     It is deliberately not callable: `optax.inject_hyperparams` takes any callable
     argument for a schedule.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> depth = gs.unrolled().only_projections()
+      >>> isinstance(depth, gs.DepthSpec), depth == gs.unrolled(), callable(depth)
+      (True, False, False)
     """
 
     def assign(self, leaves: Leaves) -> Assignments:
@@ -214,6 +220,9 @@ def first_match(*members: DepthSpec | DepthFunction) -> DepthSpec:
     Args:
       *members: specs, or functions `(path, leaf) -> Depth | None`.
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> gemma3 = gs.first_match(
@@ -239,6 +248,9 @@ def ranked(member: DepthSpec | DepthFunction) -> DepthSpec:
     Args:
       member: a spec, or a function `(path, leaf) -> Depth | None`.
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
@@ -254,6 +266,9 @@ def from_tree(tree: Any) -> DepthSpec:
 
     Args:
       tree: a pytree with a `Depth`, or None for "leave untouched", at each leaf.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Raises:
       TypeError: at construction, for a leaf that is neither a `Depth` nor None.
@@ -294,6 +309,9 @@ def depth_fn(function: DepthFunction) -> DepthSpec:
     Args:
       function: called once per leaf at trace time. `path` is a tuple of plain
         segments (`str` or `int`), `leaf` an array, tracer or `ShapeDtypeStruct`.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs

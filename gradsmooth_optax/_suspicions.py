@@ -19,7 +19,21 @@ _LAYER_KINDS = {"local", "global", "sliding", "full"}
 
 
 class DepthWarning(UserWarning):
-    """A grouping that is allowed, but probably not what was meant."""
+    """A grouping that is allowed, but probably not what was meant.
+
+    Raised by `init` where `strict`, which is once for each transformation.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import warnings
+      >>> params = {f"Net_0/Block_{i}": {"w": jnp.ones(2)} for i in range(3)}
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     state = gs.smooth_over_depth(gs.unrolled()).init(params)
+      >>> [warning.category.__name__ for warning in caught]
+      ['DepthWarning']
+    """
 
 
 def warn_of_suspicions(grouping: Grouping) -> None:

@@ -33,6 +33,15 @@ class DepthSmoothingState(NamedTuple):
 
     Attributes:
       count: scalar int32, the number of updates so far.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> warmup = optax.linear_schedule(0.0, 0.2, transition_steps=100)
+      >>> params = {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> gs.smooth_over_depth(gs.scanned("blocks/"), warmup).init(params)
+      DepthSmoothingState(count=Array(0, dtype=int32))
     """
 
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] # optax's name for it
@@ -44,6 +53,16 @@ class WithDepthSmoothingState(NamedTuple):
     Attributes:
       count: scalar int32, the number of updates so far.
       inner_state: state of the wrapped transformation.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> warmup = optax.linear_schedule(0.0, 0.2, transition_steps=100)
+      >>> depth, params = gs.scanned("blocks/"), {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> tx = gs.with_depth_smoothing(optax.scale_by_adam(), depth, warmup)
+      >>> type(tx.init(params).inner_state).__name__
+      'ScaleByAdamState'
     """
 
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] # optax's name for it

@@ -45,6 +45,9 @@ def flax_linen(
         parameters on (its `variable_axes={"params": scan_axis}`), or the axes, such as
         `(0, 1)` for `nn.remat_scan` with two lengths.
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
@@ -69,6 +72,9 @@ def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSp
       layers: regular expression for the name of the attribute with the layers.
       scan_axis: None for a list, else the axis that `nnx.vmap` stacks parameters on.
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
@@ -90,6 +96,9 @@ def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpe
       scan_axis: None for a list, else the axis of the stacked layers (0 as
         `eqx.filter_vmap` makes it).
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
@@ -107,6 +116,9 @@ def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
     Args:
       block: regular expression for the name of the block, without its number.
       layer_stack: whether the layers are stacked by `hk.layer_stack`.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -128,6 +140,9 @@ def hf_flax() -> DepthSpec:
 
     Takes the outer number of T5 (`block/3/layer/1`), whose inner ones are sublayers.
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
@@ -144,6 +159,9 @@ def big_vision() -> DepthSpec:
     r"""big_vision: ViT, SigLIP, CapPa, GIVT, PaliGemma, unrolled or scanned.
 
     Encoder blocks are stacked on axis 0, CapPa's and GIVT's decoder blocks on axis 1.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -170,6 +188,9 @@ def gemma(*, interleaved: bool = False) -> DepthSpec:
       interleaved: whether layers of two kinds alternate whose attention differs in
         shape, as in Gemma 4. Each kind is then coupled over the other (`ranked`).
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
@@ -185,6 +206,9 @@ def gemma(*, interleaved: bool = False) -> DepthSpec:
 
 def levanter() -> DepthSpec:
     r"""levanter and haliax: `Stacked` layers on axis 0, or a `BlockSeq` of them.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -203,6 +227,9 @@ def t5x(*, scan_axis: int = 1) -> DepthSpec:
 
     Args:
       scan_axis: axis of the scanned layers.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -228,6 +255,9 @@ def uvit(*, join_at: int | None = None) -> DepthSpec:
       join_at: None for two stacks, `in_blocks` and `out_blocks`; else the number of
         `in_blocks`, whose last is then coupled with the first of `out_blocks` in the
         roles that both have.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -263,6 +293,9 @@ def maxtext(
       num_cycles: how many steps the scan has, where layers remain after it
         (`layers_remainder`), for them to go on at `cycle * num_cycles`. Without it
         they are a stack of their own.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -301,6 +334,9 @@ def maxtext_gemma2(*, scan_axis: int | None = 1) -> DepthSpec:
 
     Args:
       scan_axis: the configuration's `param_scan_axis`; None for `scan_layers=false`.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -354,6 +390,9 @@ def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
       scan_axis: the configuration's `param_scan_axis`.
       num_local: how many local layers come before the global one.
 
+    Returns:
+      A spec: see `DepthSpec`.
+
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
@@ -391,6 +430,9 @@ def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
     Args:
       num_dense: the configuration's `first_num_dense_layers`.
       scan_axis: the configuration's `param_scan_axis`; None for `scan_layers=false`.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -433,6 +475,9 @@ def maxtext_pipeline(
         are not scanned but are `layers_0`, `layers_1`, … of a stage.
       num_stages: how many stages there are; needed for repeats and several layers per
         stage, where the next repeat goes on after all of them.
+
+    Returns:
+      A spec: see `DepthSpec`.
 
     Example:
       >>> import gradsmooth_optax as gs

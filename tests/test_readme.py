@@ -1,11 +1,19 @@
 """Everything that the README shows is executed or checked."""
 
 import doctest
+import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+
+import gradsmooth_optax as gs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,9 +24,12 @@ def _blocks(language: str, text: str = README) -> list[str]:
 
 
 def test_the_examples_of_the_readme_print_what_they_show():
-    example = "\n".join(_blocks("python"))  # each goes on where the last one ended
+    blocks = _blocks("python")
+    if importlib.util.find_spec("flax") is None:
+        blocks = [block for block in blocks if "flax" not in block]
+    example = "\n".join(blocks)  # each goes on where the last one ended
     test = doctest.DocTestParser().get_doctest(example, {}, "README.md", None, 0)
-    assert len(test.examples) >= 16
+    assert len(test.examples) >= 35
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
@@ -32,14 +43,191 @@ def test_the_quick_start_is_two_commands_that_install_what_they_need():
     assert "pytest" in suite
 
 
-def test_every_spec_of_the_depth_table_can_be_written_as_shown():
-    import gradsmooth_optax as gs
+def test_every_chain_of_the_placement_table_adds_what_its_formula_says():
+    table = README.split("| `optax.chain` of |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", table, re.MULTILINE)
+    rng = np.random.default_rng(0)
+    g, theta = rng.normal(size=(2, 4, 3)).astype("float32")
+    eta, lam, clip, alpha, eps = 0.1, 0.3, 0.7, 0.4, 0.2
+    rates = np.array([1.0, 0.0, 2.0, 0.5], "float32")[:, None]
+    s = gs.window(alpha).matrix(4)
 
+    def p(x):  # the first step of Adam
+        return x / (np.abs(x) + eps)
+
+    expected = {
+        "-η (S P(g) + λ θ)": -eta * (s @ p(g) + lam * theta),
+        "-η H S P(g)": -eta * rates * (s @ p(g)),
+        "-η S H P(g)": -eta * s @ (rates * p(g)),
+        "-η P(S g)": -eta * p(s @ g),
+        "-η S (P(g) + λ θ)": -eta * s @ (p(g) + lam * theta),
+        "-η S P(clip(g))": -eta * s @ p(g * min(1, clip / np.linalg.norm(g))),
+    }
+    names = {
+        **vars(optax),
+        "scale_by_adam": lambda: optax.scale_by_adam(eps=eps),
+        "S": gs.smooth_over_depth(gs.scanned("blocks/"), alpha),
+        "per_layer_rates": optax.stateless(lambda u, _: _scaled(u, rates)),
+        "wd": lam,
+        "lr": eta,
+        "c": clip,
+    }
+    assert [formula for _, formula in rows] == list(expected)
+    for chain, formula in rows:
+        tx = eval(f"chain({chain})", dict(names))
+        params = {"blocks": {"w": jnp.asarray(theta)}}
+        updates, _ = tx.update(
+            {"blocks": {"w": jnp.asarray(g)}}, tx.init(params), params
+        )
+        np.testing.assert_allclose(
+            updates["blocks"]["w"],
+            expected[formula],
+            rtol=1e-4,
+            atol=1e-6,
+            err_msg=chain,
+        )
+
+
+def _scaled(updates, rates):
+    return jax.tree.map(lambda x: x * rates, updates)
+
+
+def test_every_row_of_the_depth_table_finds_the_layers_of_its_path():
     section = README.split("## Telling it where depth is")[1].split("\n## ")[0]
-    calls = re.findall(r"`(gs\.(?:scanned|unrolled|first_match)\(.*?\))`[ :]", section)
-    assert len(calls) == 6
+    rows = re.findall(r"^\| .*? \| (`\S*/.*?) \| `(gs\..*?)`[ :|].*\|$", section, re.M)
+    assert len(rows) == 6
+    for paths, call in rows:
+        spec = eval(call, {"gs": gs})
+        hash(spec)
+        for path, shape in re.findall(r"`(\S+)`(?: \(([\w, ]+)\))?", paths):
+            axis = shape.split(", ").index("L") if shape else None
+            if "layers_" in path and "…" in path:  # cycles, scanned, and the remainder
+                axis = None if "remainder" in path else 1
+            leaf = jnp.ones((3, 3, 3) if axis is not None else (3, 3))
+            tree = _tree_of(path.replace("…", "w"), leaf)
+            group, *others = gs.describe(spec, tree).groups
+            assert not others
+            assert len(group.layers) == (1 if axis is None else 3), path
+
+
+def _tree_of(path, leaf):
+    for segment in reversed(path.split("/")):
+        leaf = {segment: leaf}
+    return leaf
+
+
+def test_links_lead_to_files_and_headings_that_are_there():
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", prose))
+    assert len(targets) >= 10
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        assert not path or (ROOT / path).exists(), target
+        if anchor:
+            text = (ROOT / path).read_text() if path else README
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            assert anchor in {_anchor(heading) for heading in headings}, target
+
+
+def _anchor(heading):
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_command_that_the_readme_names_is_there():
+    commands = set(re.findall(r"python -m (benchmarks\.\w+)", README))
+    assert {"benchmarks.pretrain", "benchmarks.speed"} <= commands
+    commands.discard("benchmarks.adaptive")  # named with the commit that has it
+    for command in commands:
+        assert importlib.util.find_spec(command), command
+
+
+# What stands in the README for things of the reader's.
+STAND_INS = {
+    "depth": gs.scanned("blocks/"),
+    "params": {"blocks": {"w": jnp.ones((3, 2))}, "head": jnp.ones(2)},
+    "updates": {"blocks": {"w": jnp.ones((3, 2))}, "head": jnp.ones(2)},
+    "per_microbatch_updates": {"blocks": {"w": jnp.ones((2, 3, 2))}},
+    "states": jnp.arange(12.0).reshape(4, 3) ** 2,
+    "inner": optax.scale_by_adam(),
+    "opt": optax.scale_by_adam(),
+    "smooth": gs.smooth_over_depth(gs.scanned("blocks/"), 0.2),
+    "tx": gs.adamw(1e-3, gs.scanned("blocks/")),
+    "operator": gs.window(0.2),
+    "op": gs.window(0.2),
+    "first": gs.window(0.2),
+    "second": gs.gaussian(1.0),
+    "matrix": np.eye(3),
+    "function": lambda num_layers: np.eye(num_layers),
+    "spec": gs.scanned("blocks/"),
+    "predicate": lambda path: True,
+    "tree_of_Depth": {"blocks": gs.Depth("blocks", "w", axis=0)},
+    "labels": {"blocks": "train", "head": "frozen"},
+    "learning_rate": 1e-3,
+    "lr": 1e-3,
+    "alpha": 0.2,
+    "radius": 1,
+    "decay": 0.5,
+    "sigma": 1.0,
+    "strength": 1.0,
+    "rho": 0.5,
+    "seed": 0,
+    "n": 3,
+    "k": 10,
+    "num_layers": 3,
+    "differences": {"window": [0.1, -0.2, 0.05]},
+}
+
+
+def _calls() -> list[str]:
+    """All calls of the library and of optax in the README's text and tables."""
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`((?:gs|optax)\.[\w.]+\(.*?\))`", text)
+    return sorted(span.replace(r"\|", "|") for span in set(spans))
+
+
+@pytest.mark.filterwarnings("ignore::gradsmooth_optax.DepthWarning")
+def test_every_call_that_the_readme_names_can_be_made_as_shown():
+    calls = _calls()
+    assert len(calls) >= 40
+    names = {**STAND_INS, "gs": gs, "optax": optax}
     for call in calls:
-        hash(eval(call, {"gs": gs}))
+        if call.endswith("(...)"):
+            assert callable(eval(call.removesuffix("(...)"), names)), call
+        else:
+            eval(call, dict(names))
+
+
+def test_the_tables_of_diagnostics_and_plots_name_what_is_there_and_all_of_it():
+    record = _record()
+    names = {**STAND_INS, "record": record, "history": [record], "state": _state()}
+    for module in (gs.diagnostics, gs.plots):
+        module_name = module.__name__.rpartition(".")[2]
+        table = README.split(f"| in `gs.{module_name}` | |")[1].split("\n\n")[0]
+        calls = re.findall(r"`(\w+\(.*?\))`", table)
+        functions = {
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value)
+            if not name.startswith("_")
+            if module is gs.diagnostics or value.__module__ == module.__name__
+        }
+        assert {call.partition("(")[0] for call in calls} == functions
+        if module is gs.plots:
+            pyplot = pytest.importorskip("matplotlib.pyplot")
+        for call in calls:
+            eval(call, {**vars(module), **names})
+    pyplot.close("all")
+
+
+def _state():
+    tx = gs.diagnostics.monitor_depth(STAND_INS["smooth"], STAND_INS["depth"])
+    return tx.update(STAND_INS["updates"], tx.init(STAND_INS["params"]))[1]
+
+
+def _record():
+    return gs.diagnostics.monitored(_state())
 
 
 def test_what_the_readme_says_of_speed_and_evidence_is_what_the_results_say():

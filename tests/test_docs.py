@@ -1,0 +1,157 @@
+"""The documentation names all that is public, and builds without a warning."""
+
+import ast
+import collections
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "gradsmooth_optax"
+
+needs_mkdocs = pytest.mark.skipif(
+    # Not imported: what it warns of would be an error here.
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("mkdocs", "mkdocstrings_handlers", "material", "latex2mathml")
+    ),
+    reason='needs the extra "docs"',
+)
+
+
+def _public_names() -> set[str]:
+    """The package, its modules without underscore, and what these hold for users.
+
+    That is what they re-export (`import a as a`) and what they define under a name
+    without underscore; a class or function counts if it has a docstring.
+    """
+    names = set()
+    for path in (ROOT / PACKAGE).glob("*.py"):
+        if path.stem.startswith("_") and path.stem != "__init__":
+            continue
+        module = PACKAGE if path.stem == "__init__" else f"{PACKAGE}.{path.stem}"
+        found = {
+            name for node in ast.parse(path.read_text()).body for name in _of(node)
+        }
+        names |= {module, *(f"{module}.{n}" for n in found if not n.startswith("_"))}
+    return names
+
+
+def _of(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [a.name for a in node.names if a.asname == a.name]
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name] if ast.get_docstring(node) else []
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def test_every_public_name_is_on_one_page_and_no_page_has_another():
+    pages = [path.read_text() for path in (ROOT / "docs" / "api").glob("*.md")]
+    named = collections.Counter(re.findall(r"^::: (\S+)", "\n".join(pages), re.M))
+    assert set(named) - _public_names() == set()
+    assert _public_names() - set(named) == set()
+    assert [name for name, count in named.items() if count > 1] == []
+
+
+def test_every_page_of_the_api_is_in_the_navigation():
+    listed = re.findall(r"docs/api/\w+\.md", (ROOT / "mkdocs.yml").read_text())
+    pages = [f"docs/api/{path.name}" for path in (ROOT / "docs/api").glob("*.md")]
+    assert sorted(listed) == sorted(pages)
+
+
+def _build(project: Path, site: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=project,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    site = tmp_path_factory.mktemp("site")
+    built = _build(ROOT, site)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stdout + built.stderr
+    return site
+
+
+class _Page(HTMLParser):
+    """What a page loads, and what it links to."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.loaded: list[str] = []
+        self.linked: list[str] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "srcset", "data", "poster"):
+                self.loaded.append(value or "")
+            elif name == "href":
+                (self.loaded if tag == "link" else self.linked).append(value or "")
+
+
+@needs_mkdocs
+def test_the_front_page_is_the_readme_with_its_equations(site):
+    page = (site / "index.html").read_text()
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert re.search(rf"<h1[^>]*>{re.escape(headings[0])}<", page)
+    assert "<math " in page
+    assert "arithmatex" not in page
+
+
+@needs_mkdocs
+def test_notebooks_and_the_report_are_pages_with_their_figures(site):
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        page = _Page(site / "notebooks" / f"{path.stem}.html")
+        images = [image for image in page.loaded if image.endswith(".png")]
+        assert all((site / "notebooks" / image).is_file() for image in images)
+        assert len(images) == path.read_text().count('"image/png"')
+    report = _Page(site / "benchmarks" / "results" / "index.html")
+    assert any(image.endswith(".svg") for image in report.loaded)
+
+
+@needs_mkdocs
+def test_nothing_is_loaded_from_elsewhere_and_every_link_has_a_target(site):
+    for path in site.rglob("*.html"):
+        page = _Page(path)
+        assert [url for url in page.loaded if re.match(r"(\w+:)?//", url)] == []
+        for url in page.loaded + page.linked:
+            target = unquote(url.split("#")[0])
+            # The theme's own page for what is missing is written for a server's root.
+            if re.match(r"\w+:", target) or path.name == "404.html":
+                continue
+            assert (path.parent / target).exists(), (path.name, url)
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", style.read_text())
+
+
+@needs_mkdocs
+def test_a_broken_link_or_equation_of_the_readme_fails_the_build(tmp_path):
+    copied = ("docs", "mkdocs.yml", "README.md")
+    for path in ROOT.iterdir():
+        if path.name in copied:
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, tmp_path / path.name)
+        elif not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    with (tmp_path / "README.md").open("a") as readme:
+        readme.write("\n[a](no/such.md) [b](LICENSE#nowhere) $\\nosuchcommand$\n")
+    built = _build(tmp_path, tmp_path / "site")
+    assert built.returncode != 0
+    for told in ("no/such.md", "nowhere", "nosuchcommand"):
+        assert told in built.stderr
