@@ -21,7 +21,7 @@ def public_objects():
             if name.startswith("_") or not (inspect.isclass(value) or callable(value)):
                 continue
             # A table of contents holds what others define; other modules import it.
-            is_contents = module is gs or module is gs.diagnostics
+            is_contents = module in (gs, gs.diagnostics, gs.plots)
             is_made_by_a_function = inspect.isclass(value) and module is gs.controls
             if is_contents or value.__module__ == module.__name__:
                 if is_made_by_a_function:
