@@ -87,8 +87,8 @@ def depth_statistics(
 
     A cosine with an update of norm 0 is 0, and so is the relative roughness where all
     are 0. Smoothing by `window`, `gaussian` or `tikhonov` (variant "standard") never
-    increases the roughness; that the relative one never increases holds only for
-    `window(alpha)` with radius 1 and α ≤ 1/2.
+    increases the roughness. The relative one is never increased by `tikhonov` and by
+    `window(alpha)` with radius 1 and α ≤ 1/2; by others it can be.
 
     A parameter of a layer that has no neighbor with it is in no block, and a layer, a
     role or a stack without any neighbors has no entry. Cosines and differences of two
@@ -98,7 +98,7 @@ def depth_statistics(
     Takes gradients or parameters as well, and works under `jax.vmap`, in `jax.lax.scan`
     and under `jax.jit`, where it needs memory for at most one copy of the updates in
     the dtype of the arithmetic: float32 (float64 for float64 leaves). Sums of squares
-    hold for updates of about 1e-19 to 1e19. Inside `jax.shard_map` it is of what one
+    hold for updates of about 1e-16 to 1e18. Inside `jax.shard_map` it is of what one
     device holds.
 
     Args:

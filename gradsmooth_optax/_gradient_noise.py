@@ -111,7 +111,7 @@ def gradient_noise(
     updates = {i: widened(jnp.asarray(leaves[i])) for i in positions}
     means = {i: jnp.mean(x, axis=0) for i, x in updates.items()}
     # From deviations, not from mean squares: those cancel where the noise is small.
-    deviations = {i: x - means[i] for i, x in updates.items()}
+    deviations = {i: x - means[i][None] for i, x in updates.items()}
     of_deviations = jax.vmap(squared_norms)(deviations)
     of_means = squared_norms(means)
     return {

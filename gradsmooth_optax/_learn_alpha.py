@@ -14,6 +14,7 @@ from gradsmooth_optax._groups import (
     group_by_depth,
 )
 from gradsmooth_optax._learning import (
+    Cosine,
     Direction,
     Signal,
     arrays_in,
@@ -182,7 +183,8 @@ def learn_alpha(
             alphas[unit], means[unit] = followed(
                 state.alpha[unit],
                 state.signal[unit],
-                sign * cosine,
+                cosine,
+                sign,
                 decay,
                 learning_rate,
                 alpha_max,
@@ -198,7 +200,9 @@ def learn_alpha(
         us = [[widened(x) for x in of_group] for of_group in xs]
         ends = coupled(window(1.0), groups, xs, [None] * len(groups), "param")
         vs = map_arrays(lambda u, end: end - u, us, ends)
-        ys = map_arrays(lambda u, v, a: u + a * v, us, vs, units.spread(alphas, us))
+        ys = map_arrays(
+            lambda u, v, a: u + a.astype(u.dtype) * v, us, vs, units.spread(alphas, us)
+        )
         if signal == "coupling":
             vs = _orthogonal(units, vs, ys)
         change = tree_of(
@@ -210,7 +214,7 @@ def learn_alpha(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _cosines(units: Units, xs: Arrays, ys: Arrays) -> dict[str, jax.Array]:
+def _cosines(units: Units, xs: Arrays, ys: Arrays) -> dict[str, Cosine]:
     """cos(x, y) of every unit."""
     products = units.inner_products(xs, ys)
     of_x, of_y = (units.inner_products(arrays, arrays) for arrays in (xs, ys))
@@ -228,6 +232,6 @@ def _orthogonal(units: Units, vs: Arrays, ys: Arrays) -> Arrays:
         # 1 or 0, by a division: see `_norms.inverse_norm`.
         keeps[name] = (1 / jnp.where(left > 0, 1.0, jnp.inf)).astype(part.dtype)
     return map_arrays(
-        lambda v, y, b, keep: keep * (v - b * y),
+        lambda v, y, b, keep: keep.astype(v.dtype) * (v - b.astype(y.dtype) * y),
         *(vs, ys, units.spread(share, vs), units.spread(keeps, vs)),
     )

@@ -17,6 +17,7 @@ from gradsmooth_optax._groups import (
     group_by_depth,
 )
 from gradsmooth_optax._learning import (
+    Cosine,
     Direction,
     Signal,
     arrays_in,
@@ -198,7 +199,8 @@ def learn_operator(
             weights[stack], means[stack] = followed(
                 state.weights[stack],
                 state.signal[stack],
-                sign * cosine,
+                cosine,
+                sign,
                 decay,
                 learning_rate / (2 * width),
                 alpha_max / (2 * width),
@@ -241,8 +243,8 @@ def _cosines(
     weights: dict[str, jax.Array],
     radius: int,
     signal: Signal,
-) -> dict[str, jax.Array]:
-    """cos(g, (dS/dw) u) of every pair of layers, over these two; NaN without a pair.
+) -> dict[str, Cosine]:
+    """cos(g, (dS/dw) u) of every pair of layers, over these two; unknown without one.
 
     With D the difference of the second layer and the first, (dS/dw) u is Du in the
     first and -Du in the second.
@@ -251,7 +253,7 @@ def _cosines(
     ys = coupled_by_pairs(
         groups, us, [None] * len(us), _spread(units, weights, us, radius)
     )
-    rows: dict[str, list[jax.Array]] = {stack: [] for stack in weights}
+    rows: dict[str, list[Cosine]] = {stack: [] for stack in weights}
     for distance in range(1, radius + 1):
         of_u, of_g, of_y = (
             _difference(groups, arrays, distance) for arrays in (us, gradients, ys)
@@ -272,7 +274,10 @@ def _cosines(
                 left = square + share * along_y[stack]
                 square = without_rounding(left, square)
             row.append(cosine_of(dot, square, gg[stack]))
-    return {stack: jnp.stack(row) for stack, row in rows.items()}
+    return {
+        stack: Cosine(*(jnp.stack(part) for part in zip(*row, strict=True)))
+        for stack, row in rows.items()
+    }
 
 
 def _difference(groups: Sequence[Group], arrays: Arrays, distance: int) -> Arrays:

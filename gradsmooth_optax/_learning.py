@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,39 +14,51 @@ import optax
 from gradsmooth_optax._groups import Group, Grouping, inexact_dtype
 from gradsmooth_optax._norms import Arrays
 from gradsmooth_optax._operators import check_flag, strength_in
+from gradsmooth_optax._precision import in_dtype
 
 Direction: TypeAlias = Literal["ascent", "descent"]
 Signal: TypeAlias = Literal["coupling", "full"]
 
 
+class Cosine(NamedTuple):
+    """Cosines, and where there is one: elsewhere nothing can be learned."""
+
+    value: jax.Array
+    known: jax.Array
+
+
 def followed(
     value: jax.Array,
     mean: jax.Array,
-    cosine: jax.Array,
+    cosine: Cosine,
+    sign: float,
     decay: Any,
     learning_rate: Any,
     highest: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """The value after a step along the running mean of the cosine, and that mean.
+    """The value after a step along the running mean of ± the cosine, and that mean.
 
-    Both stay as they are where the cosine is NaN: nothing was learned.
+    Both stay as they are where there is no cosine.
     """
-    new_mean = decay * mean + (1 - decay) * cosine
-    new = jnp.clip(value + learning_rate * new_mean, 0.0, highest)
-    known = jnp.isfinite(cosine)
-    # In the dtype of the state, whatever that of the settings is.
-    return (
-        jnp.where(known, new.astype(value.dtype), value),
-        jnp.where(known, new_mean.astype(mean.dtype), mean),
+    # In the dtype of the state, whatever that of the settings and of the updates is.
+    signal = sign * cosine.value.astype(mean.dtype)
+    decay = in_dtype(decay, mean.dtype)
+    learning_rate, highest = (
+        in_dtype(x, value.dtype) for x in (learning_rate, highest)
     )
+    new_mean = decay * mean + (1 - decay) * signal
+    new = jnp.clip(value + learning_rate * new_mean, 0.0, highest)
+    return jnp.where(cosine.known, new, value), jnp.where(cosine.known, new_mean, mean)
 
 
-def cosine_of(product: jax.Array, of_x: jax.Array, of_y: jax.Array) -> jax.Array:
-    """⟨x, y⟩ / ‖x‖‖y‖ from the squared norms; NaN where one is 0 or not finite."""
+def cosine_of(product: jax.Array, of_x: jax.Array, of_y: jax.Array) -> Cosine:
+    """⟨x, y⟩ / ‖x‖‖y‖ from the squared norms, known if both are finite and not 0."""
     known = (of_x > 0) & (of_y > 0) & jnp.isfinite(of_x) & jnp.isfinite(of_y)
-    # A division comes last, here and below: see `_norms.inverse_norm`.
+    # A division comes last, here and below: see `_norms.inverse_norm`. Not by NaN where
+    # nothing is known, which would stop `jax.debug_nans`.
     norms = jnp.sqrt(of_x) * jnp.sqrt(of_y)
-    return product / jnp.where(known, norms, jnp.nan)
+    cosine = product / jnp.where(known, norms, jnp.inf)
+    return Cosine(cosine, known & jnp.isfinite(cosine))
 
 
 def without_rounding(square: jax.Array, whole: jax.Array) -> jax.Array:
@@ -130,7 +142,8 @@ def number_in(name: str, value: Any, high: Any = math.inf) -> Any:
             f"`{name}` must be a number, but is the schedule {value!r}. For a schedule "
             f"of α write `with_depth_smoothing(inner, depth, schedule)`."
         )
-    return strength_in(name, value, high)
+    value = strength_in(name, value, high)
+    return value if isinstance(value, jax.Array) else float(value)
 
 
 def check_settings(strict: Any, dtype: Any) -> None:

@@ -186,9 +186,14 @@ def norm_ratio(before: jax.Array, after: jax.Array) -> jax.Array:
 
 
 def marked_norm_ratio(before: jax.Array, after: jax.Array) -> jax.Array:
-    """The ratio of the norms, given their squares; -1 where one of them is 0."""
+    """The ratio of the norms, given their squares; -1 where one of them is 0.
+
+    But NaN where the first is infinite: directions u/‖u‖ are 0 then, and so is ‖Sû‖.
+    """
+    lost = (after == 0) & jnp.isinf(before)
     zero, before, after = _without_zeros(before, after)
-    return 1 / jnp.where(zero, -1.0, jnp.sqrt(after / before))
+    inverse = jnp.where(zero, -1.0, jnp.sqrt(after) / jnp.sqrt(before))
+    return 1 / jnp.where(lost, jnp.nan, inverse)
 
 
 def _without_zeros(

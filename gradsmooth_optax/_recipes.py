@@ -328,7 +328,7 @@ def _scale_by_shape(
         fan_in = _size(update.shape, numbers.reduction_axis)
         fan_out = _size(update.shape, numbers.output_axis)
         if consistent_rms is None:
-            return max(1.0, fan_out / fan_in) ** 0.5 * update
+            return max(1.0, fan_out / max(1, fan_in)) ** 0.5 * update
         factor = max(fan_in, fan_out) ** 0.5 * jnp.asarray(consistent_rms)
         return factor.astype(update.dtype) * update
 

@@ -54,17 +54,19 @@ def line_shape_score(
     """
     increments = _increments("line_shape_score", states, at_least=2)
     squares = _inner_product(increments, increments)
-    directions = increments * inverse_norm(squares)[..., None]
+    inverse = inverse_norm(squares)[..., None].astype(increments.dtype)
+    directions = increments * inverse
     total = jnp.sum(directions, axis=0)
     square = _inner_product(total, total)
-    num_moves = jnp.sum(squares != 0, axis=0)
+    num_moves = jnp.sum(squares != 0, axis=0).astype(square.dtype)
     # What rounding leaves of directions that cancel depends on the compiler.
     cancel = square <= (num_moves * jnp.finfo(square.dtype).eps) ** 2
     # Replaced before the root, whose derivative at 0 would make gradients NaN.
     length = jnp.sqrt(jnp.where(cancel, 1.0, square))
     score = jnp.where(cancel, jnp.inf, num_moves / length)
     moves = num_moves > 0
-    return jnp.sum(jnp.where(moves, score, 0.0)) / jnp.sum(moves)
+    num_moving = jnp.sum(moves).astype(score.dtype)
+    return jnp.sum(jnp.where(moves, score, 0.0)) / num_moving
 
 
 def residual_alignment(

@@ -39,6 +39,9 @@ def window(
         interior   u'_l = (1-α) u_l + α/2 (u_{l-1} + u_{l+1})
         ends       u'_1 = (1-α/2) u_1 + α/2 u_2       (and the mirror image at L)
 
+    which has no negative eigenvalue for α ≤ 1/2. Above, what alternates from layer to
+    layer can change its sign, so that a smoothed gradient may ascend.
+
     Args:
       alpha: scalar in [0, 1] or a schedule of it. Only Python and NumPy numbers are
         range-checked.

@@ -98,7 +98,7 @@ def smooth_over_depth(
     float64 leaves). A non-finite update of one layer spreads to its neighbors: see
     `optax.apply_if_finite` and `optax.zero_nans`; a `radius` over 3, or 6 where
     several leaves hold a stack, is a matmul, which spreads it to the whole stack.
-    Norms are sums of squares in float32 and hold for updates of about 1e-19 to 1e19.
+    Norms are sums of squares in float32 and hold for updates of about 1e-16 to 1e18.
     While a role's update is being smoothed, it needs memory for one more copy of it.
 
     Args:
