@@ -60,6 +60,8 @@ def paired_differences(
     arms = _arms(differences)
     _check_level(level)
     ax = axes_of("paired_differences", ax, (7.6, 1.3 + 0.5 * len(arms)))
+    from matplotlib.ticker import MaxNLocator
+
     ax.axvline(0, color=BLACK, linewidth=1, label="_zero")
     intervals = [_mean_and_half_width(values, level) for values in arms.values()]
     decimals = _decimals(intervals)
@@ -87,6 +89,7 @@ def paired_differences(
     ax.set_yticks(range(len(arms)), [textwrap.fill(name, 30) for name in arms])
     ax.set_ylim(len(arms) - 0.5, -0.5)
     plain(ax, grid_of="x")
+    ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.set_xlabel("difference to the base")
     means = f"mean, {100 * level:g} % interval (filled: excludes 0)"
     keys = [ax.plot([], [], **_SEED)[0], ax.plot([], [], "s-", color=BLUE)[0]]

@@ -88,7 +88,7 @@ def paper(sources: Sequence[Source]) -> str:
         "*Tuning*: the "
         "paper adds smoothing at the settings of the base optimizer; here every arm "
         "is at its own best learning rate, on the held-out data that is shown: levels "
-        "are optimistic, differences are not."
+        "are optimistic, and the intervals do not count this choice."
     )
 
 
