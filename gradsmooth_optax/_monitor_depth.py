@@ -87,9 +87,9 @@ def monitor_depth(
 
     With `every` over 1 a step without a record costs little: what goes into `inner` has
     to be in memory. One with a record runs `inner` twice. It needs memory for one more
-    copy of the updates. Under `jax.vmap` every step computes the record. Under
-    `jit` statistics are of whole layers, however the updates are sharded; inside
-    `jax.shard_map` and `jax.pmap` it is not supported.
+    copy of the updates on TPU, and for about three on CPU. Under `jax.vmap` every step
+    computes the record. Under `jit` statistics are of whole layers, however the updates
+    are sharded; inside `jax.shard_map` and `jax.pmap` it is not supported.
 
     Args:
       inner: the transformation to look at, such as `smooth_over_depth(...)`.

@@ -212,6 +212,30 @@ def test_the_step_has_no_callback_and_no_transfer_to_the_host():
         update(updates, state)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="older compilers copy the updates more often"
+)
+@pytest.mark.parametrize("every", [1, 100])
+def test_it_needs_memory_for_at_most_three_more_copies_of_the_updates(every):
+    params = {"blocks": {"v": jnp.ones((16, 64, 64)), "w": jnp.ones((16, 64, 128))}}
+
+    def temporaries(middle):
+        rate = optax.scale_by_learning_rate(0.1)
+        tx = optax.chain(optax.scale_by_adam(), middle, rate)
+
+        def step(params, state, gradients):
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        donated = jax.jit(step, donate_argnums=(0, 1))
+        compiled = donated.lower(params, tx.init(params), params).compile()
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        return compiled.memory_analysis().temp_size_in_bytes / size
+
+    watched = monitor_depth(SMOOTH, SCANNED, every=every)
+    assert temporaries(watched) <= temporaries(SMOOTH) + 3.1
+
+
 def test_abstract_parameters_are_enough_for_the_state():
     tx = monitor_depth(SMOOTH, SCANNED)
     params = params_of()
