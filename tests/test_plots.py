@@ -329,7 +329,7 @@ def test_an_operator_of_zeros_and_one_of_one_layer_are_drawn():
             "Composed(Ema(rho=0.5), MeanOverDepth()), L = 3",
         ),
     ],
-    ids=str,
+    ids=["a number", "an array", "a matrix", "a function", "composed"],
 )
 def test_the_title_names_the_operator_and_the_number_of_layers(operator, title):
     assert plots.operator_matrix(operator, 3).get_title() == title
