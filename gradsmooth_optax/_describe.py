@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from gradsmooth_optax._groups import Group, group_by_depth, inexact_dtype
+from gradsmooth_optax._groups import (
+    Group,
+    Grouping,
+    check_structure,
+    group_by_depth,
+    inexact_dtype,
+)
 from gradsmooth_optax._numbering import names_layers, split_number
 from gradsmooth_optax._paths import show_path
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, Leaves, as_spec
@@ -32,6 +38,7 @@ class DepthSummary:
         a `from_tree`) that matched nothing.
       smoothed: number of parameters that are coupled with another layer.
       total: number of parameters of floating or complex dtype.
+      problem: the error that a transformation with `strict=True` raises, or "".
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -50,6 +57,7 @@ class DepthSummary:
     unmatched: tuple[DepthSpec, ...]
     smoothed: int
     total: int
+    problem: str
 
     def __str__(self) -> str:
         lines = [self._headline()]
@@ -115,6 +123,8 @@ class DepthSummary:
         ]
         if not self.groups and self.untouched:
             lists.append(("to fix", ["`print(detect(params))` proposes a spec"]))
+        elif self.problem:
+            lists.append(("an error where `strict`", [self.problem]))
         return [(title, items) for title, items in lists if items]
 
 
@@ -124,8 +134,8 @@ _HEADER = ("stack", "role", "layers", "per layer", "dtype", "leaves", "note")
 def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
     """Shows which layers are coupled with which, and every leaf left untouched.
 
-    It reports gaps and duplicates, where the transformations raise; look at it before
-    a run.
+    It reports gaps and duplicates, where the transformations raise, and with what they
+    say; look at it before a run.
 
     Args:
       depth: where depth is, as in `smooth_over_depth`.
@@ -179,7 +189,17 @@ def describe(depth: DepthSpec | DepthFunction, params: Any) -> DepthSummary:
         tuple(_unmatched(spec, leaves)),
         coupled,
         sum(sizes),
+        _problem(grouping),
     )
+
+
+def _problem(grouping: Grouping) -> str:
+    """What `init` says of the tree."""
+    try:
+        check_structure(grouping, strict=True)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _unmatched(spec: DepthSpec, leaves: Leaves) -> list[DepthSpec]:

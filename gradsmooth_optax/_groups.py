@@ -378,8 +378,9 @@ def _check_something_matched(grouping: Grouping, strict: bool) -> None:
     raise ValueError(
         f"`depth` {grouping.spec!r} matched none of the {len(paths)} leaves of the "
         f"tree: {some(paths, 12)}. The pattern is probably written for another tree, "
-        f"or the layers are masked here. To fix: {_suggestion(paths)}; or pass "
-        f"`strict=False` if this tree may hold no layers."
+        f"or the layers are masked here. To fix: {_suggestion(paths)}, or see "
+        f"`print(detect(params))`; or pass `strict=False` if this tree may hold no "
+        f"layers."
     )
 
 

@@ -81,7 +81,8 @@ def monitor_depth(
 
     Put it around the smoothing, in the smoothing's place:
     `chain(scale_by_adam(), monitor_depth(smooth_over_depth(depth, 0.2), depth),
-    scale_by_learning_rate(lr))`. Around `optax.identity()` it records one place of any
+    scale_by_learning_rate(lr))`. (Around all of `gs.adamw(...)` it would compare
+    gradients with final steps.) Around `optax.identity()` it records one place of any
     chain. Updates and inner state are those of `inner`; the state grows by a few
     numbers per layer and role.
 
@@ -129,13 +130,16 @@ def monitor_depth(
         return depth_statistics(updates, spec, strict=strict)
 
     def init_fn(params):
-        shapes = jax.eval_shape(statistics, params)
-        zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        shapes: Any = jax.eval_shape(statistics, params)
         if not group_by_depth(spec, params).paths:
             # `optax.tree_map_params` compares the state with that of a leafless
             # placeholder, in which one leaf may stand for all statistics.
-            zeros = jnp.zeros(())
-        record = DepthRecord(jnp.full((), -1, jnp.int32), zeros, zeros)
+            shapes = jax.ShapeDtypeStruct((), jnp.float32)
+
+        def zeros() -> Any:  # buffers of its own: a state may be donated
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        record = DepthRecord(jnp.full((), -1, jnp.int32), zeros(), zeros())
         return MonitorDepthState(jnp.zeros((), jnp.int32), record, inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -171,9 +175,13 @@ def monitor_depth(
 def monitored(state: Any) -> DepthRecord:
     """The record of the one `monitor_depth` in a state, however deep it is nested.
 
+    Its arrays are those of the state: where the next step donates the state, copy them
+    by `jax.device_get`, or return `monitored(state)` from the jitted step.
+
     Args:
       state: of an optimizer, or any tree that holds one, such as a train state; also
-        one that was stacked by `jax.lax.scan` or `jax.vmap`.
+        one that was stacked by `jax.lax.scan` or `jax.vmap`. Of a `flax.nnx.Optimizer`
+        its `opt_state`.
 
     Returns:
       Its `DepthRecord`.
@@ -196,12 +204,19 @@ def monitored(state: Any) -> DepthRecord:
     """
     found = _monitors(state)
     if len(found) == 1:
-        return found[0][1].record
+        # `flax.nnx.Optimizer` wraps every array in a reference, whose value the next
+        # step changes: each is taken out, as a tree of one leaf.
+        return jax.tree.map(
+            lambda number: jax.tree.leaves(number)[0],
+            found[0][1].record,
+            is_leaf=lambda part: not isinstance(part, dict | tuple),
+        )
     if not found:
         raise ValueError(
             f"`state`, a {type(state).__name__}, holds no MonitorDepthState: no part "
             f"of the optimizer is a `monitor_depth`. Put one around the smoothing: "
-            f"`monitor_depth(smooth_over_depth(depth, alpha), depth)`."
+            f"`monitor_depth(smooth_over_depth(depth, alpha), depth)`. Of a "
+            f"`flax.nnx.Optimizer` pass `optimizer.opt_state`."
         )
     places = ", ".join(f"`monitored(state{path})`" for path, _ in found)
     raise ValueError(

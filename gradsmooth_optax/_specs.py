@@ -341,6 +341,8 @@ def as_spec(depth: Any, argument: str = "depth") -> DepthSpec:
             hint = f"`unrolled({raw(depth)})` or {hint}"
     elif isinstance(depth, Depth):
         hint = "`lambda path, leaf: Depth(...)`, since each leaf needs its own"
+    elif hasattr(depth, "spec") and hasattr(depth, "uncertain"):
+        hint = "`detect(params).spec`, which is the spec that it proposes"
     elif isinstance(depth, dict | list | tuple):
         hint = f"`from_tree(...)` for a tree of Depth, else {hint}"
     raise TypeError(

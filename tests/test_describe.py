@@ -249,3 +249,19 @@ def test_swapped_arguments_are_told_to_be_swapped():
         arguments = [model(), SPEC] if function is gs.describe else [SPEC]
         with pytest.raises(TypeError, match=r"`params`.*`describe\(\w+, params\)`"):
             function(*arguments)
+
+
+def test_what_init_raises_is_said_here_already():
+    gap = {f"layers_{i}": {"w": jnp.ones(2)} for i in (0, 1, 3)}
+    unequal = {"blocks": {"w": jnp.ones((3, 5)), "v": jnp.ones((4, 3))}}
+    for depth, params in (
+        (gs.unrolled(), gap),
+        (gs.scanned("blocks/"), unequal),
+        (gs.scanned("nothing/"), gap),
+    ):
+        with pytest.raises(ValueError, match="To fix") as raised:
+            gs.smooth_over_depth(depth).init(params)
+        summary = gs.describe(depth, params)
+        assert summary.problem == str(raised.value)
+        assert summary.problem in str(summary) or not summary.groups
+    assert gs.describe(gs.ranked(gs.unrolled()), gap).problem == ""

@@ -320,6 +320,14 @@ def test_extra_arguments_reach_the_inner_transformation():
     np.testing.assert_allclose(after, 2 * before, rtol=1e-6)
 
 
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_state_that_init_made_may_be_donated(every):
+    tx = monitor_depth(SMOOTH, SCANNED, every=every)
+    state = tx.init(params_of())
+    _, state = jax.jit(tx.update, donate_argnums=1)(updates_at(0), state)
+    assert int(monitored(state).step) == 0
+
+
 # `monitored`.
 
 
@@ -331,6 +339,20 @@ def test_the_record_is_found_in_any_tree():
     tx = optax.chain(optax.scale_by_adam(), monitor_depth(SMOOTH, SCANNED))
     state = TrainState(params_of(), tx.init(params_of()))
     assert int(monitored({"state": [state]}).step) == -1
+
+
+def test_records_of_an_optimizer_of_flax_nnx_are_arrays_of_their_own_step():
+    nnx = pytest.importorskip("flax.nnx")
+    layers = [nnx.Linear(2, 2, rngs=nnx.Rngs(seed)) for seed in range(3)]
+    model, depth = nnx.Sequential(*layers), gs.unrolled()
+    tx = monitor_depth(gs.smooth_over_depth(depth, 0.2), depth)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    records = []
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(lambda m: m(jnp.ones((1, 2))).sum())(model))
+        records.append(monitored(optimizer.opt_state))
+    assert [int(record.step) for record in records] == [0, 1, 2]
+    assert isinstance(records[0].after["layers"].norms, jax.Array)
 
 
 def test_a_state_pickles_with_its_record():
