@@ -138,7 +138,6 @@ def _anchor(heading):
 def test_every_command_that_the_readme_names_is_there():
     commands = set(re.findall(r"python -m (benchmarks\.\w+)", README))
     assert {"benchmarks.pretrain", "benchmarks.speed"} <= commands
-    commands.discard("benchmarks.adaptive")  # named with the commit that has it
     for command in commands:
         assert importlib.util.find_spec(command), command
 
@@ -254,3 +253,30 @@ def test_a_figure_that_is_not_of_the_results_is_noticed_and_mended():
     wrong = wrong.replace(verdict, "It always helps.")
     assert wrong != README
     assert readme.written(wrong, reports, sources) == README
+
+
+def test_much_smaller_updates_alone_gain_three_to_six_times_as_much_in_lm_with_adamw():
+    pytest.importorskip("flax")  # the extra "bench"
+    from benchmarks.report import comparisons as of
+    from benchmarks.report.records import read_sources
+
+    assert "they gain three to six times what window(0.2) does" in README
+    ratios = []
+    for source in read_sources(ROOT / "benchmarks" / "results"):
+        for setting in source.settings:
+            if (setting.task, setting.optimizer) != ("lm", "adamw"):
+                continue
+            if setting.is_of_parts:
+                continue
+            base, window = of.base_of(setting), of.window_of(setting, 0.2)
+            mean = of.mean_of(setting)
+            control = of.control_of(setting, mean, "norm_matched")
+            gains = [
+                of.best_against_best(setting, kind, base).mean
+                for kind in (control, window)
+            ]
+            assert max(gains) < 0
+            ratios.append(gains[0] / gains[1])
+    assert len(ratios) == 3
+    assert 2.5 < min(ratios) < 3.5
+    assert 5.5 < max(ratios) < 6.5
