@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -19,6 +19,7 @@ from gradsmooth_optax._norms import (
     inverse_norm,
     map_arrays,
     marked_norm_ratio,
+    marked_ratio_to_directions,
     norm_ratio,
     rescaled,
     squared_norms,
@@ -75,7 +76,7 @@ def apply_operator(
         ys = coupled(operator, groups, us, scales, norm_scope)
         after = squared_norms(groups, ys, norm_scope)
         if variant == "directional":
-            ratios = map_arrays(marked_norm_ratio, before, after)
+            ratios = map_arrays(marked_ratio_to_directions, before, after)
             ys = map_arrays(rescaled, ys, ratios, map_arrays(widened, xs))
         else:
             # A zero layer may receive its neighbors' update.
@@ -101,7 +102,9 @@ def with_neighbors(groups: Sequence[Group]) -> list[Group]:
     return [g for g in groups if g.whole.run_lengths.max(initial=0) > 1]
 
 
-def arrays_of(groups: Sequence[Group], leaves: Sequence[Any]) -> Arrays:
+def arrays_of(
+    groups: Sequence[Group], leaves: Sequence[Any] | Mapping[int, Any]
+) -> Arrays:
     """The leaves of every group's members, those that are stacked behind a barrier.
 
     Behind it an update is computed once and not again for each shifted copy. And the

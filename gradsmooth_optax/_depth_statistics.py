@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -132,10 +132,17 @@ def depth_statistics(
     check_flag("strict", strict)
     grouping = group_by_depth(spec, updates)
     check_structure(grouping, strict)
+    return statistics_of(with_neighbors(grouping.groups), grouping.leaves)
+
+
+def statistics_of(
+    groups: Sequence[Group], leaves: Sequence[Any] | Mapping[int, Any]
+) -> dict[str, DepthStatistics]:
+    """The statistics of groups with neighbors, whose members are among the leaves."""
     sums: dict[Hashable, dict[Hashable, list[_Sums]]] = {}
-    for group in with_neighbors(grouping.groups):
+    for group in groups:
         of_stack = sums.setdefault(group.stack, defaultdict(list))
-        of_stack[group.role].append(_sums_of(group, grouping.leaves))
+        of_stack[group.role].append(_sums_of(group, leaves))
     stacks = texts_of("stacks", sums)
     return {
         stacks[stack]: _statistics_of_stack(stack, of_stack)
@@ -181,7 +188,7 @@ def _statistics(sums: _Sums) -> RoleStatistics:
     )
 
 
-def _sums_of(group: Group, leaves: Sequence[Any]) -> _Sums:
+def _sums_of(group: Group, leaves: Sequence[Any] | Mapping[int, Any]) -> _Sums:
     """The sums of one group, over its layers that have a neighbor."""
     xs, unscaled = arrays_of([group], leaves), [None]
     us, others = scaled_arrays(xs, unscaled), next_layers([group], xs, unscaled)

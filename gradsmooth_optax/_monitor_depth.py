@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradsmooth_optax._depth_statistics import DepthStatistics, depth_statistics
-from gradsmooth_optax._groups import group_by_depth
+from gradsmooth_optax._apply import with_neighbors
+from gradsmooth_optax._depth_statistics import DepthStatistics, statistics_of
+from gradsmooth_optax._groups import Group, check_structure, group_by_depth
 from gradsmooth_optax._learning import with_extra_args
 from gradsmooth_optax._operators import check_flag, positive_int
 from gradsmooth_optax._specs import DepthFunction, DepthSpec, as_spec
+
+_LAST_COUNT = 2**31 - 1  # counts are int32
 
 
 class DepthRecord(NamedTuple):
@@ -90,7 +93,8 @@ def monitor_depth(
     to be in memory. One with a record runs `inner` twice. It needs memory for one more
     copy of the updates on TPU, and for about three on CPU. Under `jax.vmap` every step
     computes the record. Under `jit` statistics are of whole layers, however the updates
-    are sharded; inside `jax.shard_map` and `jax.pmap` it is not supported.
+    are sharded; it is not for `jax.shard_map` and `jax.pmap`, where it would see what
+    one device holds.
 
     Args:
       inner: the transformation to look at, such as `smooth_over_depth(...)`.
@@ -103,9 +107,10 @@ def monitor_depth(
 
     Raises:
       TypeError: at construction, for an argument of the wrong kind.
-      ValueError: at construction for `every` below 1; at `init` and at trace of
+      ValueError: at construction for `every` out of range; at `init` and at trace of
         `update` for a grouping that does not fit the tree, as `smooth_over_depth`; at
-        trace of `update` for a state of other stacks.
+        trace of `update` for a state of other stacks, and for an `inner` that returns
+        other stacks, roles or layers than it was given.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -124,17 +129,29 @@ def monitor_depth(
     inner = with_extra_args(inner, "monitor_depth")
     spec = as_spec(depth)
     every = positive_int("every", every)
+    if every > _LAST_COUNT:
+        raise ValueError(f"`every` must be at most {_LAST_COUNT}, but is {every}.")
     check_flag("strict", strict)
 
-    def statistics(updates: Any) -> dict[str, DepthStatistics]:
-        return depth_statistics(updates, spec, strict=strict)
+    def coupled_in(updates: Any) -> _Coupled:
+        grouping = group_by_depth(spec, updates)
+        check_structure(grouping, strict)
+        groups = with_neighbors(grouping.groups)
+        places = {member.leaf for group in groups for member in group.members}
+        # Not the whole tree: a leaf that is no array would stop `jax.eval_shape`.
+        arrays = {place: grouping.leaves[place] for place in sorted(places)}
+        shapes = jax.eval_shape(
+            lambda of_places: statistics_of(groups, of_places), arrays
+        )
+        return _Coupled(groups, arrays, shapes, not grouping.paths)
 
     def init_fn(params):
-        shapes: Any = jax.eval_shape(statistics, params)
-        if not group_by_depth(spec, params).paths:
-            # `optax.tree_map_params` compares the state with that of a leafless
-            # placeholder, in which one leaf may stand for all statistics.
-            shapes = jax.ShapeDtypeStruct((), jnp.float32)
+        coupled = coupled_in(params)
+        # `optax.tree_map_params` compares the state with that of a leafless
+        # placeholder, in which one leaf may stand for all statistics.
+        shapes: Any = jax.ShapeDtypeStruct((), jnp.float32)
+        if not coupled.is_leafless:
+            shapes = coupled.shapes
 
         def zeros() -> Any:  # buffers of its own: a state may be donated
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -146,30 +163,51 @@ def monitor_depth(
         def passed():
             return inner.update(updates, state.inner_state, params, **extra_args)
 
+        after, inner_state = passed()
+        count = optax.safe_increment(state.count)
+        of_updates = coupled_in(updates)
+        if of_updates.is_leafless and not isinstance(state.record.before, dict):
+            return after, MonitorDepthState(count, state.record, inner_state)
+        _check_recorded(of_updates.shapes, state.record.before)
+        _check_kept(coupled_in(after).shapes, of_updates.shapes)
+
         def record(after: Any) -> DepthRecord:
-            new = DepthRecord(state.count, statistics(updates), statistics(after))
+            found = (
+                statistics_of(coupled.groups, coupled.arrays)
+                for coupled in (of_updates, coupled_in(after))
+            )
+            new = DepthRecord(state.count, *found)
             return jax.tree.map(lambda x, old: x.astype(old.dtype), new, state.record)
 
-        shapes = jax.eval_shape(statistics, updates)
-        after, inner_state = passed()
-        if not shapes and not isinstance(state.record.before, dict):
-            new = state.record  # of a tree without leaves
+        if every == 1:
+            new = record(after)
         else:
-            _check_shapes(shapes, state.record.before)
-            if every == 1:
-                new = record(after)
-            else:
-                # `inner` runs again in here: what the branch takes from outside has to
-                # be in memory at every step, and `after` need not be.
-                new = jax.lax.cond(
-                    state.count % every == 0,
-                    lambda: record(passed()[0]),
-                    lambda: state.record,
-                )
-        count = optax.safe_increment(state.count)
+            # `inner` runs again in here: what the branch takes from outside has to be
+            # in memory at every step, and `after` need not be.
+            new = jax.lax.cond(
+                state.count % every == 0,
+                lambda: record(passed()[0]),
+                lambda: state.record,
+            )
         return after, MonitorDepthState(count, new, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Coupled(NamedTuple):
+    """What of a tree is coupled along depth.
+
+    Attributes:
+      groups: with neighbors.
+      arrays: {position of leaf: leaf}, those of the groups.
+      shapes: of the statistics.
+      is_leafless: whether the tree has no leaves at all.
+    """
+
+    groups: list[Group]
+    arrays: dict[int, Any]
+    shapes: dict[str, DepthStatistics]
+    is_leafless: bool
 
 
 def monitored(state: Any) -> DepthRecord:
@@ -238,7 +276,7 @@ def _monitors(state: Any, prefix: str = "") -> list[tuple[str, MonitorDepthState
     return found
 
 
-def _check_shapes(found: Any, recorded: Any) -> None:
+def _check_recorded(found: Any, recorded: Any) -> None:
     """Raises if a record has other stacks, roles or layers than the updates."""
     if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, recorded):
         raise ValueError(
@@ -250,10 +288,27 @@ def _check_shapes(found: Any, recorded: Any) -> None:
         )
 
 
+def _check_kept(after: Any, before: Any) -> None:
+    """Raises if other stacks, roles or layers come out of `inner` than went in."""
+    if jax.tree.map(jnp.shape, after) != jax.tree.map(jnp.shape, before):
+        raise ValueError(
+            f"`inner` of `monitor_depth` was given {_layers(before)}, but returned "
+            f"{_layers(after)}. It probably drops leaves or changes dtypes. Put "
+            f"`monitor_depth` around the smoothing alone: "
+            f"`monitor_depth(smooth_over_depth(depth, alpha), depth)`."
+        )
+
+
 def _layers(of_stacks: Any) -> str:
     if not isinstance(of_stacks, dict) or not of_stacks:
         return "no stack"
     return ", ".join(
-        f"{stack!r} ({jnp.shape(of.norms)[0]} layers; {', '.join(of.roles)})"
+        f"{stack!r} ({_size(of)}: "
+        f"{'; '.join(f'{role}, {_size(one)}' for role, one in of.roles.items())})"
         for stack, of in of_stacks.items()
     )
+
+
+def _size(of: Any) -> str:
+    layers, pairs = jnp.shape(of.norms)[0], jnp.shape(of.cosines)[0]
+    return f"{layers} layers, {pairs} pairs of neighbors"

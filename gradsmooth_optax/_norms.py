@@ -186,9 +186,16 @@ def norm_ratio(before: jax.Array, after: jax.Array) -> jax.Array:
 
 
 def marked_norm_ratio(before: jax.Array, after: jax.Array) -> jax.Array:
-    """The ratio of the norms, given their squares; -1 where one of them is 0.
+    """The ratio of the norms, given their squares; -1 where one of them is 0."""
+    zero, before, after = _without_zeros(before, after)
+    return 1 / jnp.where(zero, -1.0, jnp.sqrt(after / before))
 
-    But NaN where the first is infinite: directions u/‖u‖ are 0 then, and so is ‖Sû‖.
+
+def marked_ratio_to_directions(before: jax.Array, after: jax.Array) -> jax.Array:
+    """‖u‖ / ‖S û‖ with û = u/‖u‖, given their squares; -1 where one of them is 0.
+
+    But NaN where ‖u‖ is infinite, which makes û 0 and maybe ‖S û‖. And a ratio of
+    roots: that of squares is no normal number where ‖u‖² is nearly infinite.
     """
     lost = (after == 0) & jnp.isinf(before)
     zero, before, after = _without_zeros(before, after)

@@ -220,7 +220,7 @@ def layer_norms(
             f"records. Write `{call}(jax.tree.map(lambda x: x[-1], record))` for the "
             f"last."
         )
-    if record.step < 0:
+    if np.asarray(record.step) < 0:
         raise _nothing_recorded("record")
     before, after, name, role = _before_and_after(record, stack, role, f"{call}(record")
     ax = axes_of("layer_norms", ax, (6.4, 3.8))

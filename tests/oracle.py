@@ -152,6 +152,15 @@ def random_blocks(num_layers, dtype="float32", shapes=None, seed=0):
     ]
 
 
+def complex_blocks(num_layers, seed=0):
+    """Of complex64, with real and imaginary parts."""
+    real, imaginary = (random_blocks(num_layers, seed=s) for s in (seed, 99))
+    return [
+        {role: (a[role] + 1j * b[role]).astype(np.complex64) for role in a}
+        for a, b in zip(real, imaginary, strict=True)
+    ]
+
+
 def unrolled_tree(blocks, key="layers_{}"):
     """One subtree per layer."""
     return {key.format(layer): dict(block) for layer, block in enumerate(blocks)}

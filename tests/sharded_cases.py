@@ -907,6 +907,52 @@ def jitted(shape, kind):
     return errors
 
 
+def diagnosed(shape, kind):
+    """Diagnostics under `jit`, of leaves that are split in several ways."""
+    mesh, specs = mesh_of(shape, kind), SPECS[shape]
+    blocks = make_blocks(8, shapes=dict.fromkeys(specs, (1, 8)))
+    whole = {"blocks": oracle.stacked_tree(blocks)}
+    split = {
+        role: jax.device_put(x, NamedSharding(mesh, specs[role]))
+        for role, x in whole["blocks"].items()
+    }
+    scanned, unrolled = gs.scanned("blocks/"), gs.unrolled()
+    one_by_one = {f"layers_{i}": block for i, block in enumerate(blocks)}
+    on_inner = NamedSharding(mesh, P(None, "stage"))
+    split_too = jax.tree.map(lambda x: jax.device_put(x, on_inner), one_by_one)
+
+    def monitor(tree, depth):
+        smooth = gs.smooth_over_depth(depth, ALPHA)
+        tx = gs.diagnostics.monitor_depth(smooth, depth, every=2)
+        state = tx.init(tree)
+        for _ in range(2):
+            _, state = tx.update(tree, state)
+        return gs.diagnostics.monitored(state)
+
+    functions = {
+        "depth_statistics": gs.diagnostics.depth_statistics,
+        "cosine_matrix": gs.diagnostics.cosine_matrix,
+        "monitor_depth": monitor,
+    }
+    errors = {}
+    for name, function in functions.items():
+        for depth, given, plain in (
+            (scanned, {"blocks": split}, whole),
+            (unrolled, split_too, one_by_one),
+        ):
+            title = f"{name}, {depth}, {shape}"
+            errors[title] = ""
+            try:
+                compute = jax.jit(functools.partial(function, depth=depth))
+                got, want = compute(given), compute(plain)
+                assert jax.tree.structure(got) == jax.tree.structure(want)
+                for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+            except Exception as error:
+                errors[title] = message(error)
+    return errors
+
+
 # What moves between devices, in the compiled text.
 
 MOVES = (
@@ -1069,6 +1115,12 @@ GROUPS = {
     "auto": lambda: {
         **jitted("grid", AxisType.Auto),
         **jitted("line", AxisType.Auto),
+    },
+    "diagnostics": lambda: {
+        **{f"Auto: {k}": v for k, v in diagnosed("grid", AxisType.Auto).items()},
+        **{
+            f"Explicit: {k}": v for k, v in diagnosed("grid", AxisType.Explicit).items()
+        },
     },
     "explicit": lambda: {
         **jitted("grid", AxisType.Explicit),

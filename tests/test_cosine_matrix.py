@@ -109,7 +109,7 @@ def test_an_update_of_norm_zero_has_cosine_zero_without_a_nan():
 
 
 def test_complex_updates_have_the_real_part_of_the_hermitian_product():
-    blocks = oracle.random_blocks(4, dtype="complex64")
+    blocks = oracle.complex_blocks(4)
     found = cosine_matrix({"blocks": oracle.stacked_tree(blocks)}, SCANNED)["blocks"]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected(blocks), atol=1e-6)
@@ -125,6 +125,18 @@ def test_half_precision_is_multiplied_in_float32_and_float64_in_float64(enable_x
     assert found.dtype == jnp.float32
     want = expected([{k: np.asarray(x, float) for k, x in b.items()} for b in half])
     np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_roles_of_different_dtypes_are_added_up_in_the_widest(enable_x64):
+    blocks = oracle.random_blocks(4, dtype="float64")
+    blocks = [
+        {k: x.astype("f4" if k == "bias" else "f8") for k, x in b.items()}
+        for b in blocks
+    ]
+    with enable_x64():
+        found = cosine_matrix({"blocks": oracle.stacked_tree(blocks)}, SCANNED)
+        assert found["blocks"].dtype == jnp.float64
+        np.testing.assert_allclose(found["blocks"], expected(blocks), atol=1e-7)
 
 
 def test_under_jit_and_vmap():

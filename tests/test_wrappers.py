@@ -656,7 +656,7 @@ def update_of_layers(tx):
 def as_in_the_readme(smooth, frozen):
     (code,) = re.findall(r"`(optax\.partition\(.*?\))`", README, re.DOTALL)
     labels = {k: "frozen" if v else "train" for k, v in frozen.items()}
-    names = {"optax": optax, "opt": OPT, "smooth": smooth, "labels": labels}
+    names = {"optax": optax, "tx": optax.chain(OPT, smooth), "labels": labels}
     return eval(code, names)
 
 
