@@ -101,7 +101,7 @@ def commands_of(path):
     yaml = pytest.importorskip("yaml")
     for job in yaml.safe_load(path.read_text())["jobs"].values():
         cells = job.get("strategy", {}).get("matrix", {}).get("include", [{}])
-        for cell, step in itertools.product(cells, job["steps"]):
+        for cell, step in itertools.product(cells, job.get("steps", [])):
             yield re.sub(
                 r"\$\{\{ matrix\.([\w-]+) \}\}",
                 lambda at, cell=cell: str(cell[at[1]]),
@@ -120,13 +120,25 @@ def test_workflows_may_read_only_and_end_in_time(path):
     assert workflow["permissions"] == {"contents": "read"}
     assert workflow["concurrency"]["group"]
     for name, job in workflow["jobs"].items():
+        if job.get("uses"):  # another workflow
+            assert (ROOT / job["uses"]).is_file()
+            continue
         assert job["timeout-minutes"] <= 60, name
         # To say who it is, to PyPI.
         wanted = {"id-token": "write"} if name == "publish" else None
         assert job.get("permissions") == wanted
         for step in job["steps"]:
             if "uses" in step:
-                assert re.fullmatch(r"[\w/-]+@(v\d+|release/v\d+)", step["uses"])
+                version = r"(v\d+|release/v\d+|[0-9a-f]{40})"
+                assert re.fullmatch(rf"[\w/-]+@{version}", step["uses"])
+
+
+def test_nothing_is_published_before_all_checks_pass():
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    assert set(jobs["publish"]["needs"]) == {"ci", "build"}
+    assert jobs["ci"]["uses"] == "./.github/workflows/ci.yml"
 
 
 def check_that_what_it_calls_is_here(command):
