@@ -81,10 +81,15 @@ def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
     products = jnp.zeros(shape, dtype)
     squares = jnp.zeros(shape, dtype)  # of l, over what k has as well
     for group, of_group in zip(groups, layers_of, strict=True):
-        gram = _products(group, leaves).astype(dtype)
-        at = np.ix_(*2 * [np.searchsorted(layers, of_group)])
-        products = products.at[at].add(gram)
-        squares = squares.at[at].add(jnp.diagonal(gram)[:, None])
+        # Gathered and not scattered: jax 0.7 has no rule for that on Explicit axes.
+        place = {layer: i for i, layer in enumerate(of_group)}
+        index = np.array([place.get(layer, 0) for layer in layers])
+        has = np.isin(layers, of_group)
+        both = np.outer(has, has)
+        gram = _products(group, leaves).astype(dtype)[np.ix_(index, index)]
+        products += jnp.where(both, gram, jnp.zeros_like(gram))
+        of_layers = jnp.broadcast_to(jnp.diagonal(gram)[:, None], shape)
+        squares += jnp.where(both, of_layers, jnp.zeros_like(gram))
     return cosine(products, squares, squares.T)
 
 
