@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -140,6 +141,9 @@ def test_every_command_that_the_readme_names_is_there():
     assert {"benchmarks.pretrain", "benchmarks.speed"} <= commands
     for command in commands:
         assert importlib.util.find_spec(command), command
+    extras = set(re.findall(r'pip install -e "\.\[([\w-]+)\]"', README))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"bench", "test"} <= extras <= project["optional-dependencies"].keys()
 
 
 # What stands in the README for things of the reader's.
