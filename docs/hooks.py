@@ -31,7 +31,7 @@ MATH = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 SESSION = re.compile(r"^```python\n(>>> .*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"^::: gradsmooth_optax\.(\S+)", re.MULTILINE)
 CODE_IN_CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
-CODE = re.compile(r"<code>(gs\.)?([A-Za-z_][\w.]*)(\(.*?\))?</code>", re.DOTALL)
+CODE = re.compile(r"<code>(gs\.)?([A-Za-z_][\w.]*)(\([^<]*\))?</code>")
 # Where code is a title, a link already, or an example.
 NOT_LINKED = re.compile(r"<(a|autoref|h[1-6]|pre|summary)\b.*?</\1>", re.DOTALL)
 

@@ -115,6 +115,16 @@ def test_the_front_page_is_the_readme_with_its_equations(site):
 
 
 @needs_mkdocs
+def test_a_link_to_the_reference_is_one_piece_of_code_and_no_more(site):
+    link = re.compile(r'<a class="autorefs[^>]*>(.*?)</a>', re.DOTALL)
+    for name in ("index.html", "api/transformations.html"):
+        found = link.findall((site / name).read_text())
+        assert len(found) >= 10
+        assert [one for one in found if one.count("<code>") > 1] == []
+        assert [one for one in found if re.search(r"</code>\s*\S", one)] == []
+
+
+@needs_mkdocs
 def test_notebooks_and_the_report_are_pages_with_their_figures(site):
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         page = _Page(site / "notebooks" / f"{path.stem}.html")
