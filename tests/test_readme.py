@@ -46,6 +46,7 @@ def test_the_quick_start_is_two_commands_that_install_what_they_need():
 
 def test_every_chain_of_the_placement_table_adds_what_its_formula_says():
     table = README.split("| `optax.chain` of |")[1].split("\n\n")[0]
+    table = table.replace("\N{NO-BREAK SPACE}", " ")
     rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", table, re.MULTILINE)
     rng = np.random.default_rng(0)
     g, theta = rng.normal(size=(2, 4, 3)).astype("float32")
