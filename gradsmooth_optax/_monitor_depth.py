@@ -90,8 +90,8 @@ def monitor_depth(
     numbers per layer and role.
 
     With `every` over 1 a step without a record costs little: what goes into `inner` has
-    to be in memory. One with a record runs `inner` twice. It needs memory for one more
-    copy of the updates on TPU, and for about three on CPU. Under `jax.vmap` every step
+    to be in memory. One with a record runs `inner` twice. On CPU it needs memory for
+    about three more copies of the updates. Under `jax.vmap` every step
     computes the record. Under `jit` statistics are of whole layers, however the updates
     are sharded; it is not for `jax.shard_map` and `jax.pmap`, where it would see what
     one device holds.
@@ -140,10 +140,7 @@ def monitor_depth(
         places = {member.leaf for group in groups for member in group.members}
         # Not the whole tree: a leaf that is no array would stop `jax.eval_shape`.
         arrays = {place: grouping.leaves[place] for place in sorted(places)}
-        shapes = jax.eval_shape(
-            lambda of_places: statistics_of(groups, of_places), arrays
-        )
-        return _Coupled(groups, arrays, shapes, not grouping.paths)
+        return _Coupled(groups, arrays, not grouping.paths)
 
     def init_fn(params):
         coupled = coupled_in(params)
@@ -151,7 +148,9 @@ def monitor_depth(
         # placeholder, in which one leaf may stand for all statistics.
         shapes: Any = jax.ShapeDtypeStruct((), jnp.float32)
         if not coupled.is_leafless:
-            shapes = coupled.shapes
+            shapes = jax.eval_shape(
+                lambda arrays: statistics_of(coupled.groups, arrays), coupled.arrays
+            )
 
         def zeros() -> Any:  # buffers of its own: a state may be donated
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -165,18 +164,18 @@ def monitor_depth(
 
         after, inner_state = passed()
         count = optax.safe_increment(state.count)
-        of_updates = coupled_in(updates)
-        if of_updates.is_leafless and not isinstance(state.record.before, dict):
+        going_in = coupled_in(updates)
+        if going_in.is_leafless and not isinstance(state.record.before, dict):
             return after, MonitorDepthState(count, state.record, inner_state)
-        _check_recorded(of_updates.shapes, state.record.before)
-        _check_kept(coupled_in(after).shapes, of_updates.shapes)
 
         def record(after: Any) -> DepthRecord:
-            found = (
+            of_before, of_after = (
                 statistics_of(coupled.groups, coupled.arrays)
-                for coupled in (of_updates, coupled_in(after))
+                for coupled in (going_in, coupled_in(after))
             )
-            new = DepthRecord(state.count, *found)
+            _check_recorded(of_before, state.record.before)
+            _check_kept(of_after, of_before)
+            new = DepthRecord(state.count, of_before, of_after)
             return jax.tree.map(lambda x, old: x.astype(old.dtype), new, state.record)
 
         if every == 1:
@@ -200,13 +199,11 @@ class _Coupled(NamedTuple):
     Attributes:
       groups: with neighbors.
       arrays: {position of leaf: leaf}, those of the groups.
-      shapes: of the statistics.
       is_leafless: whether the tree has no leaves at all.
     """
 
     groups: list[Group]
     arrays: dict[int, Any]
-    shapes: dict[str, DepthStatistics]
     is_leafless: bool
 
 

@@ -19,10 +19,10 @@ from gradsmooth_optax.diagnostics import DepthRecord, DepthStatistics, RoleStati
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.colors import to_hex  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import PathPatch  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402 # after the skip and the backend
+from matplotlib.colors import to_hex  # noqa: E402 # after the skip
+from matplotlib.figure import Figure  # noqa: E402 # after the skip
+from matplotlib.patches import PathPatch  # noqa: E402 # after the skip
 
 SCANNED = gs.scanned("blocks/")
 RNG = np.random.default_rng(0)
