@@ -22,8 +22,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gradsmooth_optax._composed import with_matrix
-from gradsmooth_optax._operators import Matrix, Operator, as_operator
+from gradsmooth_optax._operators.composed import with_matrix
+from gradsmooth_optax._operators.operator import Matrix, Operator
+from gradsmooth_optax._operators.smoothers import as_operator
 
 
 def norm_matched(operator: Any) -> Operator:
@@ -36,17 +37,17 @@ def norm_matched(operator: Any) -> Operator:
     the variant "standard": the others keep the norms anyway.
 
     Args:
-      operator: an operator, or a function num_layers -> (L, L).
+      operator: an operator.
 
     Returns:
-      An operator for `apply_over_depth`, without a matrix.
+      An operator for `smooth_over_depth`, without a matrix.
 
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
       >>> updates = [jnp.array([4.0, 0.0]), jnp.array([0.0, 4.0])]
       >>> op = gs.controls.norm_matched(gs.mean_over_depth())
-      >>> tx = gs.apply_over_depth(gs.unrolled(), op)
+      >>> tx = gs.smooth_over_depth(gs.unrolled(), op)
       >>> matched, _ = tx.update(updates, tx.init(updates))
       >>> [u.round(3).tolist() for u in matched]  # of norm √8, as the mean (2, 2)
       [[2.828000068664551, 0.0], [0.0, 2.828000068664551]]
@@ -54,8 +55,9 @@ def norm_matched(operator: Any) -> Operator:
     return NormMatched(as_operator(operator))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NormMatched(Operator):
+    made_by: ClassVar[str] = "controls.norm_matched"
     strengths: ClassVar[tuple[str, ...]] = ("operator",)
 
     operator: Operator
@@ -83,11 +85,11 @@ def shuffled(operator: Any, seed: int) -> Operator:
     none, and keep one of their two pairs, and two layers are not shuffled at all.
 
     Args:
-      operator: an operator with a matrix, or a function num_layers -> (L, L).
+      operator: an operator with a matrix.
       seed: an int ≥ 0.
 
     Returns:
-      An operator for `apply_over_depth`.
+      An operator for `smooth_over_depth`.
 
     Raises:
       TypeError: at construction, for an operator without a matrix or a seed of the
@@ -105,8 +107,9 @@ def shuffled(operator: Any, seed: int) -> Operator:
     return Shuffled(with_matrix(operator, "shuffled"), int(seed))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Shuffled(Operator):
+    made_by: ClassVar[str] = "controls.shuffled"
     strengths: ClassVar[tuple[str, ...]] = ("operator",)
 
     operator: Operator

@@ -1,15 +1,14 @@
 r"""Depth specs for common JAX training stacks.
 
 Each function returns a spec for the argument `depth`, made of `unrolled`, `scanned` and
-`first_match`; `repr` shows it. The patterns end paths, so that prefixes such as
-`params/` do not matter. A preset is a start, not a proof: look at
-`describe(spec, params)` once.
+`first_match`. The patterns end paths, so that prefixes such as `params/` do not matter.
+Its name does as well, as in a configuration file: `depth="maxtext(cycle=6)"`. A preset
+is a start, not a proof: look at `describe(depth, params)` once, which also shows what
+the preset stands for.
 
 >>> import gradsmooth_optax as gs
->>> gs.layouts.maxtext()
-scanned('decoder/layers/', axis=1)
->>> gs.layouts.maxtext(scan_axis=None)
-unrolled(r'decoder/layers_(\d+)/')
+>>> gs.layouts.maxtext(cycle=6)
+gs.layouts.maxtext(cycle=6)
 """
 
 from __future__ import annotations
@@ -17,18 +16,20 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gradsmooth_optax._depth import Depth
-from gradsmooth_optax._paths import Path, show_path
-from gradsmooth_optax._specs import (
+from gradsmooth_optax._depth.depth import Depth
+from gradsmooth_optax._depth.paths import Path, show_path
+from gradsmooth_optax._depth.specs import (
     DepthSpec,
     depth_fn,
     first_match,
+    preset,
     ranked,
     scanned,
     unrolled,
 )
 
 
+@preset
 def flax_linen(
     block: str = r"\w*(?:[Bb]lock|[Ll]ayer)s?",
     *,
@@ -62,6 +63,7 @@ def flax_linen(
     return scanned(rf"(?:^|/){block}(?:_\d+)?/", axis=scan_axis)
 
 
+@preset
 def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
     r"""Flax NNX: a list of modules, or `nnx.vmap` and `nnx.scan` over one.
 
@@ -88,6 +90,7 @@ def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSp
     return scanned(rf"(?:^|/){layers}/", axis=scan_axis)
 
 
+@preset
 def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
     r"""Equinox: a list of modules, or `eqx.filter_vmap` over their construction.
 
@@ -110,6 +113,7 @@ def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpe
     return flax_nnx(layers, scan_axis=scan_axis)
 
 
+@preset
 def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
     r"""Haiku: a loop of modules, the first without a number, or `hk.layer_stack`.
 
@@ -135,6 +139,7 @@ def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
     return unrolled(rf"(?:^|/){block}(?:_(\d+))?/")
 
 
+@preset
 def hf_flax() -> DepthSpec:
     r"""Hugging Face's Flax models, and EasyLM: digits as keys, `h/3`, `layers/3`.
 
@@ -155,6 +160,7 @@ def hf_flax() -> DepthSpec:
     return unrolled(r"(?:^|/)(?:h|layers?|block)/(\d+)/")
 
 
+@preset
 def big_vision() -> DepthSpec:
     r"""big_vision: ViT, SigLIP, CapPa, GIVT, PaliGemma, unrolled or scanned.
 
@@ -181,6 +187,7 @@ def big_vision() -> DepthSpec:
     )
 
 
+@preset
 def gemma(*, interleaved: bool = False) -> DepthSpec:
     r"""google-deepmind/gemma: `layer_3` at the root.
 
@@ -204,6 +211,7 @@ def gemma(*, interleaved: bool = False) -> DepthSpec:
     return ranked(layers) if interleaved else layers
 
 
+@preset
 def levanter() -> DepthSpec:
     r"""levanter and haliax: `Stacked` layers on axis 0, or a `BlockSeq` of them.
 
@@ -222,6 +230,7 @@ def levanter() -> DepthSpec:
     return first_match(scanned("(?:^|/)stacked/"), unrolled(r"(?:^|/)blocks/(\d+)/"))
 
 
+@preset
 def t5x(*, scan_axis: int = 1) -> DepthSpec:
     r"""T5X and flaxformer: `layers_3` in encoder and decoder, or scanned in both.
 
@@ -248,6 +257,7 @@ def t5x(*, scan_axis: int = 1) -> DepthSpec:
     )
 
 
+@preset
 def uvit(*, join_at: int | None = None) -> DepthSpec:
     r"""U-ViT, the paper's: `in_blocks` and `out_blocks`, and `mid_block` alone.
 
@@ -276,6 +286,7 @@ def uvit(*, join_at: int | None = None) -> DepthSpec:
     )
 
 
+@preset
 def maxtext(
     *, scan_axis: int | None = 1, cycle: int = 1, num_cycles: int | None = None
 ) -> DepthSpec:
@@ -329,6 +340,7 @@ def maxtext(
     )
 
 
+@preset
 def maxtext_gemma2(*, scan_axis: int | None = 1) -> DepthSpec:
     r"""MaxText's Gemma 2: pairs of a local and a global layer.
 
@@ -380,6 +392,7 @@ def _gemma2_pairs(path: Path, leaf: Any) -> Depth | None:
     return Depth("decoder", f"{module}/{rest}", layer)
 
 
+@preset
 def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
     r"""MaxText's Gemma 4: scanned blocks of scanned local layers and a global one.
 
@@ -424,6 +437,7 @@ def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
     )
 
 
+@preset
 def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
     r"""MaxText's DeepSeek: dense layers, then layers with experts, as one stack.
 
@@ -459,6 +473,7 @@ def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
     )
 
 
+@preset
 def maxtext_pipeline(
     axis: int | tuple[int, ...] = (0, 1),
     *,

@@ -1,0 +1,180 @@
+"""Every check of an argument. Concrete values are looked at, traced ones never."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradsmooth_optax._arrays import is_traced
+
+# -- Words, flags and names ------------------------------------------------------------
+
+
+def check_choice(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises for a value that is not one of the `allowed` words."""
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"`{argument}` must be one of {choices}, but is {value!r}.")
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Raises for a value that is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`{argument}` must be True or False, but is {value!r} of type "
+            f"{type(value).__name__}."
+        )
+
+
+def hashable(argument: str, value: Any) -> Hashable:
+    """The value, if it can be the name of something."""
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"`{argument}` must be hashable, such as a string or a tuple of strings, "
+            f"but is {value!r}."
+        ) from None
+    return value
+
+
+# -- Whole numbers ---------------------------------------------------------------------
+
+
+def integer(argument: str, value: Any) -> int:
+    """The value, if it is an int and no array of jax."""
+    if isinstance(value, bool | jax.Array) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"`{argument}` must be an int, but is {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    return operator.index(value)
+
+
+def integers(argument: str, value: Any) -> int | tuple[int, ...]:
+    """One int, or a tuple of them."""
+    if isinstance(value, list | tuple | range):
+        return tuple(integer(argument, item) for item in value)
+    return integer(argument, value)
+
+
+def positive_int(argument: str, value: Any, hint: str = "") -> int:
+    """The value, if it is a Python int of at least 1."""
+    if isinstance(value, np.ndarray | jax.Array):
+        raise TypeError(
+            f"`{argument}` must be a Python int, since it decides what is compiled, "
+            f"but is an array: {value!r}. Inside `optax.inject_hyperparams` write "
+            f'`inject_hyperparams(..., static_args=("{argument}",))`.'
+        )
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"`{argument}` must be an int >= 1, but is {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    if operator.index(value) < 1:
+        raise ValueError(f"`{argument}` must be an int >= 1, but is {value}.{hint}")
+    return operator.index(value)
+
+
+# -- Strengths: numbers, arrays and schedules ------------------------------------------
+
+
+def strength_in(argument: str, value: Any, high: float = math.inf) -> Any:
+    """The value, if it is a schedule, a scalar array or a number in range."""
+    allowed = ">= 0 and finite" if high == math.inf else f"between 0 and {high:g}"
+    if callable(value) and not isinstance(value, type):
+        return value
+    if isinstance(value, bool | np.bool_) or not _is_real(value):
+        raise TypeError(
+            f"`{argument}` must be a number {allowed}, a scalar array or an optax "
+            f"schedule, but is {value!r} of type {type(value).__name__}."
+        )
+    if np.shape(value) != ():
+        raise ValueError(
+            f"`{argument}` must be one scalar, but has shape {np.shape(value)}. For a "
+            f"strength per layer pass the whole matrix: `dense(matrix)`."
+        )
+    if isinstance(value, jax.Array):
+        return value  # maybe traced: never looked at
+    if not (0 <= float(value) <= high and math.isfinite(value)):
+        hint = ""
+        if high == 1 and 1 < value <= 100:
+            hint = f" It is a fraction: write {value / 100:g} for {value} %."
+        raise ValueError(f"`{argument}` must be {allowed}, but is {value}.{hint}")
+    # A NumPy array could be written to later.
+    return float(value) if isinstance(value, np.ndarray) else value
+
+
+def number_in(argument: str, value: Any, high: Any = math.inf) -> Any:
+    """The value, if it is an array or a number from 0 to `high`, and no schedule."""
+    if isinstance(high, jax.Array):
+        high = math.inf  # maybe traced: never looked at
+    if callable(value):
+        raise TypeError(
+            f"`{argument}` must be a number, but is the schedule {value!r}. For a "
+            f"schedule of α write `with_depth_smoothing(inner, "
+            f"smooth_over_depth(depth, schedule))`."
+        )
+    value = strength_in(argument, value, high)
+    return value if isinstance(value, jax.Array) else float(value)
+
+
+def number_below_one(argument: str, value: Any) -> Any:
+    """The value, if it is an array or a number in [0, 1)."""
+    value = number_in(argument, value, high=1.0)
+    if not isinstance(value, jax.Array) and value == 1:
+        raise ValueError(f"`{argument}` must be below 1, or nothing is ever learned.")
+    return value
+
+
+def real_matrix(value: Any, source: str) -> np.ndarray | jax.Array:
+    """A read-only float64 copy, or the array itself where it is traced."""
+    if jnp.issubdtype(getattr(value, "dtype", np.float64), jnp.complexfloating):
+        raise TypeError(f"{source} must hold real numbers, but is complex.")
+    if is_traced(value):
+        return value
+    try:
+        matrix = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{source} must be an (L, L) array of real numbers: {error}."
+        ) from None
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{source} holds NaN or infinite weights:\n{matrix}")
+    matrix.flags.writeable = False
+    return matrix
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, int | float):
+        return True
+    if not isinstance(value, np.generic | np.ndarray | jax.Array):
+        return False
+    kinds = (jnp.floating, jnp.integer)
+    return any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+
+
+# -- Transformations -------------------------------------------------------------------
+
+
+def transformation(
+    argument: str, value: Any, call: str
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation with support for extra arguments, or an error.
+
+    Args:
+      call: how to write it right.
+    """
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{argument}` must be an optax.GradientTransformation, but is {value!r} "
+            f"of type {type(value).__name__}. Write `{call}`."
+        )
+    return optax.with_extra_args_support(value)

@@ -1,0 +1,1 @@
+"""Arrays along depth. Knows no operator."""

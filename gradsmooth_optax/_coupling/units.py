@@ -1,0 +1,117 @@
+"""Stacks, roles or layers as units: sums over their parameters, values spread back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradsmooth_optax._arrays import num_bits, replicated
+from gradsmooth_optax._coupling.neighbors import has_neighbor
+from gradsmooth_optax._coupling.norms import Arrays, inner_products
+from gradsmooth_optax._depth.groups import Group, text_of
+
+Per: TypeAlias = Literal["stack", "role", "layer"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Units:
+    """How the layers of some groups are divided into units.
+
+    Attributes:
+      groups: with neighbors.
+      names: for every group, the name of its units.
+      shapes: (), or (number of layers,) where every layer is a unit of its own.
+    """
+
+    groups: Sequence[Group]
+    names: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    _layers: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], per: Per) -> Units:
+        """The units of these groups."""
+        names = tuple(_name(group, per) for group in groups)
+        meant: dict[str, tuple] = {}
+        for group, name in zip(groups, names, strict=True):
+            key = (group.stack, group.role) if per == "role" else (group.stack,)
+            if meant.setdefault(name, key) != key:
+                raise ValueError(
+                    f"`depth` has two units that read {name!r}: {meant[name]!r} and "
+                    f"{key!r}. Give one of them another name by `stack=`."
+                )
+        layers: dict[str, set[int]] = {name: set() for name in names}
+        for group, name in zip(groups, names, strict=True):
+            for run in group.runs:
+                layers[name].update(run if len(run) > 1 else ())
+        ordered = {name: sorted(of_name) for name, of_name in layers.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            name: (len(of_name),) if per == "layer" else ()
+            for name, of_name in ordered.items()
+        }
+        return cls(groups, names, shapes, ordered)
+
+    def inner_products(self, xs: Arrays, ys: Arrays) -> dict[str, jax.Array]:
+        """Re⟨x, y⟩ over all parameters of a unit whose layer has a neighbor."""
+        products = inner_products(self.groups, xs, ys)
+        return self._totals(products, lambda group, m: group.in_run(m))
+
+    def pair_totals(self, numbers: Arrays, distance: int) -> dict[str, jax.Array]:
+        """Totals of a number per slot, over slots with a neighbor at this distance."""
+        return self._totals(numbers, lambda group, m: has_neighbor(group, m, distance))
+
+    def _totals(
+        self, numbers: Arrays, is_in: Callable[[Group, int], np.ndarray]
+    ) -> dict[str, jax.Array]:
+        # In the widest dtype; a sum of its own for each layout of slots.
+        dtype = max((x.dtype for row in numbers for x in row), key=num_bits)
+        scalars: dict[str, list[jax.Array]] = {name: [] for name in self.shapes}
+        vectors = {n: jnp.zeros(s, dtype) for n, s in self.shapes.items() if s}
+        for group, name, of_group in zip(self.groups, self.names, numbers, strict=True):
+            for m, number in enumerate(of_group):
+                slots, chosen = replicated(number).astype(dtype), is_in(group, m)
+                if not chosen.all():
+                    mask = group.members[m].along(chosen, slots.ndim)
+                    slots = jnp.where(mask, slots, jnp.zeros_like(slots))
+                if self.shapes[name]:
+                    index = self._index(name, group, m)
+                    vectors[name] = vectors[name].at[index].add(slots.reshape(-1))
+                else:
+                    scalars[name].append(jnp.sum(slots))
+        return {
+            name: vectors[name] if shape else sum(scalars[name][1:], scalars[name][0])
+            for name, shape in self.shapes.items()
+        }
+
+    def spread(self, values: dict[str, jax.Array], like: Arrays) -> Arrays:
+        """The unit's value for every slot, to broadcast over the arrays of `like`."""
+        return [
+            [self._at(values[name], name, group, m, x) for m, x in enumerate(xs)]
+            for group, name, xs in zip(self.groups, self.names, like, strict=True)
+        ]
+
+    def _at(
+        self, value: jax.Array, name: str, group: Group, m: int, like: jax.Array
+    ) -> jax.Array:
+        if self.shapes[name]:
+            member = group.members[m]
+            value = value[self._index(name, group, m)].reshape(member.layers.shape)
+            value = member.along(value, like.ndim)
+        return value.astype(jnp.finfo(like.dtype).dtype)
+
+    def _index(self, name: str, group: Group, m: int) -> np.ndarray:
+        """Positions of a member's slots among the unit's layers."""
+        place = {layer: i for i, layer in enumerate(self._layers[name])}
+        # A layer without neighbors has no place: what is at 0 is not used there.
+        layers = group.members[m].layers.ravel().tolist()
+        return np.array([place.get(layer, 0) for layer in layers], int)
+
+
+def _name(group: Group, per: Per) -> str:
+    stack, role = (text_of(name) for name in (group.stack, group.role))
+    return f"{stack}/{role}" if per == "role" else stack

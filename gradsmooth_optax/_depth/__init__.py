@@ -1,0 +1,1 @@
+"""Which leaf is which layer. No arithmetic."""

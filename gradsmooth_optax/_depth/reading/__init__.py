@@ -1,0 +1,1 @@
+"""What a tree looks like: layers by their names, boxes and shapes."""

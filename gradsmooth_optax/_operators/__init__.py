@@ -1,0 +1,1 @@
+"""What is applied along depth."""

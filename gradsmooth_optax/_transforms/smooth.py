@@ -1,0 +1,349 @@
+"""The transformations that couple updates along depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradsmooth_optax._arrays import axis_size
+from gradsmooth_optax._checks import check_choice, check_flag, transformation
+from gradsmooth_optax._coupling.apply import Variant, apply_operator
+from gradsmooth_optax._coupling.norms import NormScope
+from gradsmooth_optax._coupling.stages import split_over
+from gradsmooth_optax._depth.groups import (
+    Group,
+    Grouping,
+    check_structure,
+    group_by_depth,
+)
+from gradsmooth_optax._depth.reading.doubts import warn_of_suspicions
+from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._operators.operator import Operator
+from gradsmooth_optax._operators.smoothers import as_operator
+
+Boundary: TypeAlias = Literal["couple", "stage"]
+
+
+class DepthSmoothingState(NamedTuple):
+    """State of a transformation whose strength is a schedule.
+
+    Attributes:
+      count: scalar int32, the number of updates so far.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> warmup = optax.linear_schedule(0.0, 0.2, transition_steps=100)
+      >>> params = {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> gs.smooth_over_depth(gs.scanned("blocks/"), warmup).init(params)
+      DepthSmoothingState(count=Array(0, dtype=int32))
+    """
+
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride] # optax's name for it
+
+
+class WithDepthSmoothingState(NamedTuple):
+    """State of `with_depth_smoothing` where the smoothing has a state of its own.
+
+    Attributes:
+      inner_state: state of the wrapped transformation.
+      smoothing_state: state of the smoothing.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> warmup = optax.linear_schedule(0.0, 0.2, transition_steps=100)
+      >>> smoothing = gs.smooth_over_depth(gs.scanned("blocks/"), warmup)
+      >>> tx = gs.with_depth_smoothing(optax.scale_by_adam(), smoothing)
+      >>> state = tx.init({"blocks": {"w": jnp.ones((3, 2))}})
+      >>> type(state.inner_state).__name__, state.smoothing_state
+      ('ScaleByAdamState', DepthSmoothingState(count=Array(0, dtype=int32)))
+    """
+
+    inner_state: optax.OptState
+    smoothing_state: optax.OptState
+
+
+def smooth_over_depth(
+    depth: DepthLike,
+    operator: optax.ScalarOrSchedule | Operator = 0.1,
+    *,
+    variant: Variant = "standard",
+    norm_scope: NormScope = "param",
+    strict: bool = True,
+    axis_name: Hashable | None = None,
+    axis_boundary: Boundary = "couple",
+    norm_axis_names: tuple[Hashable, ...] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Couples the updates of neighboring layers.
+
+    The updates U = (u_1 .. u_L) of every role become (S ⊗ I) U, with S the operator's
+    matrix for the number of layers. A number is the strength α of the paper's window:
+
+        interior   u'_l = (1-α) u_l + α/2 (u_{l-1} + u_{l+1})
+        ends       u'_1 = (1-α/2) u_1 + α/2 u_2       (and the mirror image at L)
+
+    Only leaves that `depth` gives to the same stack and role are coupled. All others,
+    and a stack of one layer, come back as the same objects.
+
+    Place it after the preconditioner, before weight decay and learning rate:
+    `chain(scale_by_adam(), smooth_over_depth(...), add_decayed_weights(wd),
+    scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
+    mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
+    float64 leaves).
+
+    A band of up to three neighbors on each side, of six where several leaves hold a
+    stack, is applied as shifted copies, with memory for one more copy of the role that
+    is being smoothed; a wider one as one matmul over all layers, which gathers a leaf
+    whose layer axis is sharded. A non-finite update of one layer spreads to its
+    neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
+    `optax.zero_nans`. Norms are sums of squares in float32 and hold for updates of
+    about 1e-16 to 1e18.
+
+    Args:
+      depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
+        name of a layout such as `"maxtext"`, or a function `(path, leaf) -> Depth |
+        None`. Under `optax.inject_hyperparams`, which calls functions as schedules,
+        wrap the function in `depth_fn`.
+      operator: the strength of the window, scalar in [0, 1] or a schedule of the step
+        count (first step 0); or an operator such as `window(0.1, radius=2)`. A
+        function is always a schedule: wrap one of the number of layers in
+        `operator_fn`. A concrete strength of 0 returns every update as the same
+        object.
+      variant: "standard", "norm_preserving" (each layer's update keeps the norm it had;
+        a layer whose norm is 0 before or after smoothing is not rescaled), or
+        "directional" (directions u/‖u‖ are smoothed, then scaled to the norm of u; a
+        layer of norm 0 comes back unchanged).
+      norm_scope: whether these norms are of one "param" of a layer, or of the whole
+        "block" of it: all parameters that `depth` matches in that layer of the stack.
+      strict: whether it is an error if nothing matches, if layer numbers have a gap,
+        or if leaves of one `scanned` hold different numbers of layers, and (without
+        `axis_name`) a warning if layers are probably not coupled, or not with their
+        neighbors. False makes a gap a boundary that is not coupled across.
+      axis_name: inside `jax.shard_map` or `jax.pmap`, the mesh axis that the layers of
+        all matched stacks are split over, numbered as in stage 0. Under plain `jit`
+        leave it out, however the updates are sharded. The guide to pipelines says more.
+      axis_boundary: whether layers "couple" across stages, which needs an operator of
+        a radius of at most the layers of one stage, or only inside a "stage".
+      norm_axis_names: inside `jax.shard_map`, the mesh axes over which other axes of
+        the matched leaves are split by hand, for norms and cosines of whole layers.
+
+    Returns:
+      A transformation with `optax.EmptyState()`, or `DepthSmoothingState` where a
+      strength is a schedule.
+
+    Raises:
+      TypeError: at construction, for an argument of the wrong kind.
+      ValueError: at construction, for an argument out of range; in `init` and at trace
+        of `update`, for a grouping that does not fit the tree (nothing matched, a gap,
+        a layer twice, an axis that does not exist) and for an operator that does not
+        fit the number of layers.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"w": jnp.array([[0.0], [3.0], [0.0]])}}
+      >>> tx = gs.smooth_over_depth(gs.scanned("blocks/"), 0.5)
+      >>> smoothed, _ = tx.update(updates, tx.init(updates))
+      >>> print(smoothed["blocks"]["w"].ravel())
+      [0.75 1.5  0.75]
+
+    Differs from the authors' code:
+      A single layer passes through unchanged; there it is shrunk by 1 - α/2.
+
+    References:
+      Meng, Sugolov, Papyan, "Gradient Smoothing: Coupling Layer-wise Updates for
+      Improved Optimization", arXiv 2606.30813, section 3 and appendix A.1.
+    """
+    spec = as_spec(depth)
+    operator = as_operator(operator)
+    check_choice("variant", variant, get_args(Variant))
+    check_choice("norm_scope", norm_scope, get_args(NormScope))
+    check_flag("strict", strict)
+    _check_mesh_axes(axis_name, axis_boundary, norm_axis_names)
+
+    def init_fn(params):
+        # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.
+        grouping = group_by_depth(spec, params)
+        # With an `axis_name` they may be those of one stage or of all.
+        check_structure(grouping, strict, gaps=axis_name is None)
+        if strict and axis_name is None:
+            warn_of_suspicions(grouping)
+        if operator.scheduled:
+            return DepthSmoothingState(jnp.zeros([], jnp.int32))
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        # Grouped anew: paths and masks may differ from those of the parameters.
+        grouping = group_by_depth(spec, updates)
+        groups = _groups_on_mesh(
+            grouping, strict, axis_name, axis_boundary, norm_axis_names
+        )
+        resolved = operator
+        if operator.scheduled:
+            resolved = operator.at(state.count)
+            state = DepthSmoothingState(optax.safe_increment(state.count))
+        if resolved.is_identity:
+            return updates, state
+        new = apply_operator(groups, grouping.leaves, resolved, variant, norm_scope)
+        return grouping.replaced(new), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _groups_on_mesh(
+    grouping: Grouping,
+    strict: bool,
+    axis_name: Hashable | None,
+    axis_boundary: Boundary,
+    norm_axis_names: tuple[Hashable, ...],
+) -> list[Group]:
+    """The groups that are coupled, as the mesh axes split them; structure errors."""
+    for name in norm_axis_names:
+        axis_size(name, "norm_axis_names")
+    over_stages = grouping
+    if axis_name is not None:
+        axis_size(axis_name, "axis_name")
+        # Without a coupling of stages their gaps matter only where they are errors.
+        if grouping.groups and (strict or axis_boundary == "couple"):
+            over_stages = split_over(grouping, axis_name)
+    check_structure(over_stages, strict)
+    coupled = over_stages if axis_boundary == "couple" else grouping
+    return [
+        dataclasses.replace(group, norm_axes=tuple(norm_axis_names))
+        for group in coupled.groups
+    ]
+
+
+def _check_mesh_axes(axis_name: Any, axis_boundary: Any, norm_axis_names: Any) -> None:
+    check_choice("axis_boundary", axis_boundary, get_args(Boundary))
+    if isinstance(axis_name, list | tuple | set):
+        raise TypeError(
+            f"`axis_name` must be the name of one mesh axis, but is {axis_name!r}. "
+            f"Write `axis_name='stage'`."
+        )
+    if axis_name is None and axis_boundary != "couple":
+        raise ValueError(
+            f"`axis_boundary={axis_boundary!r}` needs the mesh axis over which depth "
+            f"is split: write `axis_name='stage'` as well."
+        )
+    if not isinstance(norm_axis_names, tuple | list):
+        raise TypeError(
+            f"`norm_axis_names` must be a tuple of names of mesh axes, but is "
+            f"{norm_axis_names!r}. Write `norm_axis_names=({norm_axis_names!r},)`."
+        )
+    if len(set(norm_axis_names)) < len(norm_axis_names):
+        raise ValueError(f"`norm_axis_names` names an axis twice: {norm_axis_names!r}.")
+    if axis_name is not None and axis_name in norm_axis_names:
+        raise ValueError(
+            f"`norm_axis_names` holds {axis_name!r}, which is the `axis_name` that "
+            f"depth is split over. A layer is on one of its devices: leave it out."
+        )
+
+
+def with_depth_smoothing(
+    inner: optax.GradientTransformation, smoothing: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Smooths what `inner` produces and keeps its state as it is.
+
+    The same updates as `chain(inner, smoothing)`, with the state of `inner` alone where
+    the smoothing has none, so that a checkpoint of `inner` resumes with smoothing on,
+    and back.
+
+    Wrap the *preconditioner*. A whole optimizer such as `optax.adamw` is allowed, but
+    its weight decay and learning rate are then smoothed too.
+
+    Args:
+      inner: the transformation whose updates are smoothed.
+      smoothing: what `smooth_over_depth` returned, a chain of it, or
+        `optax.identity()`. Whether it has a state is asked once, of `smoothing.init` of
+        an empty tree.
+
+    Returns:
+      A transformation with the state of `inner`, or `WithDepthSmoothingState` where
+      `smoothing` has a state, such as the step count of a schedule.
+
+    Raises:
+      TypeError: at construction, for an argument that is no gradient transformation;
+        at trace of `update`, for a state of the other kind.
+      ValueError: in `init`, for a smoothing that keeps a state like the parameters.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> params = {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> smoothing = gs.smooth_over_depth(gs.scanned("blocks/"), 0.2)
+      >>> tx = optax.chain(
+      ...     gs.with_depth_smoothing(optax.scale_by_adam(), smoothing),
+      ...     optax.scale_by_learning_rate(1e-3),
+      ... )
+      >>> type(tx.init(params)[0]).__name__
+      'ScaleByAdamState'
+    """
+    call = "with_depth_smoothing(optax.scale_by_adam(), smooth_over_depth(depth, 0.1))"
+    inner = transformation("inner", inner, call)
+    smoothing = transformation("smoothing", smoothing, call)
+    try:
+        without_leaves = smoothing.init(())
+    except Exception as error:
+        error.add_note(
+            "Raised by `smoothing.init(())`, which `with_depth_smoothing` asks whether "
+            "the smoothing has a state. If it holds a mask as a tree, pass the mask as "
+            "a function of the tree; or write `optax.chain(inner, smoothing)`."
+        )
+        raise
+    has_state = bool(jax.tree.leaves(without_leaves))
+
+    def init_fn(params):
+        smoothing_state = smoothing.init(params)
+        inner_state = inner.init(params)
+        if has_state:
+            return WithDepthSmoothingState(inner_state, smoothing_state)
+        if kept := jax.tree.leaves(smoothing_state):
+            raise ValueError(
+                f"`smoothing` of `with_depth_smoothing` keeps a state like the "
+                f"parameters ({len(kept)} arrays), which has no place in the state of "
+                f"`inner`. It is probably more than a smoothing. Write "
+                f"`optax.chain(inner, smoothing)`."
+            )
+        return inner_state
+
+    def update_fn(updates, state, params=None, **extra_args):
+        _check_kind(state, has_state)
+        inner_state = state.inner_state if has_state else state
+        smoothing_state = state.smoothing_state if has_state else without_leaves
+        updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
+        updates, smoothing_state = smoothing.update(
+            updates, smoothing_state, params, **extra_args
+        )
+        if has_state:
+            return updates, WithDepthSmoothingState(inner_state, smoothing_state)
+        return updates, inner_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_kind(state: Any, has_state: bool) -> None:
+    is_pair = hasattr(state, "smoothing_state") and hasattr(state, "inner_state")
+    if has_state and not is_pair:
+        raise TypeError(
+            f"`state` of `with_depth_smoothing` is a {type(state).__name__}, probably "
+            f"from a run in which the smoothing had no state, such as one with a "
+            f"constant strength; now it has one. Convert it: "
+            f"`WithDepthSmoothingState(state, smoothing.init(params))`."
+        )
+    if is_pair and not has_state:
+        raise TypeError(
+            "`state` of `with_depth_smoothing` is a WithDepthSmoothingState, probably "
+            "from a run whose strength was a schedule; now the smoothing has no state. "
+            "Convert it: pass `state.inner_state`."
+        )

@@ -1,0 +1,258 @@
+"""How much the updates of neighboring layers differ, per stack and per role."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradsmooth_optax._arrays import num_bits, replicated
+from gradsmooth_optax._checks import check_flag
+from gradsmooth_optax._coupling.apply import arrays_of, with_neighbors
+from gradsmooth_optax._coupling.neighbors import scaled_arrays
+from gradsmooth_optax._coupling.norms import cosine, inner_products
+from gradsmooth_optax._coupling.pairs import next_layers
+from gradsmooth_optax._depth.groups import (
+    Group,
+    check_structure,
+    group_by_depth,
+    text_of,
+)
+from gradsmooth_optax._depth.specs import DepthLike, as_spec
+
+
+class RoleStatistics(NamedTuple):
+    """How the updates of one role vary along depth: see `depth_statistics`.
+
+    Attributes:
+      norms: (L,), ‖u_l‖ of every layer.
+      cosines: (L-1,), of every pair of neighbors, in depth order.
+      roughness: scalar, Σ_l ‖u_{l+1} - u_l‖².
+      relative_roughness: scalar, roughness / Σ_l ‖u_l‖².
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"w": jnp.array([[3.0, 4.0], [0.0, 5.0]])}}
+      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> of_blocks["blocks"].roles["w"].cosines.tolist()
+      [0.800000011920929]
+    """
+
+    norms: jax.Array
+    cosines: jax.Array
+    roughness: jax.Array
+    relative_roughness: jax.Array
+
+
+class DepthStatistics(NamedTuple):
+    """How the updates of one stack vary along depth: see `depth_statistics`.
+
+    Attributes:
+      norms: (L,), ‖u_l‖ of every layer.
+      cosines: (L-1,), of every pair of neighbors, in depth order.
+      roughness: scalar, Σ_l ‖u_{l+1} - u_l‖².
+      relative_roughness: scalar, roughness / Σ_l ‖u_l‖².
+      roles: {role: the same of this role alone}.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"b": jnp.full(2, 3.0), "w": jnp.full(2, 4.0)}}
+      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> of_blocks["blocks"].norms.tolist(), sorted(of_blocks["blocks"].roles)
+      ([5.0, 5.0], ['b', 'w'])
+    """
+
+    norms: jax.Array
+    cosines: jax.Array
+    roughness: jax.Array
+    relative_roughness: jax.Array
+    roles: dict[str, RoleStatistics]
+
+
+def depth_statistics(
+    updates: Any, depth: DepthLike, *, strict: bool = True
+) -> dict[str, DepthStatistics]:
+    """Norms, cosines and roughness of the updates along depth.
+
+    For every stack of L layers, with u_l the update of the block of layer l (all its
+    parameters that `depth` matches, as one vector), and for every role alone:
+
+        norms               ‖u_l‖                                (L,)
+        cosines             Re⟨u_l, u_{l+1}⟩ / ‖u_l‖ ‖u_{l+1}‖   (L-1,)
+        roughness           Σ_l ‖u_{l+1} - u_l‖²                 scalar
+        relative_roughness  roughness / Σ_l ‖u_l‖²               scalar
+
+    A cosine with an update of norm 0 is 0, and so is the relative roughness where all
+    are 0. Smoothing by `window`, `gaussian` or `tikhonov` (variant "standard") never
+    increases the roughness. The relative one is never increased by `tikhonov` and by
+    `window(alpha)` with radius 1 and α ≤ 1/2; by others it can be.
+
+    A parameter of a layer that has no neighbor with it is in no block, and a layer, a
+    role or a stack without any neighbors has no entry. Cosines and differences of two
+    layers are over the roles in which they are neighbors; a gap that `strict=False`
+    permits is no pair, so that `cosines` is shorter by one for each.
+
+    Takes gradients or parameters as well, and works under `jax.vmap`, in `jax.lax.scan`
+    and under `jax.jit`, where it needs memory for at most one copy of the updates in
+    the dtype of the arithmetic: float32 (float64 for float64 leaves). Sums of squares
+    hold for updates of about 1e-16 to 1e18. Inside `jax.shard_map` it is of what one
+    device holds.
+
+    Args:
+      updates: tree of updates.
+      depth: where depth is, as in `smooth_over_depth`.
+      strict: as in `smooth_over_depth`. False also permits that nothing matches.
+
+    Returns:
+      {stack: DepthStatistics}, all of arrays. A stack or role whose name is not a
+      string is under its `repr`.
+
+    Raises:
+      TypeError: for an argument of the wrong kind.
+      ValueError: for a grouping that does not fit the tree, as `smooth_over_depth`; and
+        for two names of stacks, or of roles of a stack, that read alike.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> updates = {"blocks": {"w": jnp.array([[3.0, 4.0], [3.0, 4.0], [-4.0, 3.0]])}}
+      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> of_blocks["blocks"].norms.tolist(), of_blocks["blocks"].cosines.tolist()
+      ([5.0, 5.0, 5.0], [1.0, 0.0])
+      >>> float(of_blocks["blocks"].roughness)  # (0, 0) and then (-7, -1)
+      50.0
+
+    References:
+      arXiv 2606.30813, section 4, for the depth-differences.
+    """
+    spec = as_spec(depth)
+    check_flag("strict", strict)
+    grouping = group_by_depth(spec, updates)
+    check_structure(grouping, strict)
+    return statistics_of(with_neighbors(grouping.groups), grouping.leaves)
+
+
+def statistics_of(
+    groups: Sequence[Group], leaves: Sequence[Any] | Mapping[int, Any]
+) -> dict[str, DepthStatistics]:
+    """The statistics of groups with neighbors, whose members are among the leaves."""
+    sums: dict[Hashable, dict[Hashable, list[_Sums]]] = {}
+    for group in groups:
+        of_stack = sums.setdefault(group.stack, defaultdict(list))
+        of_stack[group.role].append(_sums_of(group, leaves))
+    stacks = texts_of("stacks", sums)
+    return {
+        stacks[stack]: _statistics_of_stack(stack, of_stack)
+        for stack, of_stack in sums.items()
+    }
+
+
+class _Sums(NamedTuple):
+    """Sums over the parameters of layers and of pairs of neighbors.
+
+    Attributes:
+      layers: their numbers, ascending.
+      squares: ‖u_l‖², one for each layer.
+      pairs: (layer, next layer), ascending.
+      of_pairs: (4, number of pairs): Re⟨u_l, u_k⟩, ‖u_k - u_l‖², ‖u_l‖² and ‖u_k‖².
+    """
+
+    layers: Sequence[int]
+    squares: jax.Array
+    pairs: Sequence[tuple[int, int]]
+    of_pairs: jax.Array
+
+
+def _statistics_of_stack(
+    stack: Hashable, of_stack: dict[Hashable, list[_Sums]]
+) -> DepthStatistics:
+    of_roles = {role: _total(sums) for role, sums in of_stack.items()}
+    roles = texts_of(f"roles of stack {stack!r}", of_roles)
+    block = _statistics(_total(list(of_roles.values())))
+    return DepthStatistics(
+        *block, roles={roles[role]: _statistics(s) for role, s in of_roles.items()}
+    )
+
+
+def _statistics(sums: _Sums) -> RoleStatistics:
+    dots, differences, squares, squares_of_next = sums.of_pairs
+    roughness, total = jnp.sum(differences), jnp.sum(sums.squares)
+    return RoleStatistics(
+        norms=jnp.sqrt(sums.squares),
+        cosines=cosine(dots, squares, squares_of_next),
+        roughness=roughness,
+        relative_roughness=roughness / jnp.where(total == 0, jnp.inf, total),
+    )
+
+
+def _sums_of(group: Group, leaves: Sequence[Any] | Mapping[int, Any]) -> _Sums:
+    """The sums of one group, over its layers that have a neighbor."""
+    xs, unscaled = arrays_of([group], leaves), [None]
+    us, others = scaled_arrays(xs, unscaled), next_layers([group], xs, unscaled)
+    # From differences, not from norms and dots: those cancel where layers agree. Where
+    # there is no next layer it is meaningless, and left out.
+    steps = [[other - u for u, other in zip(us[0], others[0], strict=True)]]
+    squares, dots, differences = (
+        _in_depth_order(group, inner_products([group], x, y)[0])
+        for x, y in ((us, us), (us, others), (steps, steps))
+    )
+    in_run = np.flatnonzero(group.run_lengths > 1)
+    first = np.flatnonzero(np.diff(group.run_starts) == 0)  # of a pair
+    layers = np.array(group.layers)
+    pairs = zip(layers[first].tolist(), layers[first + 1].tolist(), strict=True)
+    # Gathered and not sliced: XLA:CPU computes a sum anew for each slice of it.
+    of_pairs = [dots[first], differences[first], squares[first], squares[first + 1]]
+    return _Sums(
+        layers[in_run].tolist(), squares[in_run], list(pairs), jnp.stack(of_pairs)
+    )
+
+
+def _in_depth_order(group: Group, numbers: Sequence[jax.Array]) -> jax.Array:
+    """A number for every slot of every member, as one vector."""
+    vector = jnp.concatenate([replicated(x).reshape(-1) for x in numbers])
+    ranks = np.concatenate([of_member.ravel() for of_member in group.ranks])
+    return vector[np.argsort(ranks)]
+
+
+def _total(of_all: Sequence[_Sums]) -> _Sums:
+    """Added up by layer and by pair, in the widest dtype."""
+    dtype = max((sums.squares.dtype for sums in of_all), key=num_bits)
+    layers = sorted(set(itertools.chain.from_iterable(s.layers for s in of_all)))
+    pairs = sorted(set(itertools.chain.from_iterable(s.pairs for s in of_all)))
+    squares = jnp.zeros(len(layers), dtype)
+    of_pairs = jnp.zeros((4, len(pairs)), dtype)
+    for sums in of_all:
+        squares = squares + _placed(sums.squares.astype(dtype), sums.layers, layers)
+        added = _placed(sums.of_pairs.astype(dtype), sums.pairs, pairs)
+        of_pairs = of_pairs + added
+    return _Sums(layers, squares, pairs, of_pairs)
+
+
+def _placed(x: jax.Array, names: Sequence[Any], among: Sequence[Any]) -> jax.Array:
+    """`x`, whose last axis is over `names`, with zeros for the others of `among`."""
+    if names == among:
+        return x
+    place = {name: i for i, name in enumerate(among)}
+    index = np.array([place[name] for name in names])
+    return jnp.zeros((*x.shape[:-1], len(among)), x.dtype).at[..., index].set(x)
+
+
+def texts_of(kind: str, names: Iterable[Hashable]) -> dict[Hashable, str]:
+    """Names as strings: keys that jax can sort."""
+    texts = {name: text_of(name) for name in names}
+    meant: dict[str, Hashable] = {}
+    for name, text in texts.items():
+        if text in meant:
+            raise ValueError(
+                f"`depth` has two {kind} that read {text!r}: {meant[text]!r} and "
+                f"{name!r}. Give one of them another name."
+            )
+        meant[text] = name
+    return texts

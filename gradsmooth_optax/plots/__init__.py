@@ -1,0 +1,22 @@
+"""Pictures of what smoothing does. Needs matplotlib: the extra "plots".
+
+Every function draws into one `matplotlib.axes.Axes`, a new figure's or `ax`, and
+returns it, so that anything can be added or changed; none shows or saves a figure.
+Colors are told apart by color-blind readers, and lines, markers and hatches by readers
+of a black-and-white print.
+"""
+
+# Layers against layers.
+# Does it help?
+from gradsmooth_optax.plots._differences import paired_differences as paired_differences
+from gradsmooth_optax.plots._layers import cosine_matrix as cosine_matrix
+from gradsmooth_optax.plots._layers import operator_matrix as operator_matrix
+from gradsmooth_optax.plots._records import (
+    cosines_over_training as cosines_over_training,
+)
+from gradsmooth_optax.plots._records import layer_norms as layer_norms
+
+# Before and after smoothing.
+from gradsmooth_optax.plots._records import (
+    roughness_over_training as roughness_over_training,
+)
