@@ -227,7 +227,7 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
         if assignment is None or dtype is None:
             continue
         depth, shape = assignment.depth, np.shape(leaf)
-        member = _member(i, path, assignment, shape)
+        member = member_of(i, path, assignment, shape)
         layer_shape = tuple(n for k, n in enumerate(shape) if k not in member.axes)
         key = (depth.stack, depth.role, layer_shape, dtype)
         members.setdefault(key, []).append(member)
@@ -245,9 +245,10 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
     return Grouping(tuple(groups), paths, values, treedef, spec)
 
 
-def _member(
+def member_of(
     leaf: int, path: Path, assignment: Assignment, shape: tuple[int, ...]
 ) -> Member:
+    """What an assignment says of a leaf of this shape; an error if it lacks an axis."""
     depth = assignment.depth
     named = as_tuple(depth.axis)
     for axis in named:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gradsmooth_optax._depth.agreement import check_agreement
 from gradsmooth_optax._depth.groups import (
     Group,
     Grouping,
@@ -63,6 +64,7 @@ def check_structure(
         `strict` for gaps, for leaves of one `scanned` that hold different numbers of
         layers, and for nothing matched.
     """
+    check_agreement(grouping)
     if grouping.paths and not grouping.groups:
         _check_something_matched(grouping, strict)
     if strict:

@@ -272,6 +272,8 @@ def _resolved_at(name: str, value: Any, count: Any) -> Any:
     except Exception as error:
         error.add_note(hint)
         raise
+    if np.ndim(strength) > 1:
+        raise TypeError(f"A matrix, where a number is needed. {hint}")
     if isinstance(strength, Operator) or callable(strength):
         raise TypeError(
             f"{shown_value(value)}, the schedule of `{name}`, returned {strength!r}, "
