@@ -281,7 +281,7 @@ def operators(mesh):
             specs["bias"] = spec_of(2, axis, None if whole else "model")
 
         def tx(alpha, name=name, axis=axis, traced=traced, how=(variant, norm_scope)):
-            return gs.apply_over_depth(
+            return gs.smooth_over_depth(
                 on_axis(axis),
                 banded()[name][0](alpha if traced else ALPHA),
                 variant=how[0],
@@ -396,7 +396,7 @@ def layouts():
         for scope in ("param", "block"):
 
             def similar(alpha, scope=scope, ranked=ranked):
-                return gs.apply_over_depth(
+                return gs.smooth_over_depth(
                     gs.ranked(numbered) if ranked else numbered,
                     gs.similarity_window(alpha, scope),
                     strict=False,
@@ -536,7 +536,7 @@ def others():
         depth, tree, specs, blocks, unstack = layout
 
         def tx(alpha):
-            return gs.apply_over_depth(
+            return gs.smooth_over_depth(
                 depth,
                 banded()[name][0](alpha),
                 variant=variant,
@@ -578,7 +578,7 @@ def others():
     ):
 
         def ema(alpha, boundary=boundary):
-            return gs.apply_over_depth(
+            return gs.smooth_over_depth(
                 scanned, gs.ema(alpha), axis_name="stage", axis_boundary=boundary
             )
 
@@ -857,7 +857,7 @@ def jitted(shape, kind):
         results = {}
         for title, (name, variant, norm_scope, traced) in cases.items():
             given = strength if traced else alpha
-            tx = gs.apply_over_depth(
+            tx = gs.smooth_over_depth(
                 depth,
                 test_operators.make(name, given),
                 variant=variant,
@@ -1037,7 +1037,7 @@ def auto_moves():
             results = {}
             for name in KEEP:
                 operator = test_operators.make(name)
-                tx = gs.apply_over_depth(gs.scanned("^"), operator, variant=variant)
+                tx = gs.smooth_over_depth(gs.scanned("^"), operator, variant=variant)
                 results[name] = tx.update(tree, tx.init(tree))[0]
             return results
 

@@ -13,8 +13,8 @@ import pytest
 import gradsmooth_optax as gs
 
 
-def step(depth, updates, alpha=0.4, **kwargs):
-    tx = gs.smooth_over_depth(depth, alpha, **kwargs)
+def step(depth, updates, operator=0.4, **kwargs):
+    tx = gs.smooth_over_depth(depth, operator, **kwargs)
     return tx.update(updates, tx.init(updates))[0]
 
 
@@ -394,8 +394,6 @@ def specs():
         gs.first_match(gs.scanned("blocks/"), gs.unrolled()),
         gs.first_match(by_hand, gs.unrolled()),
         gs.ranked(gs.unrolled()),
-        gs.from_tree({"a": gs.Depth("a", "w"), "b": None}),
-        gs.from_tree({"a": gs.Depth("a", "w", 1), "b": None}),
         gs.depth_fn(by_hand),
         gs.unrolled().only(is_kernel),
         gs.unrolled().only_projections(),
@@ -483,7 +481,7 @@ def test_depth_fn_decorates_a_function():
         oracle.assert_blocks_close(got, expected)
 
 
-def test_from_tree_takes_the_depths_from_a_tree_like_the_parameters():
+def test_a_function_may_look_the_depths_up_by_their_paths():
     blocks = oracle.random_blocks(3, shapes={"w": (2, 3)})
     tree = {
         "embed": leaf(9),
@@ -491,11 +489,10 @@ def test_from_tree_takes_the_depths_from_a_tree_like_the_parameters():
         "rest": [jnp.stack([b["w"] for b in blocks[1:]], axis=1), None],
     }
     depths = {
-        "embed": None,
-        "first": gs.Depth("s", "w", 0),
-        "rest": [gs.Depth("s", "w", 1, axis=1), None],
+        ("first",): gs.Depth("s", "w", 0),
+        ("rest", 0): gs.Depth("s", "w", 1, axis=1),
     }
-    out = step(gs.from_tree(depths), tree)
+    out = step(lambda path, leaf: depths.get(path), tree)
     assert out["embed"] is tree["embed"]
     got = [out["first"], out["rest"][0][:, 0], out["rest"][0][:, 1]]
     oracle.assert_blocks_close([{"w": x} for x in got], oracle.window(blocks, 0.4))
@@ -600,7 +597,7 @@ def test_a_gap_is_a_boundary_when_not_strict(variant, norm_scope):
 
 def test_a_gap_is_a_boundary_for_a_wide_window_too():
     blocks, tree = with_gaps([0, 1, 2, 4, 5, 8], {"w": (3,)})
-    out = step(gs.unrolled(), tree, strict=False, radius=3)
+    out = step(gs.unrolled(), tree, gs.window(0.4, radius=3), strict=False)
     expected = oracle.window(blocks, 0.4, 3)
     oracle.assert_blocks_close(in_order(out, blocks), expected)
 

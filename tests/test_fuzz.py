@@ -456,7 +456,7 @@ def check(tree, description, applied, options):
         unfit = {"`dense` holds a matrix"} if lengths - {1, applied.size} else set()
 
     def transformation():
-        return gs.apply_over_depth(description.build(), applied.operator, **options)
+        return gs.smooth_over_depth(description.build(), applied.operator, **options)
 
     summary = unless(read.malformed, lambda: gs.describe(description.build(), tree))
     if summary is not None:
@@ -641,6 +641,6 @@ def test_a_float32_alpha_costs_float64_leaves_no_precision(radius, decay, enable
     with enable_x64():
         tree = jax.tree.map(jnp.asarray, oracle.unrolled_tree(blocks))
         operator = gs.window(jnp.float32(0.25), radius, decay)
-        tx = gs.apply_over_depth(gs.unrolled(), operator)
+        tx = gs.smooth_over_depth(gs.unrolled(), operator)
         out, _ = tx.update(tree, tx.init(tree))
     oracle.assert_blocks_close([out[f"layers_{i}"] for i in range(6)], expected)

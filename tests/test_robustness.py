@@ -134,7 +134,7 @@ every_operator = pytest.mark.parametrize("name", OPERATORS)
 @functools.cache
 def compiled(name, layout, **kwargs):
     """An update by this operator, compiled once for all tests."""
-    tx = gs.apply_over_depth(layout.depth, OPERATORS[name].make(), **kwargs)
+    tx = gs.smooth_over_depth(layout.depth, OPERATORS[name].make(), **kwargs)
     return quick_jit(lambda tree: tx.update(tree, tx.init(tree))[0])
 
 
@@ -162,13 +162,13 @@ TRANSFORMATIONS = {
         for norm_scope in NORM_SCOPES[: 1 if variant == "standard" else 2]
     },
     "schedule": lambda depth: gs.smooth_over_depth(depth, scheduled),
-    "wide": lambda depth: gs.apply_over_depth(
+    "wide": lambda depth: gs.smooth_over_depth(
         depth, gs.tikhonov(2.0), variant="directional", norm_scope="block"
     ),
-    "similarity": lambda depth: gs.apply_over_depth(
+    "similarity": lambda depth: gs.smooth_over_depth(
         depth, gs.similarity_window(scheduled), variant="norm_preserving"
     ),
-    "norm_matched": lambda depth: gs.apply_over_depth(
+    "norm_matched": lambda depth: gs.smooth_over_depth(
         depth, gs.controls.norm_matched(gs.window(0.3)), norm_scope="block"
     ),
     "with_depth_smoothing": lambda depth: gs.with_depth_smoothing(
@@ -182,11 +182,11 @@ TRANSFORMATIONS = {
     ),
 }
 LEARNERS = {
-    "learn_alpha": lambda depth: gs.learn_alpha(optax.identity(), depth),
-    "learn_alpha, per layer": lambda depth: gs.learn_alpha(
+    "learn_alpha": lambda depth: gs.contrib.learn_alpha(optax.identity(), depth),
+    "learn_alpha, per layer": lambda depth: gs.contrib.learn_alpha(
         optax.identity(), depth, per="layer", signal="full"
     ),
-    "learn_operator": lambda depth: gs.learn_operator(
+    "learn_operator": lambda depth: gs.contrib.learn_operator(
         optax.identity(), depth, radius=2
     ),
 }
@@ -344,7 +344,7 @@ def test_zero_nans_before_it_is_as_if_the_update_of_that_layer_were_zero(name):
     assert not not_finite(history)
 
 
-@pytest.mark.parametrize("learn", [gs.learn_alpha, gs.learn_operator])
+@pytest.mark.parametrize("learn", [gs.contrib.learn_alpha, gs.contrib.learn_operator])
 def test_what_is_learned_stays_finite_even_if_the_moments_of_the_inner_do_not(learn):
     good = [oracle.random_blocks(3, seed=seed) for seed in range(2)]
     gradients = [good[0], good[1], spoiled_in(good[0], 1), good[0], good[1], good[0]]
@@ -506,7 +506,7 @@ def test_a_model_of_stacks_of_one_layer_passes_through_every_operator(name):
     x, y = jnp.ones((2, 3)), jnp.ones(3)
     tree = {"encoder_0": {"w": x}, "decoder_0": {"w": y}, "head": jnp.ones(2)}
     for variant in VARIANTS:
-        tx = gs.apply_over_depth(
+        tx = gs.smooth_over_depth(
             gs.unrolled(), OPERATORS[name].make(), variant=variant, strict=True
         )
         out, _ = tx.update(tree, tx.init(tree))
@@ -754,7 +754,7 @@ def test_adamw_trains_complex_parameters_as_plain_loops_do():
             assert oracle.relative_error(got[role], want[role]) < 1e-5
 
 
-@pytest.mark.parametrize("learn", [gs.learn_alpha, gs.learn_operator])
+@pytest.mark.parametrize("learn", [gs.contrib.learn_alpha, gs.contrib.learn_operator])
 def test_learners_take_complex_updates_and_learn_real_numbers(learn):
     tx = learn(optax.identity(), STACKED.depth, learning_rate=0.3)
     draws = [oracle.random_blocks(3, seed=seed) for seed in range(3)]
@@ -1012,7 +1012,7 @@ def test_nothing_of_ours_promotes_dtypes_or_ranks(dtypes, layout, enable_x64):
         for name in set(TRANSFORMATIONS) & set(OURS_ALONE):
             assert_traces_strictly(EVERYTHING[name](layout.depth), tree)
         for twin in OPERATORS.values() if len(dtypes) > 1 else ():
-            tx = gs.apply_over_depth(layout.depth, twin.make())
+            tx = gs.smooth_over_depth(layout.depth, twin.make())
             assert_traces_strictly(tx, tree)
 
 
@@ -1055,7 +1055,7 @@ def test_a_strength_of_any_type_promotes_nothing(alpha, enable_x64):
     with enable_x64():
         tree = tree_of_dtypes(DTYPES["mixed, x64"], STACKED)
         for operator in operators:
-            tx = gs.apply_over_depth(STACKED.depth, operator)
+            tx = gs.smooth_over_depth(STACKED.depth, operator)
             assert_traces_strictly(tx, tree)
 
 
@@ -1225,7 +1225,7 @@ def test_pickles_are_equal_and_hash_alike_in_another_process(tmp_path):
             assert value == same and hash(value) == hash(same), source
         w = jnp.arange(3.0)[:, None]
         spec, operator = pickle.loads(pathlib.Path(sys.argv[2]).read_bytes())
-        tx = gs.apply_over_depth(spec, operator)
+        tx = gs.smooth_over_depth(spec, operator)
         out, _ = tx.update({"blocks": {"w": w}}, tx.init({"blocks": {"w": w}}))
         print(out["blocks"]["w"].ravel().tolist())
     """
@@ -1278,7 +1278,7 @@ def test_learners_promote_nothing_in_updates_of_any_dtype(name, dtypes, enable_x
         assert_traces_strictly(EVERYTHING[name](STACKED.depth), tree)
 
 
-@pytest.mark.parametrize("learn", [gs.learn_alpha, gs.learn_operator])
+@pytest.mark.parametrize("learn", [gs.contrib.learn_alpha, gs.contrib.learn_operator])
 def test_numbers_given_to_learners_promote_nothing(learn):
     tree = tree_of_dtypes(DTYPES["float32"], STACKED)
     half = {n: jnp.bfloat16(0.25) for n in ("alpha", "learning_rate", "decay")}

@@ -88,7 +88,7 @@ def moved(equations):
 
 def over_stages(operator=None, **kwargs):
     operator = gs.window(0.3) if operator is None else operator
-    return gs.apply_over_depth(SCANNED, operator, **{"axis_name": "stage", **kwargs})
+    return gs.smooth_over_depth(SCANNED, operator, **{"axis_name": "stage", **kwargs})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -428,7 +428,7 @@ def test_arguments_that_cannot_be_meant_are_refused(kwargs, error, words):
     kwargs = {"axis_name": "stage", **kwargs}
     for build in (
         lambda: gs.smooth_over_depth(SCANNED, 0.3, **kwargs),
-        lambda: gs.apply_over_depth(SCANNED, gs.laplacian(0.3), **kwargs),
+        lambda: gs.smooth_over_depth(SCANNED, gs.laplacian(0.3), **kwargs),
         lambda: gs.adamw(0.1, SCANNED, **kwargs),
         lambda: gs.with_depth_smoothing(gs.sgd(0.1, SCANNED), SCANNED, **kwargs),
     ):

@@ -62,8 +62,8 @@ def test_a_constant_or_array_alpha_needs_no_state(alpha):
     params = tree_of(blocks_of())
     for tx in (
         gs.smooth_over_depth(UNROLLED, alpha),
-        gs.apply_over_depth(UNROLLED, gs.window(alpha)),
-        gs.apply_over_depth(UNROLLED, gs.dense(np.eye(3))),
+        gs.smooth_over_depth(UNROLLED, gs.window(alpha)),
+        gs.smooth_over_depth(UNROLLED, gs.dense(np.eye(3))),
     ):
         assert isinstance(tx, optax.GradientTransformationExtraArgs)
         state = tx.init(params)
@@ -78,7 +78,7 @@ def test_a_schedule_is_read_before_its_count_is_incremented(jit):
     updates = tree_of(blocks)
     for tx in (
         gs.smooth_over_depth(UNROLLED, by_count),
-        gs.apply_over_depth(UNROLLED, gs.window(by_count)),
+        gs.smooth_over_depth(UNROLLED, gs.window(by_count)),
     ):
         update = jax.jit(tx.update) if jit else tx.update
         state = tx.init(updates)
@@ -208,7 +208,7 @@ def test_specs_operators_and_transformations_can_be_static_arguments():
 
     @chex.assert_max_traces(n=1)
     def smooth(updates, depth, operator):
-        tx = gs.apply_over_depth(depth, operator)
+        tx = gs.smooth_over_depth(depth, operator)
         return tx.update(updates, tx.init(updates))[0]
 
     chex.clear_trace_counter()

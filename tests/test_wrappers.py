@@ -165,7 +165,7 @@ def windowed(**kwargs):
 
 def applied(operator, matrix_of):
     return Case(
-        gs.apply_over_depth,
+        gs.smooth_over_depth,
         {"depth": DEPTH, "operator": operator},
         lambda history, params: mixed(history[-1], matrix_of),
     )
