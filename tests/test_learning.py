@@ -278,7 +278,8 @@ def stack(num_layers=4, seed=0, dtype=jnp.float32):
 def test_a_learning_rate_of_zero_is_plain_smoothing_of_the_inner_update(learn):
     trees = [{**stack(seed=seed), "head": jnp.ones(2)} for seed in range(3)]
     learner = learn(optax.scale_by_adam(), SCANNED, 0.3, learning_rate=0.0)
-    plain = gs.with_depth_smoothing(optax.scale_by_adam(), SCANNED, 0.3)
+    smoothing = gs.smooth_over_depth(SCANNED, 0.3)
+    plain = gs.with_depth_smoothing(optax.scale_by_adam(), smoothing)
     for (got, state), (want, inner) in zip(
         run(learner, trees), run(plain, trees), strict=True
     ):
@@ -690,7 +691,11 @@ def test_a_change_along_the_update_teaches_nothing():
 def test_two_units_of_one_name_are_refused():
     depths = {"x": gs.Depth("a", "b/c", axis=0), "y": gs.Depth("a/b", "c", axis=0)}
     tree = {name: jnp.ones((3, 2)) for name in depths}
-    tx = gs.contrib.learn_alpha(optax.identity(), gs.from_tree(depths), per="role")
+
+    def depth(path, leaf):
+        return depths[path[0]]
+
+    tx = gs.contrib.learn_alpha(optax.identity(), depth, per="role")
     with pytest.raises(ValueError, match=r"two units that read 'a/b/c'"):
         tx.init(tree)
 

@@ -90,7 +90,9 @@ LINEAR = {
         lambda n, a: np.full((n, n), 1 / n),
     ),
     "compose": Linear(
-        lambda a: gs.compose(gs.ema(a), gs.laplacian(0.3), two_steps_back),
+        lambda a: gs.compose(
+            gs.ema(a), gs.laplacian(0.3), gs.operator_fn(two_steps_back)
+        ),
         lambda n, a: (
             (two_steps_back(n) if n > 1 else np.eye(1))
             @ oracle.laplacian_matrix(n, 0.3 if n > 1 else 0.0)
@@ -238,7 +240,7 @@ def test_a_gaussian_reaches_three_sigma_unless_told_otherwise():
 
 @pytest.mark.parametrize("times", [1, 2, 3, 6, 7, 64])
 def test_repeating_is_the_power_of_the_matrix(times):
-    for operator in (gs.ema(0.6), gs.laplacian(0.3), two_steps_back):
+    for operator in (gs.ema(0.6), gs.laplacian(0.3), gs.operator_fn(two_steps_back)):
         matrix = gs.repeat(operator, times).matrix(6)
         base = gs.compose(operator).matrix(6)
         expected = functools.reduce(np.matmul, [base] * times)
@@ -321,7 +323,7 @@ def values():
         gs.compose(gs.tikhonov(1), gs.ema(0.1)),
         gs.repeat(gs.ema(0.1), 1),
         gs.repeat(gs.ema(0.1), 2),
-        gs.repeat(two_steps_back, 2),
+        gs.repeat(gs.operator_fn(two_steps_back), 2),
         gs.repeat(gs.dense(np.eye(3)), 2),
         gs.similarity_window(0.1),
         gs.similarity_window(0.1, "param"),
@@ -341,6 +343,9 @@ def test_operators_are_equal_by_value_and_hashable():
     assert len({*values(), *values()}) == len(values())
     assert gs.gaussian(1.0) == gs.gaussian(1.0, radius=3)
     assert gs.window(1) == gs.window(1.0)
+    # A number is the strength of a window wherever an operator is taken.
+    assert gs.compose(gs.ema(0.5), 0.1) == gs.compose(gs.ema(0.5), gs.window(0.1))
+    assert gs.repeat(0.5, 2) == gs.repeat(gs.window(0.5), 2)
 
 
 @pytest.mark.parametrize("operator", values(), ids=lambda op: type(op).__name__)
@@ -481,9 +486,8 @@ def test_a_gaussian_needs_a_radius_where_sigma_is_not_a_number(sigma):
         (lambda: gs.repeat(gs.ema(0.5), 0), ValueError, "times"),
         (lambda: gs.repeat(gs.ema(0.5), 1.0), TypeError, "times"),
         (lambda: gs.repeat(gs.ema(0.5), True), TypeError, "times"),
-        (lambda: gs.repeat(0.5, 2), TypeError, "window(0.5)"),
         (lambda: gs.compose(), TypeError, "at least one operator"),
-        (lambda: gs.compose(gs.ema(0.5), 0.1), TypeError, "window(0.1)"),
+        (lambda: gs.compose(gs.ema(0.5), "0.1"), TypeError, "window(0.1)"),
         (lambda: gs.compose(np.eye(3)), TypeError, "dense(matrix)"),
         (lambda: gs.controls.norm_matched("window"), TypeError, "operator"),
         (lambda: gs.controls.shuffled(gs.ema(0.5), -1), TypeError, "seed"),

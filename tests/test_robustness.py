@@ -156,7 +156,7 @@ def scheduled(count):
 TRANSFORMATIONS = {
     **{
         f"{variant}, {norm_scope}": functools.partial(
-            gs.smooth_over_depth, alpha=0.3, variant=variant, norm_scope=norm_scope
+            gs.smooth_over_depth, operator=0.3, variant=variant, norm_scope=norm_scope
         )
         for variant in VARIANTS
         for norm_scope in NORM_SCOPES[: 1 if variant == "standard" else 2]
@@ -172,11 +172,15 @@ TRANSFORMATIONS = {
         depth, gs.controls.norm_matched(gs.window(0.3)), norm_scope="block"
     ),
     "with_depth_smoothing": lambda depth: gs.with_depth_smoothing(
-        optax.trace(0.5), depth, scheduled
+        optax.trace(0.5), gs.smooth_over_depth(depth, scheduled)
     ),
-    "sgd": lambda depth: gs.sgd(0.1, depth, momentum=0.5),
-    "adamw": lambda depth: gs.adamw(0.1, depth, 0.3),
-    "muon": lambda depth: gs.muon(0.1, depth, 0.3, ns_steps=1),
+    "momentum": lambda depth: gs.with_depth_smoothing(
+        optax.trace(0.5), gs.smooth_over_depth(depth, 0.3)
+    ),
+    "adamw": lambda depth: gs.adamw(0.1, gs.smooth_over_depth(depth, 0.3)),
+    "muon": lambda depth: gs.muon(
+        0.1, depth, gs.smooth_over_depth(depth, 0.3), ns_steps=1
+    ),
     "monitor_depth": lambda depth: gs.diagnostics.monitor_depth(
         gs.smooth_over_depth(depth, 0.3), depth, every=2
     ),
@@ -191,7 +195,7 @@ LEARNERS = {
     ),
 }
 EVERYTHING = {**TRANSFORMATIONS, **LEARNERS}
-OURS_ALONE = {k: v for k, v in EVERYTHING.items() if k not in ("sgd", "adamw", "muon")}
+OURS_ALONE = {k: v for k, v in EVERYTHING.items() if k not in ("momentum", "adamw", "muon")}
 every_transformation = pytest.mark.parametrize("name", EVERYTHING)
 
 
@@ -495,7 +499,7 @@ def test_a_scan_of_no_or_one_layer_passes_through_as_the_same_objects(num_layers
     out, state = updated(EVERYTHING[name](depth), tree)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
     assert not not_finite((out, state))
-    if name not in ("sgd", "adamw", "muon", "with_depth_smoothing"):
+    if name not in ("momentum", "adamw", "muon", "with_depth_smoothing"):
         assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (out, tree))))
     assert gs.diagnostics.depth_statistics(tree, depth) == {}
     assert str(gs.describe(depth, tree))
@@ -730,7 +734,8 @@ def test_diagnostics_of_complex_updates_are_real_and_hermitian(layout):
 
 def test_adamw_trains_complex_parameters_as_plain_loops_do():
     layout, params = STACKED, oracle.complex_blocks(3, seed=7)
-    tx = gs.adamw(0.1, layout.depth, 0.3, b1=0.5, b2=0.75, weight_decay=0.2)
+    smoothing = gs.smooth_over_depth(layout.depth, 0.3)
+    tx = gs.adamw(0.1, smoothing, b1=0.5, b2=0.75, weight_decay=0.2)
     state, update = tx.init(layout.tree_of(params)), quick_jit(tx.update)
     history = [oracle.complex_blocks(3, seed=seed) for seed in range(3)]
     for gradient in history:
@@ -866,7 +871,8 @@ def test_a_leaf_that_is_no_update_comes_back_as_the_same_object(name):
     # Momentum is not ours to keep of them.
     tx = EVERYTHING[name](gs.unrolled())
     if name == "with_depth_smoothing":
-        tx = gs.with_depth_smoothing(optax.identity(), gs.unrolled(), scheduled)
+        smoothing = gs.smooth_over_depth(gs.unrolled(), scheduled)
+        tx = gs.with_depth_smoothing(optax.identity(), smoothing)
     out, _ = tx.update(tree, tx.init(tree))
     for before, after in zip(tree, out, strict=True):
         assert [kind for kind in NO_UPDATES if after[kind] is not before[kind]] == []
@@ -956,7 +962,7 @@ def test_paths_of_thousands_of_characters_are_found_and_shown():
     assert name in str(gs.describe(gs.unrolled(), tree))
 
 
-@pytest.mark.parametrize("name", ["with_depth_smoothing", "sgd", "learn_alpha"])
+@pytest.mark.parametrize("name", ["with_depth_smoothing", "momentum", "learn_alpha"])
 def test_parameters_need_not_be_passed(name):
     layout = STACKED
     tree = layout.tree_of(oracle.random_blocks(3))
@@ -1159,7 +1165,6 @@ VALUES = [
     "gs.unrolled(r'layers_(\\d+)/', start=2, stack=('a', 1))",
     "gs.scanned('blocks/', axis=(0, 1), stride=(4, 1))",
     "gs.first_match(gs.scanned('b/'), gs.ranked(gs.unrolled()))",
-    "gs.from_tree({'a': gs.Depth('s', 'r'), 'b': None})",
     "gs.unrolled().only(callable)",
     "gs.unrolled().only_projections(bias=False)",
     "gs.depth_fn(divmod)",
@@ -1324,7 +1329,8 @@ def test_a_norm_that_overflows_makes_nan_and_never_what_came_in(variant, layout)
 
 def test_muon_takes_matrices_without_entries():
     params = {"blocks": {"w": jnp.zeros((3, 0, 4)), "v": jnp.ones((3, 4, 4))}}
-    tx = gs.muon(1e-3, gs.scanned("blocks/"))
+    depth = gs.scanned("blocks/")
+    tx = gs.muon(1e-3, depth, gs.smooth_over_depth(depth))
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["blocks"]["w"].shape == (3, 0, 4)
     assert np.isfinite(updates["blocks"]["v"]).all()
