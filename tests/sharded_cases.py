@@ -326,12 +326,14 @@ def windows(title, depth, tree, specs, blocks, blocks_of, kinds=TWO, **kwargs):
     ranked = kwargs.pop("ranked", False)
     mesh = kwargs.pop("mesh", "line")
     for kind in kinds:
-        how = WINDOWS[kind]
+        how = dict(WINDOWS[kind])
         want = oracle.window(blocks, ALPHA, ranked=ranked, **how)
+        radius = how.pop("radius", 1)
 
-        def tx(alpha, how=how):
+        def tx(alpha, how=how, radius=radius):
+            operator = gs.window(alpha, radius)
             return gs.smooth_over_depth(
-                depth, alpha, axis_name="stage", **how, **kwargs
+                depth, operator, axis_name="stage", **how, **kwargs
             )
 
         yield title + kind, Case(mesh, tx, tree, specs, against(blocks_of, want))
