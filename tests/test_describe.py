@@ -130,7 +130,9 @@ def test_notebooks_get_escaped_names():
     assert "&lt;script&gt;" in page
 
 
-@pytest.mark.parametrize(("depth", "error"), [("layers_", ValueError), (None, TypeError)])
+@pytest.mark.parametrize(
+    ("depth", "error"), [("layers_", ValueError), (None, TypeError)]
+)
 def test_something_that_is_no_depth_spec_is_refused(depth, error):
     with pytest.raises(error, match=r"\bdepth\b"):
         gs.describe(depth, model())

@@ -603,7 +603,9 @@ def test_a_state_with_a_count_is_told_to_be_converted_for_a_constant():
 
 def test_a_smoothing_that_keeps_a_state_like_the_parameters_is_refused_in_init():
     params = {"blocks": {"w": jnp.ones((3, 2))}}
-    smoothing = optax.chain(gs.smooth_over_depth("scanned('blocks/')"), optax.trace(0.9))
+    smoothing = optax.chain(
+        gs.smooth_over_depth("scanned('blocks/')"), optax.trace(0.9)
+    )
     tx = gs.with_depth_smoothing(optax.scale_by_adam(), smoothing)
     with pytest.raises(ValueError, match="state like the parameters") as info:
         tx.init(params)

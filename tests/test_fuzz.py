@@ -255,7 +255,8 @@ def trees_with_depths(draw):
 @st.composite
 def depths_of(draw, tree):
     table = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):  # Keyless containers: paths are not unique.
+    # Keyless containers: paths are not unique.
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         table.setdefault(reading.path_of(key_path), leaf.at)
     role = draw(st.sampled_from(ROLES))
     of_role = {

@@ -14,7 +14,10 @@ import gradsmooth_optax as gs
 
 SCANNED = gs.scanned("blocks/")
 UNROLLED = gs.unrolled()
-LEARNERS = {"learn_alpha": gs.contrib.learn_alpha, "learn_operator": gs.contrib.learn_operator}
+LEARNERS = {
+    "learn_alpha": gs.contrib.learn_alpha,
+    "learn_operator": gs.contrib.learn_operator,
+}
 SIGNALS = ("coupling", "full")
 
 
@@ -318,7 +321,10 @@ def test_a_smaller_dtype_of_the_copy_changes_alpha_by_its_rounding_only():
     trees = [stack(seed=seed) for seed in range(3)]
     settings = {"learning_rate": 0.3, "decay": 0.6}
     full, half = (
-        run(gs.contrib.learn_alpha(optax.identity(), SCANNED, dtype=dtype, **settings), trees)
+        run(
+            gs.contrib.learn_alpha(optax.identity(), SCANNED, dtype=dtype, **settings),
+            trees,
+        )
         for dtype in (None, jnp.bfloat16)
     )
     alpha, rounded = learned_of(full[-1][1]), learned_of(half[-1][1])
@@ -335,7 +341,9 @@ def test_the_copy_of_a_complex_update_stays_complex(learn):
 
 
 def test_the_first_step_is_at_the_given_alpha_and_teaches_nothing():
-    ((updates, state),) = run(gs.contrib.learn_alpha(optax.identity(), SCANNED, 0.3), [stack()])
+    ((updates, state),) = run(
+        gs.contrib.learn_alpha(optax.identity(), SCANNED, 0.3), [stack()]
+    )
     assert state.alpha == {"blocks": jnp.float32(0.3)}
     assert state.signal == {"blocks": jnp.float32(0)}
     ((expected, _),) = run(gs.smooth_over_depth(SCANNED, 0.3), [stack()])
@@ -387,7 +395,9 @@ def test_stacks_learn_apart():
             for seed in range(3)
         ]
 
-    tx = gs.contrib.learn_alpha(optax.identity(), gs.scanned(r"\w/blocks/"), learning_rate=0.3)
+    tx = gs.contrib.learn_alpha(
+        optax.identity(), gs.scanned(r"\w/blocks/"), learning_rate=0.3
+    )
     (*_, (_, one)), (*_, (_, two)) = run(tx, trees(1)), run(tx, trees(2))
     assert set(one.alpha) == {"a/blocks", "b/blocks"}
     assert one.alpha["a/blocks"] == two.alpha["a/blocks"]
@@ -560,7 +570,9 @@ def test_alpha_is_found_in_nested_states_for_logging():
 
 
 def test_the_learned_matrix_is_found_in_the_state_of_a_chain():
-    tx = optax.chain(gs.contrib.learn_operator(optax.identity(), SCANNED, 0.2), optax.scale(-1))
+    tx = optax.chain(
+        gs.contrib.learn_operator(optax.identity(), SCANNED, 0.2), optax.scale(-1)
+    )
     found = optax.tree_utils.tree_get(tx.init(stack()), "LearnOperatorState")
     window = gs.window(0.2).matrix(4)
     np.testing.assert_allclose(found.matrix("blocks"), window, atol=1e-7)
@@ -612,8 +624,12 @@ def test_strict_promotion_is_respected():
         for signal in SIGNALS:
             for tx in (
                 gs.contrib.learn_alpha(optax.identity(), SCANNED, signal=signal),
-                gs.contrib.learn_alpha(optax.identity(), SCANNED, signal=signal, per="layer"),
-                gs.contrib.learn_operator(optax.identity(), SCANNED, radius=2, signal=signal),
+                gs.contrib.learn_alpha(
+                    optax.identity(), SCANNED, signal=signal, per="layer"
+                ),
+                gs.contrib.learn_operator(
+                    optax.identity(), SCANNED, radius=2, signal=signal
+                ),
             ):
                 jax.eval_shape(tx.update, u, tx.init(u))
 

@@ -126,7 +126,9 @@ def test_a_dense_operator_equals_the_plain_loops(variant, norm_scope):
         (UNROLLED, oracle.unrolled_tree(blocks)),
         (SCANNED, {"blocks": oracle.stacked_tree(blocks)}),
     ):
-        out = step(gs.smooth_over_depth(depth, gs.dense(matrix), **kwargs), as_jax(tree))
+        out = step(
+            gs.smooth_over_depth(depth, gs.dense(matrix), **kwargs), as_jax(tree)
+        )
         out = (
             oracle.unstacked(out["blocks"])
             if "blocks" in out

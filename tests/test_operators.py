@@ -522,7 +522,9 @@ def test_a_subclass_with_a_matrix_of_the_wrong_shape_is_told_so():
             return np.eye(num_layers + 1)
 
     with pytest.raises(ValueError, match=r"matrix\(3\).*\(4, 4\).*\(3, 3\)"):
-        step(gs.smooth_over_depth(SCANNED, Wrong()), {"blocks": {"w": jnp.ones((3, 2))}})
+        step(
+            gs.smooth_over_depth(SCANNED, Wrong()), {"blocks": {"w": jnp.ones((3, 2))}}
+        )
 
 
 # The same code everywhere: every operator in every layout, variant and dtype.

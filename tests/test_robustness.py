@@ -195,7 +195,9 @@ LEARNERS = {
     ),
 }
 EVERYTHING = {**TRANSFORMATIONS, **LEARNERS}
-OURS_ALONE = {k: v for k, v in EVERYTHING.items() if k not in ("momentum", "adamw", "muon")}
+OURS_ALONE = {
+    k: v for k, v in EVERYTHING.items() if k not in ("momentum", "adamw", "muon")
+}
 every_transformation = pytest.mark.parametrize("name", EVERYTHING)
 
 
