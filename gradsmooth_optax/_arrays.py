@@ -26,7 +26,7 @@ def num_bits(dtype: Any) -> int:
 
 def in_dtype(number: Any, dtype: Any) -> Any:
     """An array in this dtype; a Python number stays weakly typed."""
-    return number.astype(dtype) if isinstance(number, jax.Array) else number
+    return number.astype(dtype) if hasattr(number, "dtype") else number
 
 
 def inexact_dtype(leaf: Any) -> Any:
