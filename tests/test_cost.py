@@ -15,14 +15,14 @@ import pytest
 pytest.importorskip("flax")
 
 import gradsmooth_optax as gs
-from benchmarks.speed import __main__ as speed
-from benchmarks.speed import peers as speed_peers
-from benchmarks.speed import steps as speed_steps
-from benchmarks.speed import timing
-from benchmarks.speed import updates as speed_updates
-from benchmarks.speed.bars import bars, figure, holds
-from benchmarks.speed.compile_time import compile_times, layered_params, optimizers
-from benchmarks.speed.report import bars_table, failures, tables
+from benchmarks.cost.cpu import __main__ as speed
+from benchmarks.cost.cpu import peers as speed_peers
+from benchmarks.cost.cpu import steps as speed_steps
+from benchmarks.cost.cpu import timing
+from benchmarks.cost.cpu import updates as speed_updates
+from benchmarks.cost.cpu.bars import bars, figure, holds
+from benchmarks.cost.cpu.compile_time import compile_times, layered_params, optimizers
+from benchmarks.cost.cpu.report import bars_table, failures, tables
 
 RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "speed.json"
 WINDOW = "window(0.2)"
@@ -196,7 +196,7 @@ def test_pytorch_twins_compute_the_window(variant, num_layers):
     torch = pytest.importorskip(
         "torch", reason="PyTorch, an optional peer, is not installed"
     )
-    from benchmarks.speed import torch_twins
+    from benchmarks.cost.cpu import torch_twins
 
     u = np.random.default_rng(0).normal(size=(num_layers, 3, 4)).astype("f4")
     u[-1] = 0  # has no norm to keep

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("flax")
 
 from benchmarks import gpu_compile, provenance, tpu_compile
-from benchmarks.compilers import hlo
-from benchmarks.compilers import report as compile_report
-from benchmarks.compilers.cases import Bars, Case, Sizes, cases
+from benchmarks.cost.compilers import hlo
+from benchmarks.cost.compilers import report as compile_report
+from benchmarks.cost.compilers.cases import Bars, Case, Sizes, cases
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TINY = Sizes(
