@@ -19,7 +19,7 @@ LAYOUTS = ("stacked", "unrolled")
 LIMIT = "0.9 u"
 _WIDTH = 1024
 # Private to the library, which reads it while it traces: the widest band of shifts.
-_WIDEST_AS_SHIFTS = "gradsmooth_optax._coupling.apply._WIDEST_SHIFTED_BAND"
+_WIDEST_AS_SHIFTS = "gradsmooth_optax._coupling.matmul.WIDEST_SHIFTED_BAND"
 
 
 def smoothings(layout: str) -> dict[str, Callable]:
