@@ -127,9 +127,9 @@ def summed_over(axis_names: Sequence[Hashable], number: jax.Array) -> jax.Array:
 
 
 def _varying_axes(x: Any) -> frozenset:
-    of_x: Any = jax.typeof(x)
+    aval: Any = jax.typeof(x)
     # Its name before jax 0.10 was `vma`.
-    return of_x.vma if hasattr(of_x, "vma") else of_x.manual_axis_type.varying
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
 
 
 # -- Traced arrays ---------------------------------------------------------------------

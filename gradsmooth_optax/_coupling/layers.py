@@ -232,7 +232,7 @@ class Layers:
             return self._times(weights._arrays[g][m], g, m)
 
         pairs = zip(waits, weights._arrays, strict=True)
-        scales = [tuple(of_group) if wait else None for wait, of_group in pairs]
+        scales = [tuple(group_arrays) if wait else None for wait, group_arrays in pairs]
         return self._with(self._each(applied)._arrays, scales)
 
     def _times(self, weight: Any, g: int, m: int) -> Any:
@@ -412,8 +412,8 @@ class Layers:
         """`function(g, m)` in the place of every array, with no scale to be applied."""
         return self._with(
             [
-                [function(g, m) for m in range(len(of_group))]
-                for g, of_group in enumerate(self._arrays)
+                [function(g, m) for m in range(len(group_arrays))]
+                for g, group_arrays in enumerate(self._arrays)
             ]
         )
 

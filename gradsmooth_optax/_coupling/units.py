@@ -55,10 +55,10 @@ class Units:
         for group, name in zip(groups, names, strict=True):
             for run in group.runs:
                 layers[name].update(run if len(run) > 1 else ())
-        ordered = {name: sorted(of_name) for name, of_name in layers.items()}
+        ordered = {name: sorted(unit_layers) for name, unit_layers in layers.items()}
         shapes: dict[str, tuple[int, ...]] = {
-            name: (len(of_name),) if per == "layer" else ()
-            for name, of_name in ordered.items()
+            name: (len(unit_layers),) if per == "layer" else ()
+            for name, unit_layers in ordered.items()
         }
         return cls(tuple(groups), names, shapes, ordered)
 
@@ -76,8 +76,10 @@ class Units:
         dtype = max((x.dtype for row in arrays for x in row), key=num_bits)
         scalars: dict[str, list[jax.Array]] = {name: [] for name in self.shapes}
         vectors = {n: jnp.zeros(s, dtype) for n, s in self.shapes.items() if s}
-        for group, name, of_group in zip(self.groups, self.names, arrays, strict=True):
-            for m, number in enumerate(of_group):
+        for group, name, group_numbers in zip(
+            self.groups, self.names, arrays, strict=True
+        ):
+            for m, number in enumerate(group_numbers):
                 slots = replicated(number).astype(dtype)
                 if self.shapes[name]:
                     index = self._index(name, group, m)

@@ -73,18 +73,21 @@ class LayerValues:
         # Once where the arrays are the same ones: all roles of a block share theirs.
         found: dict[tuple[int, ...], Any] = {}
 
-        def once(*of_member: Any) -> Any:
-            key = tuple(map(id, of_member))
+        def once(*member_arrays: Any) -> Any:
+            key = tuple(map(id, member_arrays))
             if key not in found:
-                found[key] = function(*of_member)
+                found[key] = function(*member_arrays)
             return found[key]
 
         arrays = [values._arrays for values in (self, *others)]
         return LayerValues(
             self._groups,
             tuple(
-                tuple(once(*of_member) for of_member in zip(*of_group, strict=True))
-                for of_group in zip(*arrays, strict=True)
+                tuple(
+                    once(*member_arrays)
+                    for member_arrays in zip(*group_arrays, strict=True)
+                )
+                for group_arrays in zip(*arrays, strict=True)
             ),
         )
 
@@ -95,8 +98,8 @@ class LayerValues:
           offset: how many layers on, negative for layers before.
         """
         beside = {
-            group: with_halos(group, abs(offset), list(map(jnp.asarray, of_group)))
-            for group, of_group in zip(self._groups, self._arrays, strict=True)
+            group: with_halos(group, abs(offset), list(map(jnp.asarray, group_arrays)))
+            for group, group_arrays in zip(self._groups, self._arrays, strict=True)
         }
 
         def there(group: DepthGroup, m: int) -> jax.Array:
@@ -159,16 +162,16 @@ def values_of(
     )
 
 
-def slot_values(groups: Sequence[DepthGroup], of_slots: SlotValues) -> LayerValues:
+def slot_values(groups: Sequence[DepthGroup], slot_numbers: SlotValues) -> LayerValues:
     """Values that follow from where a layer is.
 
     Args:
       groups: that they are of.
-      of_slots: (group, m) -> an array over the slots of member m.
+      slot_numbers: (group, m) -> an array over the slots of member m.
     """
 
     def along(group: DepthGroup, m: int) -> Any:
-        values = along_depth(group, m, group.per_slot(m, of_slots))
+        values = along_depth(group, m, group.per_slot(m, slot_numbers))
         return values.astype(real_dtype(group))
 
     return values_of(groups, along)
@@ -211,15 +214,15 @@ def summed_by_name(
     names = values_of(groups, names_of)._arrays
     widest = max((array.dtype for row in arrays for array in row), key=num_bits)
     totals: dict[tuple[Hashable, Names], jax.Array] = {}
-    for group, of_group, named in zip(groups, arrays, names, strict=True):
-        for array, of_member in zip(of_group, named, strict=True):
+    for group, group_arrays, named in zip(groups, arrays, names, strict=True):
+        for array, member_names in zip(group_arrays, named, strict=True):
             vector = replicated(array).astype(widest)
             if vector.ndim:
-                vector = vector.reshape(len(of_member))
-            is_in = np.array([name is not None for name in of_member])
+                vector = vector.reshape(len(member_names))
+            is_in = np.array([name is not None for name in member_names])
             if not is_in.all():
                 vector = jnp.where(is_in, vector, jnp.zeros_like(vector))
-            key = (group.stack, of_member)
+            key = (group.stack, member_names)
             totals[key] = totals[key] + vector if key in totals else vector
     totals = _with_overlaps(totals)
     placed: dict[tuple, jax.Array] = {}
@@ -227,20 +230,20 @@ def summed_by_name(
     def place(key: tuple[Hashable, Names], like: jax.Array) -> jax.Array:
         # Before and after the sum, and for each stacked leaf anew: or all leaves would
         # be split as one of them is.
-        of_kind = (*key, like.shape, like.dtype) if like.size == 1 else (id(like),)
-        if of_kind not in placed:
+        kind = (*key, like.shape, like.dtype) if like.size == 1 else (id(like),)
+        if kind not in placed:
             spread = replicated(totals[key].reshape(like.shape))
-            placed[of_kind] = spread.astype(like.dtype)
-        return placed[of_kind]
+            placed[kind] = spread.astype(like.dtype)
+        return placed[kind]
 
     return LayerValues(
         groups,
         tuple(
             tuple(
-                place((group.stack, of_member), array)
-                for array, of_member in zip(of_group, named, strict=True)
+                place((group.stack, member_names), array)
+                for array, member_names in zip(group_arrays, named, strict=True)
             )
-            for group, of_group, named in zip(groups, arrays, names, strict=True)
+            for group, group_arrays, named in zip(groups, arrays, names, strict=True)
         ),
     )
 
