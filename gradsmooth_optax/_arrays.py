@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # -- The dtype of the arithmetic: float32 at least, whatever that of the updates -------
@@ -130,11 +129,3 @@ def _varying_axes(x: Any) -> frozenset:
     aval: Any = jax.typeof(x)
     # Its name before jax 0.10 was `vma`.
     return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
-
-
-# -- Traced arrays ---------------------------------------------------------------------
-
-
-def is_traced(x: Any) -> bool:
-    """Whether it is an array without a value, while a program is being traced."""
-    return isinstance(x, Tracer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._arrays import in_dtype, summed_over, widened
-from gradsmooth_optax._checks import check_choice, integer, is_function
+from gradsmooth_optax._checks import NormScope, check_choice, integer, is_function
 from gradsmooth_optax._coupling.halos import width_of, with_halos
 from gradsmooth_optax._coupling.matmul import (
     MatrixOf,
@@ -26,6 +26,7 @@ from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
 from gradsmooth_optax._coupling.values import (
     LayerValues,
     Names,
+    along_depth,
     masked,
     slot_values,
     summed_by_name,
@@ -33,8 +34,6 @@ from gradsmooth_optax._coupling.values import (
 )
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
-
-NormScope: TypeAlias = Literal["param", "block"]
 
 
 class _Zero(NamedTuple):
@@ -210,10 +209,11 @@ class Layers:
         if isinstance(weights, LayerValues):
             return self._scaled_by_values(weights)
         if is_function(weights):
-            values = values_of(
-                self._groups, lambda group, m: weights_per_layer(group, m, weights)
-            )
-            return self._scaled_by_values(values)
+
+            def of_layers(group: DepthGroup, m: int) -> Any:
+                return along_depth(group, m, weights_per_layer(group, m, weights))
+
+            return self._scaled_by_values(values_of(self._groups, of_layers))
         return self._each(lambda g, m: self._times(weights, g, m))
 
     def _scaled_by_values(self, weights: LayerValues) -> Layers:

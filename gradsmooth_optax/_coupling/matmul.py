@@ -11,13 +11,12 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._arrays import anchored, like, whole_along
+from gradsmooth_optax._checks import Matrix
 from gradsmooth_optax._coupling.halos import with_halos
 from gradsmooth_optax._coupling.neighbors import neighbor, scaled
-from gradsmooth_optax._coupling.values import along_depth
 from gradsmooth_optax._depth.groups import Group, Member, name_of
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
 
-Matrix: TypeAlias = np.ndarray | jax.Array
 MatrixOf: TypeAlias = Callable[[int], Matrix]  # num_layers -> (L, L)
 OffsetsOf: TypeAlias = Callable[[int], Sequence[int]]  # num_layers -> d of S[l, l+d]
 
@@ -83,7 +82,7 @@ def coupled_by_matrix(
 def weights_per_layer(
     group: DepthGroup, m: int, weights_of: Callable[[int], Matrix]
 ) -> Matrix:
-    """For every slot of member m the weight of its layer, as `LayerValues` has it.
+    """For every slot of member m the weight of its layer.
 
     Args:
       group: that it is of.
@@ -104,7 +103,7 @@ def weights_per_layer(
             found.append(jnp.where(has_length, taken, jnp.zeros_like(taken)))
         return sum(found[1:], found[0])  # each slot is in one run
 
-    return along_depth(group, m, group.per_slot(m, weights))
+    return group.per_slot(m, weights)
 
 
 def _weights_at(

@@ -183,6 +183,10 @@ def _rounds(
 ) -> tuple[int, tuple[int, ...]]:
     """Consecutive layers of a stage, and the first of them in each round.
 
+    With three stages, layers 0 1 2 3 of the stage are four in one round: (4, (0,)).
+    Layers 0 1, 6 7, 12 13 are two in each of three rounds: (2, (0, 6, 12)). Layers
+    0 1, 5 6 are an error: a round of three stages of two layers starts at 6.
+
     Args:
       layers: that the stage holds, ascending.
       steps: for every leaf and depth axis, to how much deeper a layer its end leads.

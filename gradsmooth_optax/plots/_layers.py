@@ -167,7 +167,7 @@ def _font_size_in_cells(ax: Axes, num_layers: int) -> float:
 
 
 def _hatch_negative(ax: Axes, bar: Axes, values: np.ndarray, limit: float) -> None:
-    """Marks what has another color than its opposite, but in a print not its gray."""
+    """Hatches negative cells, because red and blue print as the same gray."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
