@@ -12,7 +12,12 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._arrays import in_dtype, summed_over, widened
-from gradsmooth_optax._checks import NormScope, check_choice, is_function
+from gradsmooth_optax._checks import (
+    NormScope,
+    check_choice,
+    check_one_number,
+    is_function,
+)
 from gradsmooth_optax._coupling.halos import width_of, with_halos
 from gradsmooth_optax._coupling.matmul import (
     MatrixOf,
@@ -61,7 +66,7 @@ class Layers:
     a layer is missing. Values are those of the dtype of the arithmetic: float32,
     float64 for float64 updates. `a + b` and `a - b` add layer by layer, `-a` negates.
     Inside `jax.shard_map` the same calls exchange layers with the stages beside, and
-    sum over mesh axes. A pytree.
+    sum over mesh axes. `norm_scope` is that of the transformation. A pytree.
 
     Example:
       >>> import dataclasses
@@ -140,9 +145,9 @@ class Layers:
                         mask = group.members[m].along(has, other.ndim)
                         other = jnp.where(mask, other, self._value(g, m))
                 arrays[-1].append(other)
-        return dataclasses.replace(
-            self._with(arrays), _of=self._of or self, _offset=self._offset + offset
-        )
+        if self._of is not None:
+            return self._with(arrays)
+        return dataclasses.replace(self._with(arrays), _of=self, _offset=offset)
 
     def reaching(self, radius_of: Callable[[int], int]) -> Layers:
         """The same, with all layers that an operator of this radius looks at.
@@ -185,7 +190,8 @@ class Layers:
             [
                 coupled_by_matrix(
                     group,
-                    *self._around(g, 0)[1:],
+                    self._own(g),
+                    self._scales[g],
                     once,
                     offsets_of or (lambda n: range(1 - n, n)),
                     self._fewest,
@@ -211,6 +217,7 @@ class Layers:
                 return along_depth(group, m, weights_per_layer(group, m, weights))
 
             return self._scaled_by_values(values_of(self._groups, of_layers))
+        check_one_number("weights", weights)
         return self._each(lambda g, m: self._times(weights, g, m))
 
     def _scaled_by_values(self, weights: LayerValues) -> Layers:
@@ -398,16 +405,17 @@ class Layers:
         halo = self._halos[g] if self._halos else None
         if halo is not None and radius <= halo.radius:
             return halo.group, halo.arrays, halo.scales
-        xs = [
+        if isinstance(group, Group):
+            return group, self._own(g), scales
+        beside, (xs, scales) = with_halos(group, radius, self._own(g), scales)
+        return beside, xs, scales
+
+    def _own(self, g: int) -> list[jax.Array]:
+        """The arrays of a group, without their scales."""
+        return [
             self._value(g, m) if isinstance(x, _Zero) else x
             for m, x in enumerate(self._arrays[g])
         ]
-        if isinstance(group, Group):
-            return group, xs, scales
-        if radius == 0:
-            return group.own, xs, scales
-        beside, (xs, scales) = with_halos(group, radius, xs, scales)
-        return beside, xs, scales
 
     def _each(self, function: Callable[[int, int], Any]) -> Layers:
         """`function(g, m)` in the place of every array, with no scale to be applied."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._arrays import in_dtype, num_bits, replicated
+from gradsmooth_optax._checks import check_one_number
 from gradsmooth_optax._coupling.halos import with_halos
 from gradsmooth_optax._coupling.neighbors import at_offset
 from gradsmooth_optax._depth.stages import DepthGroup
@@ -27,6 +28,7 @@ def _elementwise(operation: Callable[[Any, Any], Any]) -> Any:
     def method(self: LayerValues, other: Any) -> LayerValues:
         if isinstance(other, LayerValues):
             return self.map(operation, other)
+        check_one_number("a number", other)
         return self.map(lambda x: operation(x, in_dtype(other, x.dtype)))
 
     return method
