@@ -19,6 +19,15 @@ from gradsmooth_optax._checks import (
     is_function,
 )
 from gradsmooth_optax._coupling.halos import width_of, with_halos
+from gradsmooth_optax._coupling.layer_values import (
+    LayerValues,
+    Names,
+    along_depth,
+    masked,
+    slot_values,
+    summed_by_name,
+    values_of,
+)
 from gradsmooth_optax._coupling.matmul import (
     MatrixOf,
     OffsetsOf,
@@ -28,15 +37,6 @@ from gradsmooth_optax._coupling.matmul import (
 )
 from gradsmooth_optax._coupling.neighbors import neighbor
 from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
-from gradsmooth_optax._coupling.values import (
-    LayerValues,
-    Names,
-    along_depth,
-    masked,
-    slot_values,
-    summed_by_name,
-    values_of,
-)
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._arrays import num_bits, replicated
-from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.values import (
+from gradsmooth_optax._coupling.layer_values import (
     LayerValues,
     along_depth,
     masked,
     real_dtype,
     values_of,
 )
+from gradsmooth_optax._coupling.layers import Layers
 from gradsmooth_optax._depth.groups import Group, text_of
 from gradsmooth_optax._depth.stages import DepthGroup
 
