@@ -12,10 +12,10 @@ import optax
 from optax import contrib
 
 from gradsmooth_optax._checks import transformation
+from gradsmooth_optax._depth.checked_groups import numbered_by
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.paths import plain_path
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec
-from gradsmooth_optax._depth.structure import numbered_by
 from gradsmooth_optax._transforms.smooth import with_depth_smoothing
 
 

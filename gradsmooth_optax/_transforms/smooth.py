@@ -17,10 +17,10 @@ from gradsmooth_optax._coupling.norms import (
     marked_ratio_to_directions,
     norm_ratio,
 )
+from gradsmooth_optax._depth.checked_groups import check_structure, coupled_groups
 from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._depth.stages import DepthGroup, split_over
-from gradsmooth_optax._depth.structure import check_structure, coupled_groups
 from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
 
