@@ -8,4 +8,4 @@ os.environ.setdefault("MPLBACKEND", "agg")  # figures are drawn, never shown
 collect_ignore = []
 if importlib.util.find_spec("matplotlib") is None:
     package = Path(__file__).parent / "gradsmooth_optax"
-    collect_ignore += [str(path) for path in package.glob("_plot_*.py")]
+    collect_ignore += [str(path) for path in (package / "plots").glob("_*.py")]

@@ -186,7 +186,7 @@ def masked(values: LayerValues, is_in: Callable[[DepthGroup, int], Any]) -> Laye
 
     def chosen(group: DepthGroup, m: int) -> Any:
         mask, array = is_in(group, m), arrays[group][m]
-        if isinstance(mask, np.ndarray) and mask.all():
+        if not isinstance(mask, jax.Array) and mask.all():
             return array
         return jnp.where(along_depth(group, m, mask), array, jnp.zeros_like(array))
 

@@ -529,7 +529,7 @@ def leaves_of(new: Layers, old: Layers) -> dict[int, jax.Array]:
     for g, group in enumerate(new._groups):
         for m, member in enumerate(group.members):
             is_in = group.positions(m)[1] >= new._fewest
-            known = isinstance(is_in, np.ndarray)
+            known = not isinstance(is_in, jax.Array)
             if known and not is_in.any():
                 continue
             x: Any = old._arrays[g][m]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,8 +29,10 @@ def called_by_name(text: str, argument: str, calls: Mapping[str, Callable]) -> A
       TypeError, ValueError: of the call itself.
     """
     try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pattern's backslashes
+            node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(_no_name(text, argument, calls)) from None
     return _value(node, text, argument, calls)
 
@@ -40,10 +43,22 @@ def _value(node: ast.expr, text: str, argument: str, calls: Mapping) -> Any:
     if not isinstance(node, ast.Call):
         raise ValueError(_no_name(text, argument, calls))
     function, found = node.func, None
-    if isinstance(function, ast.Attribute) and function.attr in _METHODS:
+    if isinstance(function, ast.Attribute) and _name(function) not in calls:
+        if isinstance(function.value, ast.Call) and function.attr not in _METHODS:
+            raise ValueError(
+                f"`{argument}`={text!r} ends in `.{function.attr}`, but a string can "
+                f"have `.only_projections()` alone. For another restriction pass a "
+                f"spec instead of its name."
+            )
+        if function.attr not in _METHODS:
+            raise ValueError(_no_name(text, argument, calls))
         found = getattr(_value(function.value, text, argument, calls), function.attr)
     call = found or _call(function, text, argument, calls)
     args = [_argument(arg, text, argument, calls) for arg in node.args]
+    if any(option.arg is None for option in node.keywords):
+        raise ValueError(
+            f"`{argument}`={text!r} holds `**`: write every option by its name."
+        )
     options = {
         str(option.arg): _argument(option.value, text, argument, calls)
         for option in node.keywords

@@ -481,7 +481,8 @@ def preset(function: Callable[P, DepthSpec]) -> Callable[P, DepthSpec]:
     @functools.wraps(function)
     def named(*args: P.args, **options: P.kwargs) -> DepthSpec:
         call = shown_call(f"layouts.{function.__name__}", args, options)
-        return _Preset(call, function(*args, **options))
+        spec = function(*args, **options)
+        return _Preset(call, spec.member if isinstance(spec, _Preset) else spec)
 
     PRESETS[function.__name__] = named
     return named

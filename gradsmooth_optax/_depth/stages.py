@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -97,7 +98,7 @@ class Stage:
         A NumPy array where it is the same in all stages, else an array of jax.
         """
         stage_values = [values(self.whole, i) for i in self.members_of_whole(m)]
-        if all(isinstance(one, np.ndarray) for one in stage_values):
+        if not any(isinstance(one, jax.Array) for one in stage_values):
             first = stage_values[0]
             if all((one == first).all() for one in stage_values[1:]):
                 return first

@@ -286,7 +286,8 @@ def resolved(value: Any) -> Any:
     if callable(value):
         raise TypeError(
             "a strength of this operator is a schedule, which has no value before it "
-            "is resolved at a step: write `operator.at(count).matrix(num_layers)`."
+            "is resolved at a step: write `operator.at(count).matrix(num_layers)`. A "
+            "function of the number of layers is no schedule: wrap it in `operator_fn`."
         )
     if isinstance(value, jax.Array):
         # Rounded once, to the dtype of each leaf, which may be float64.

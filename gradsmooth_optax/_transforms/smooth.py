@@ -321,6 +321,7 @@ def with_depth_smoothing(
         )
         raise
     has_state = bool(jax.tree.leaves(without_leaves))
+    is_wrapped = _is_pair(_state_of_nothing(inner))
 
     def init_fn(params):
         smoothing_state = smoothing.init(params)
@@ -337,7 +338,7 @@ def with_depth_smoothing(
         return inner_state
 
     def update_fn(updates, state, params=None, **extra_args):
-        _check_kind(state, has_state)
+        _check_kind(state, has_state, is_wrapped)
         inner_state = state.inner_state if has_state else state
         smoothing_state = state.smoothing_state if has_state else without_leaves
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
@@ -351,16 +352,27 @@ def with_depth_smoothing(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_kind(state: Any, has_state: bool) -> None:
-    is_pair = hasattr(state, "smoothing_state") and hasattr(state, "inner_state")
-    if has_state and not is_pair:
+def _state_of_nothing(inner: optax.GradientTransformationExtraArgs) -> Any:
+    """The state of an empty tree, None where `inner` needs a tree to make one."""
+    try:
+        return inner.init(())
+    except Exception:
+        return None
+
+
+def _is_pair(state: Any) -> bool:
+    return hasattr(state, "smoothing_state") and hasattr(state, "inner_state")
+
+
+def _check_kind(state: Any, has_state: bool, is_wrapped: bool) -> None:
+    if has_state and not _is_pair(state):
         raise TypeError(
             f"`state` of `with_depth_smoothing` is a {type(state).__name__}, probably "
             f"from a run in which the smoothing had no state, such as one with a "
             f"constant strength; now it has one. Convert it: "
             f"`WithDepthSmoothingState(state, smoothing.init(params))`."
         )
-    if is_pair and not has_state:
+    if not has_state and _is_pair(state) and not is_wrapped:
         raise TypeError(
             "`state` of `with_depth_smoothing` is a WithDepthSmoothingState, probably "
             "from a run whose strength was a schedule; now the smoothing has no state. "

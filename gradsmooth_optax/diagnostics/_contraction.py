@@ -17,8 +17,7 @@ def contraction_factor(operator: Any, num_layers: int) -> float:
     u_l, so μ = ‖D S D⁺‖₂. For `window(alpha)` it is 1 - α (1 - cos(π/L)).
 
     Args:
-      operator: an operator with a matrix and without schedules (see `Operator.at`),
-        or a function num_layers -> (L, L).
+      operator: an operator with a matrix and without schedules (see `Operator.at`).
       num_layers: L, an int ≥ 1.
 
     Returns:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from gradsmooth_optax import diagnostics
 from gradsmooth_optax._checks import positive_int
 from gradsmooth_optax._depth.specs import DepthLike
 from gradsmooth_optax._operators.composed import with_matrix
-from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax.plots._axes import axes_of, layer_ticks, one_stack, title_of
 
 if TYPE_CHECKING:
@@ -31,8 +28,7 @@ def operator_matrix(operator: Any, num_layers: int, *, ax: Axes | None = None) -
     larger ones cells that are clearly negative are hatched.
 
     Args:
-      operator: an operator with a matrix and without schedules (see `Operator.at`),
-        or a function num_layers -> (L, L).
+      operator: an operator with a matrix and without schedules (see `Operator.at`).
       num_layers: L, an int ≥ 1.
       ax: where to draw, with a color bar beside it; None makes a new figure.
 
@@ -50,14 +46,14 @@ def operator_matrix(operator: Any, num_layers: int, *, ax: Axes | None = None) -
       >>> import matplotlib.pyplot as plt
       >>> ax = gs.plots.operator_matrix(gs.window(0.2), 12)
       >>> ax.get_title()
-      'Window(alpha=0.2), L = 12'
+      'window(0.2), L = 12'
       >>> plt.close(ax.figure)
     """
     operator = with_matrix(operator, "plots.operator_matrix")
     num_layers = positive_int("num_layers", num_layers)
     if operator.scheduled:
         raise TypeError(
-            f"`operator` of `plots.operator_matrix` is {_short(operator)}, whose "
+            f"`operator` of `plots.operator_matrix` is {operator!r}, whose "
             f"strength is a schedule: its matrix depends on the step. Write "
             f"`plots.operator_matrix(operator.at(step), {num_layers})`."
         )
@@ -70,7 +66,9 @@ def operator_matrix(operator: Any, num_layers: int, *, ax: Axes | None = None) -
     bar.set_ylabel("weight")
     ax.set_ylabel("layer that receives")
     ax.set_xlabel("from layer")
-    name = textwrap.fill(_short(operator), 48, max_lines=2, placeholder=" …")
+    name = textwrap.fill(
+        repr(operator).replace("gs.", ""), 48, max_lines=2, placeholder=" …"
+    )
     ax.set_title(f"{name}, L = {num_layers}", size="medium")
     return ax
 
@@ -195,22 +193,3 @@ def _compact(value: float, decimals: int) -> str:
     if text in ("-0", "0"):
         return "0"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
-
-
-def _short(value: Any) -> str:
-    """An operator with what is not its default, without the entries of arrays."""
-    if isinstance(value, Operator):
-        if not dataclasses.is_dataclass(value):
-            return type(value).__name__
-        found = [(f, getattr(value, f.name)) for f in dataclasses.fields(value)]
-        fields = [
-            _short(x) if isinstance(x, Operator | tuple) else f"{f.name}={_short(x)}"
-            for f, x in found
-            if f.default is dataclasses.MISSING or x is not f.default
-        ]
-        return f"{type(value).__name__}({', '.join(fields)})"
-    if isinstance(value, tuple):
-        return ", ".join(map(_short, value))
-    if isinstance(value, np.ndarray | jax.Array):
-        return f"{float(value):g}" if value.ndim == 0 else f"array of {value.shape}"
-    return getattr(value, "__name__", None) or repr(value)

@@ -56,7 +56,7 @@ def warn_of_suspicions(grouping: Grouping) -> None:
                 f"`depth` {grouping.spec!r} {suspicion}; or pass `strict=False` if it "
                 f"is meant.",
                 DepthWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
