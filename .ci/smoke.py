@@ -60,7 +60,8 @@ def smoothed_by_hand(gradients: np.ndarray, params: np.ndarray) -> np.ndarray:
 
 
 def stepped(depth: Any, params: Any, gradients: Any) -> Any:
-    optimizer = gs.adamw(LEARNING_RATE, depth, ALPHA, weight_decay=DECAY)
+    smoothing = gs.smooth_over_depth(depth, ALPHA)
+    optimizer = gs.adamw(LEARNING_RATE, smoothing, weight_decay=DECAY)
     plain = optax.adamw(LEARNING_RATE, weight_decay=DECAY)
     state = optimizer.init(params)
     assert jax.tree.structure(state) == jax.tree.structure(plain.init(params))
@@ -97,7 +98,10 @@ def check_the_rest() -> None:
     shown = str(gs.describe(depth, updates))
     assert "blocks" in shown, shown
     assert "embed" in shown, shown
-    assert str(gs.layouts.maxtext()) == "scanned('decoder/layers/', axis=1)"
+    decoder = {"decoder": {"layers": {"w": jnp.ones((2, 3))}}}
+    shown = str(gs.describe("maxtext", decoder))
+    assert shown.startswith(f"{gs.layouts.maxtext()!r} = "), shown
+    assert "gs.scanned('decoder/layers/', axis=1)" in shown, shown
     assert gs.controls.shuffled(gs.window(ALPHA), 0).matrix(LAYERS).shape == (4, 4)
     (of_stack,) = gs.diagnostics.depth_statistics(updates, depth).values()
     np.testing.assert_allclose(of_stack.norms, [0, 1, 2, 3], atol=1e-6)
