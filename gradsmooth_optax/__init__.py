@@ -36,11 +36,14 @@ from gradsmooth_optax._depth.reading.doubts import DepthWarning as DepthWarning
 
 # What is applied along depth.
 from gradsmooth_optax._operators.operator import Operator as Operator
+from gradsmooth_optax._coupling.layers import Layers as Layers
+from gradsmooth_optax._coupling.values import LayerValues as LayerValues
 from gradsmooth_optax._operators.operator import dense as dense
 from gradsmooth_optax._operators.operator import operator_fn as operator_fn
 from gradsmooth_optax._operators.smoothers import ema as ema
 from gradsmooth_optax._operators.smoothers import gaussian as gaussian
 from gradsmooth_optax._operators.smoothers import laplacian as laplacian
+from gradsmooth_optax._operators.smoothers import layer_scale as layer_scale
 from gradsmooth_optax._operators.smoothers import mean_over_depth as mean_over_depth
 from gradsmooth_optax._operators.smoothers import tikhonov as tikhonov
 from gradsmooth_optax._operators.smoothers import window as window

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # -- The dtype of the arithmetic: float32 at least, whatever that of the updates -------
@@ -136,4 +137,4 @@ def _varying_axes(x: Any) -> frozenset:
 
 def is_traced(x: Any) -> bool:
     """Whether it is an array without a value, while a program is being traced."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)

@@ -86,10 +86,15 @@ def positive_int(argument: str, value: Any, hint: str = "") -> int:
 # -- Strengths: numbers, arrays and schedules ------------------------------------------
 
 
+def is_function(value: Any) -> bool:
+    """Whether it can be called, and is no class."""
+    return callable(value) and not isinstance(value, type)
+
+
 def strength_in(argument: str, value: Any, high: float = math.inf) -> Any:
     """The value, if it is a schedule, a scalar array or a number in range."""
     allowed = ">= 0 and finite" if high == math.inf else f"between 0 and {high:g}"
-    if callable(value) and not isinstance(value, type):
+    if is_function(value):
         return value
     if isinstance(value, bool | np.bool_) or not _is_real(value):
         raise TypeError(
@@ -110,6 +115,26 @@ def strength_in(argument: str, value: Any, high: float = math.inf) -> Any:
         raise ValueError(f"`{argument}` must be {allowed}, but is {value}.{hint}")
     # A NumPy array could be written to later.
     return float(value) if isinstance(value, np.ndarray) else value
+
+
+def factors_in(argument: str, value: Any) -> Any:
+    """The value, if it is a schedule, one finite number or a vector of them."""
+    if is_function(value):
+        return value
+    if isinstance(value, bool | np.bool_ | str):
+        raise TypeError(
+            f"`{argument}` must be a number, an array (L,) with one number per layer, "
+            f"or a schedule of either, but is {value!r}."
+        )
+    if np.ndim(value) > 1:
+        raise ValueError(
+            f"`{argument}` must be one number or an array (L,), but has shape "
+            f"{np.shape(value)}. For a whole matrix write `dense(matrix)`."
+        )
+    if isinstance(value, jax.Array):
+        return value  # maybe traced: never looked at
+    factors = real_matrix(value, f"`{argument}`")
+    return factors if factors.ndim else float(factors)
 
 
 def number_in(argument: str, value: Any, high: Any = math.inf) -> Any:

@@ -22,8 +22,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gradsmooth_optax._coupling.layers import Layers
+from gradsmooth_optax._coupling.matmul import Matrix
 from gradsmooth_optax._operators.composed import with_matrix
-from gradsmooth_optax._operators.operator import Matrix, Operator
+from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
 
 
@@ -62,14 +64,15 @@ class NormMatched(Operator):
 
     operator: Operator
 
-    @property
-    def is_linear(self) -> bool:
-        return False
+    def couple(self, layers: Layers) -> Layers:
+        return layers.with_norms_of(self.operator.couple(layers))
 
-    def matrix(self, num_layers: int) -> Matrix:
-        raise TypeError(
-            "`norm_matched` has no matrix: its weights depend on the updates."
-        )
+    def radius(self, num_layers: int) -> int:
+        return self.operator.radius(num_layers)
+
+    @property
+    def scales_single_layers(self) -> bool:
+        return self.operator.scales_single_layers
 
     @property
     def is_identity(self) -> bool:

@@ -58,24 +58,6 @@ class Function(NamedTuple):
         return [self.table[path] for path, _ in leaves]
 
 
-class FromTree(NamedTuple):
-    """`from_tree` with an `At`, a `Wrong` or None for every leaf."""
-
-    treedef: Any
-    entries: list
-
-    def build(self):
-        depths = [at and at.build() for at in self.entries]
-        return gs.from_tree(self.treedef.unflatten(depths))
-
-    def assign(self, leaves):
-        pairs = zip(leaves, self.entries, strict=True)
-        given = [(path, at) for (path, _), at in pairs if at is not None]
-        if len(dict(given)) < len(given):
-            return [Wrong("two leaves at"), *self.entries[1:]]
-        return [dict(given).get(path) for path, _ in leaves]
-
-
 class Pattern(NamedTuple):
     """`unrolled` or `scanned`."""
 
@@ -186,6 +168,13 @@ class OnlyProjections(NamedTuple):
             at if type(at) is Wrong or in_scope(path) else None
             for at, (path, _) in found
         ]
+
+
+def looked_up(depths):
+    """A function for `depth` that finds it in a tree like the parameters."""
+    flat = jax.tree_util.tree_leaves_with_path(depths)
+    table = {path_of(key_path): depth for key_path, depth in flat}
+    return lambda path, leaf: table.get(path)
 
 
 def as_tuple(value):

@@ -281,7 +281,7 @@ def operators(mesh):
             specs["bias"] = spec_of(2, axis, None if whole else "model")
 
         def tx(alpha, name=name, axis=axis, traced=traced, how=(variant, norm_scope)):
-            return gs.apply_over_depth(
+            return gs.smooth_over_depth(
                 on_axis(axis),
                 banded()[name][0](alpha if traced else ALPHA),
                 variant=how[0],
@@ -326,12 +326,14 @@ def windows(title, depth, tree, specs, blocks, blocks_of, kinds=TWO, **kwargs):
     ranked = kwargs.pop("ranked", False)
     mesh = kwargs.pop("mesh", "line")
     for kind in kinds:
-        how = WINDOWS[kind]
+        how = dict(WINDOWS[kind])
         want = oracle.window(blocks, ALPHA, ranked=ranked, **how)
+        radius = how.pop("radius", 1)
 
-        def tx(alpha, how=how):
+        def tx(alpha, how=how, radius=radius):
+            operator = gs.window(alpha, radius)
             return gs.smooth_over_depth(
-                depth, alpha, axis_name="stage", **how, **kwargs
+                depth, operator, axis_name="stage", **how, **kwargs
             )
 
         yield title + kind, Case(mesh, tx, tree, specs, against(blocks_of, want))
@@ -396,7 +398,7 @@ def layouts():
         for scope in ("param", "block"):
 
             def similar(alpha, scope=scope, ranked=ranked):
-                return gs.apply_over_depth(
+                return gs.smooth_over_depth(
                     gs.ranked(numbered) if ranked else numbered,
                     gs.similarity_window(alpha, scope),
                     strict=False,
@@ -536,7 +538,7 @@ def others():
         depth, tree, specs, blocks, unstack = layout
 
         def tx(alpha):
-            return gs.apply_over_depth(
+            return gs.smooth_over_depth(
                 depth,
                 banded()[name][0](alpha),
                 variant=variant,
@@ -578,7 +580,7 @@ def others():
     ):
 
         def ema(alpha, boundary=boundary):
-            return gs.apply_over_depth(
+            return gs.smooth_over_depth(
                 scanned, gs.ema(alpha), axis_name="stage", axis_boundary=boundary
             )
 
@@ -679,7 +681,8 @@ def not_a_number():
             )
 
         def tx(alpha, depth=depth, radius=radius):
-            return gs.smooth_over_depth(depth, alpha, radius=radius, axis_name="stage")
+            operator = gs.window(alpha, radius)
+            return gs.smooth_over_depth(depth, operator, axis_name="stage")
 
         yield f"NaN in {title}", Case("line", tx, tree, specs, check)
 
@@ -694,22 +697,31 @@ def make_optimizers(axis_name):
         gs.scanned("blocks/"), gs.scanned(r"l(\d+)/", stride=2, stack="pairs")
     )
     schedule = optax.linear_schedule(0.375, 0.0, STEPS)
-    kwargs = {"axis_name": axis_name}
-    block = {**kwargs, "norm_scope": "block"}
+
+    def smooth(operator=0.3, **kwargs):
+        return gs.smooth_over_depth(depth, operator, axis_name=axis_name, **kwargs)
+
+    def followed(inner, smoothing, learning_rate=0.1):
+        return optax.chain(
+            gs.with_depth_smoothing(inner, smoothing),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    def of_alpha(learning_rate, alpha):
+        return followed(optax.identity(), smooth(alpha), learning_rate)
+
+    in_blocks = {"norm_scope": "block"}
     return {
         "adamw": gs.adamw(
-            0.1, depth, 0.3, variant="norm_preserving", weight_decay=0.1, **block
+            0.1, smooth(variant="norm_preserving", **in_blocks), weight_decay=0.1
         ),
-        "adamw, schedule": gs.adamw(0.1, depth, schedule, radius=2, **kwargs),
-        "sgd": gs.sgd(0.1, depth, 0.3, momentum=0.9, variant="directional", **block),
-        "muon": gs.muon(0.1, depth, schedule, ns_steps=1, weight_decay=0.1, **kwargs),
-        "with_depth_smoothing": optax.chain(
-            gs.with_depth_smoothing(optax.scale_by_rms(), depth, 0.3, **kwargs),
-            optax.scale_by_learning_rate(0.1),
+        "adamw, schedule": gs.adamw(0.1, smooth(gs.window(schedule, 2))),
+        "momentum": followed(
+            optax.trace(0.9), smooth(variant="directional", **in_blocks)
         ),
-        "injected": optax.inject_hyperparams(gs.sgd, static_args=("axis_name",))(
-            0.1, depth, 0.3, **kwargs
-        ),
+        "muon": gs.muon(0.1, depth, smooth(schedule), ns_steps=1, weight_decay=0.1),
+        "with_depth_smoothing": followed(optax.scale_by_rms(), smooth()),
+        "injected": optax.inject_hyperparams(of_alpha)(0.1, 0.3),
     }
 
 
@@ -792,8 +804,7 @@ def pmapped():
     def step(tree):
         tx = gs.smooth_over_depth(
             gs.scanned("^"),
-            ALPHA,
-            radius=2,
+            gs.window(ALPHA, radius=2),
             variant="norm_preserving",
             axis_name="stage",
         )
@@ -857,7 +868,7 @@ def jitted(shape, kind):
         results = {}
         for title, (name, variant, norm_scope, traced) in cases.items():
             given = strength if traced else alpha
-            tx = gs.apply_over_depth(
+            tx = gs.smooth_over_depth(
                 depth,
                 test_operators.make(name, given),
                 variant=variant,
@@ -1005,10 +1016,11 @@ def compiled():
 
     one = {"a": whole["a"]}
     for radius in (1, 2, 3):
-        tx = gs.smooth_over_depth(scanned, 0.3, radius=radius, axis_name="stage")
+        operator = gs.window(0.3, radius)
+        tx = gs.smooth_over_depth(scanned, operator, axis_name="stage")
         two = {"collective-permute": 2}
         count(f"shard_map, radius {radius}", two, tx, one, by_hand=True)
-        tx = gs.smooth_over_depth(scanned, 0.3, radius=radius)
+        tx = gs.smooth_over_depth(scanned, operator)
         # GSPMD's halos are one exchange per shifted copy.
         halos = {"collective-permute": 2 * radius}
         count(f"jit, radius {radius}", halos, tx, one)
@@ -1037,7 +1049,7 @@ def auto_moves():
             results = {}
             for name in KEEP:
                 operator = test_operators.make(name)
-                tx = gs.apply_over_depth(gs.scanned("^"), operator, variant=variant)
+                tx = gs.smooth_over_depth(gs.scanned("^"), operator, variant=variant)
                 results[name] = tx.update(tree, tx.init(tree))[0]
             return results
 
@@ -1059,11 +1071,11 @@ def explicit_by_hand():
         role: jax.device_put(x, NamedSharding(mesh, spec))
         for role, x in oracle.stacked_tree(blocks).items()
     }
-    how = {"variant": "norm_preserving", "radius": 2}
-    want = oracle.window(blocks, ALPHA, **how)
+    operator, variant = gs.window(ALPHA, radius=2), "norm_preserving"
+    want = oracle.window(blocks, ALPHA, radius=2, variant=variant)
 
     def update(tree, **kwargs):
-        tx = gs.smooth_over_depth(gs.scanned("^"), ALPHA, **how, **kwargs)
+        tx = gs.smooth_over_depth(gs.scanned("^"), operator, variant=variant, **kwargs)
         return tx.update(tree, tx.init(tree))[0]
 
     by_hand = jax.shard_map(

@@ -24,10 +24,9 @@ def step(tx, updates):
     return tx.update(updates, tx.init(updates))[0]
 
 
-def smoother(alpha=0.3, depth=SCANNED, **kwargs):
-    return lambda stack: step(
-        gs.smooth_over_depth(depth, alpha, **kwargs), {"blocks": {"w": stack}}
-    )["blocks"]["w"]
+def smoother(alpha=0.3, radius=1, **kwargs):
+    tx = gs.smooth_over_depth(SCANNED, gs.window(alpha, radius), **kwargs)
+    return lambda stack: step(tx, {"blocks": {"w": stack}})["blocks"]["w"]
 
 
 def stack(seed=0, shape=(6, 2, 3)):
@@ -82,7 +81,8 @@ def test_constants_are_bit_exact_at_any_strength_and_radius(
 ):
     with enable_x64():
         for depth, tree in constant_trees(dtype):
-            out = step(gs.smooth_over_depth(depth, alpha, radius=radius), tree)
+            operator = gs.window(alpha, radius=radius)
+            out = step(gs.smooth_over_depth(depth, operator), tree)
             chex.assert_trees_all_equal(out, tree)
 
 
@@ -96,8 +96,8 @@ def test_every_other_way_keeps_constants_within_two_ulp(dtype, norm_scope, enabl
                 gs.smooth_over_depth(
                     depth, 0.3, variant="directional", norm_scope=norm_scope
                 ),
-                gs.apply_over_depth(depth, gs.dense(matrix), norm_scope=norm_scope),
-                gs.apply_over_depth(depth, gs.window(0.3, radius=8, decay=0.3)),
+                gs.smooth_over_depth(depth, gs.dense(matrix), norm_scope=norm_scope),
+                gs.smooth_over_depth(depth, gs.window(0.3, radius=8, decay=0.3)),
             ]
             for tx in transformations:
                 out = step(tx, tree)
@@ -176,7 +176,7 @@ def test_smoothing_shrinks_the_variation_over_depth():
 
 def test_the_gradient_through_smoothing_is_the_transposed_matrix():
     matrix = np.random.default_rng(0).normal(size=(3, 3))
-    tx = gs.apply_over_depth(SCANNED, gs.dense(matrix))
+    tx = gs.smooth_over_depth(SCANNED, gs.dense(matrix))
     weights, u = stack(1, (3, 4)), stack(2, (3, 4))
 
     def loss(u):
@@ -200,7 +200,7 @@ def test_alpha_zero_returns_the_same_objects(zero, variant, norm_scope):
         out = step(gs.smooth_over_depth(depth, zero, **kwargs), tree)
         leaves = zip(jax.tree.leaves(out), jax.tree.leaves(tree), strict=True)
         assert all(a is b for a, b in leaves)
-        out = step(gs.apply_over_depth(depth, gs.window(zero, 2), **kwargs), tree)
+        out = step(gs.smooth_over_depth(depth, gs.window(zero, 2), **kwargs), tree)
         leaves = zip(jax.tree.leaves(out), jax.tree.leaves(tree), strict=True)
         assert all(a is b for a, b in leaves)
 
@@ -290,21 +290,19 @@ def jax_average(num_layers):
 
 
 @pytest.mark.parametrize("function", [average, jax_average])
-def test_a_users_function_is_an_operator_wrapped_or_bare(function):
+def test_a_users_function_of_the_number_of_layers_is_an_operator(function):
     blocks = oracle.random_blocks(4)
     expected = oracle.smooth(blocks, average, "norm_preserving", "block")
     tree = jax.tree.map(jnp.asarray, {"blocks": oracle.stacked_tree(blocks)})
-    for operator in (function, gs.operator_fn(function)):
-        out = step(
-            gs.apply_over_depth(
-                SCANNED, operator, variant="norm_preserving", norm_scope="block"
-            ),
-            tree,
-        )
-        oracle.assert_blocks_close(oracle.unstacked(out["blocks"]), expected)
-    np.testing.assert_allclose(
-        gs.operator_fn(function).matrix(3), average(3), rtol=1e-7
+    operator = gs.operator_fn(function)
+    out = step(
+        gs.smooth_over_depth(
+            SCANNED, operator, variant="norm_preserving", norm_scope="block"
+        ),
+        tree,
     )
+    oracle.assert_blocks_close(oracle.unstacked(out["blocks"]), expected)
+    np.testing.assert_allclose(operator.matrix(3), average(3), rtol=1e-7)
 
 
 def test_a_users_function_gets_the_length_of_every_run():
@@ -318,7 +316,8 @@ def test_a_users_function_gets_the_length_of_every_run():
         "a": {f"layers_{i}": {"w": stack(i, (2,))} for i in range(3)},
         "b": {f"layers_{i}": {"w": stack(i, (2,))} for i in (0, 1, 4)},
     }
-    out = step(gs.apply_over_depth(gs.unrolled(), reverse, strict=False), tree)
+    operator = gs.operator_fn(reverse)
+    out = step(gs.smooth_over_depth(gs.unrolled(), operator, strict=False), tree)
     assert set(lengths) - {1} == {2, 3}
     np.testing.assert_allclose(out["a"]["layers_0"]["w"], tree["a"]["layers_2"]["w"])
     np.testing.assert_allclose(out["b"]["layers_0"]["w"], tree["b"]["layers_1"]["w"])
@@ -386,12 +385,12 @@ def test_a_traced_strength_gives_a_traced_matrix():
     np.testing.assert_allclose(matrix, oracle.window_matrix(5, 0.3, 2), atol=1e-7)
 
 
-def test_smooth_over_depth_is_apply_over_depth_of_a_window():
-    for radius in (1, 3):
-        u = {"blocks": {"w": stack()}}
-        a = step(gs.smooth_over_depth(SCANNED, 0.2, radius=radius), u)
-        b = step(gs.apply_over_depth(SCANNED, gs.window(0.2, radius=radius)), u)
-        chex.assert_trees_all_equal(a, b)
+def test_a_number_an_array_and_a_schedule_are_strengths_of_the_window():
+    u = {"blocks": {"w": stack()}}
+    windowed = step(gs.smooth_over_depth(SCANNED, gs.window(0.2)), u)
+    for strength in (0.2, np.float64(0.2), jnp.float32(0.2), lambda count: 0.2):
+        out = step(gs.smooth_over_depth(SCANNED, operator=strength), u)
+        chex.assert_trees_all_equal(out, windowed)
 
 
 @gs.operator_fn

@@ -65,7 +65,7 @@ def test_every_operator_lowers_for_accelerators_without_custom_calls(name):
     def update(updates, strength):
         for given in (test_operators.STRENGTH, strength):
             operator = test_operators.make(name, given)
-            tx = gs.apply_over_depth(depth, operator, variant="directional")
+            tx = gs.smooth_over_depth(depth, operator, variant="directional")
             updates, _ = tx.update(updates, tx.init(updates))
         return updates
 
@@ -133,11 +133,11 @@ transformations = {
     "norm_preserving": gs.smooth_over_depth(
         gs.scanned("blocks/"), 0.3, variant="norm_preserving", norm_scope="block"
     ),
-    "similarity": gs.apply_over_depth(
+    "similarity": gs.smooth_over_depth(
         gs.scanned("blocks/"), gs.similarity_window(0.3)
     ),
     "window": gs.smooth_over_depth(gs.scanned("blocks/"), 0.3),
-    "tikhonov": gs.apply_over_depth(gs.scanned("blocks/"), gs.tikhonov(1.0)),
+    "tikhonov": gs.smooth_over_depth(gs.scanned("blocks/"), gs.tikhonov(1.0)),
 }
 
 def split(names, specs):
@@ -164,7 +164,7 @@ cycle = {f"layers_{i}": {"w": leaves[n]} for i, n in enumerate(["one", "two"])}
 for spec in (P("a"), P("a", "b")):
     shardings = jax.tree.map(lambda _: NamedSharding(mesh, spec), cycle)
     depth = gs.scanned(r"layers_(\\d+)/", stride=2, stack="all")
-    tx = gs.apply_over_depth(depth, gs.tikhonov(1.0))
+    tx = gs.smooth_over_depth(depth, gs.tikhonov(1.0))
     step = lambda u: tx.update(u, tx.init(u))[0]
     alone, out = step(cycle), jax.jit(step)(jax.device_put(cycle, shardings))
     for name in cycle:

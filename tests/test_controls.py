@@ -18,7 +18,7 @@ SCANNED = gs.scanned("blocks/")
 
 
 def step(operator, updates, **kwargs):
-    tx = gs.apply_over_depth(SCANNED, operator, **kwargs)
+    tx = gs.smooth_over_depth(SCANNED, operator, **kwargs)
     return jax.jit(lambda u: tx.update(u, tx.init(u))[0])(updates)
 
 
@@ -127,7 +127,7 @@ def test_a_shuffle_is_the_same_at_every_step_and_another_for_another_seed():
 
 def test_the_mean_over_depth_gives_every_layer_the_mean_of_its_run():
     updates = {f"layers_{i}": {"w": jnp.full((2,), float(i))} for i in (0, 1, 2, 6, 7)}
-    tx = gs.apply_over_depth(gs.unrolled(), gs.mean_over_depth(), strict=False)
+    tx = gs.smooth_over_depth(gs.unrolled(), gs.mean_over_depth(), strict=False)
     out = tx.update(updates, tx.init(updates))[0]
     means = {i: float(out[f"layers_{i}"]["w"][0]) for i in (0, 1, 2, 6, 7)}
     assert means == pytest.approx({0: 1, 1: 1, 2: 1, 6: 6.5, 7: 6.5})
@@ -182,24 +182,26 @@ def test_the_contraction_factor_of_one_layer_and_of_the_mean_is_zero():
 
 
 def test_the_contraction_factor_of_an_operator_that_changes_nothing_is_one():
-    for operator in (gs.window(0.0), gs.dense(np.eye(5)), lambda n: np.eye(n)):
+    for operator in (gs.window(0.0), gs.dense(np.eye(5)), gs.operator_fn(np.eye)):
         assert contraction_factor(operator, 5) == pytest.approx(1.0, rel=1e-12)
 
 
 def test_the_contraction_factor_is_infinite_where_constants_are_not_kept():
     assert contraction_factor(gs.laplacian(0.2), 4) == math.inf
     assert contraction_factor(gs.compose(gs.ema(0.5), gs.laplacian(0.2)), 4) == math.inf
-    assert contraction_factor(lambda n: np.diag(np.arange(1.0, n + 1)), 4) == math.inf
+    ramp = gs.operator_fn(lambda n: np.diag(np.arange(1.0, n + 1)))
+    assert contraction_factor(ramp, 4) == math.inf
     # Another constant is a constant: nothing is divided by nothing.
     assert contraction_factor(gs.laplacian(0.2), 2) < 1
-    assert contraction_factor(lambda n: 2 * np.eye(n), 4) == pytest.approx(2.0)
+    double = gs.operator_fn(lambda n: 2 * np.eye(n))
+    assert contraction_factor(double, 4) == pytest.approx(2.0)
 
 
 def test_the_contraction_factor_takes_strengths_and_functions_in_float32():
     expected = contraction_factor(gs.window(0.1), 5)
     for operator in (
         gs.window(jnp.float32(0.1)),
-        lambda n: gs.window(jnp.float32(0.1)).matrix(n),
+        gs.operator_fn(gs.window(jnp.float32(0.1)).matrix),
         gs.window(lambda count: 0.1).at(0),
     ):
         assert contraction_factor(operator, 5) == pytest.approx(expected, rel=1e-5)
@@ -286,7 +288,8 @@ def test_what_couples_other_layers_than_neighbors_may_add_roughness():
         for seed in range(5)
     ]
     assert max(factors) > 1.0
-    assert contraction_factor(lambda n: np.eye(n)[::-1] * 1.5 - 0.5 / n, 4) > 1.0
+    reverse = gs.operator_fn(lambda n: np.eye(n)[::-1] * 1.5 - 0.5 / n)
+    assert contraction_factor(reverse, 4) > 1.0
 
 
 def test_sharpening_rescaling_and_coupling_by_similarity_may_add_roughness():

@@ -154,5 +154,5 @@ def test_nothing_to_compare_is_an_error_only_if_strict():
     with pytest.raises(ValueError, match="matched none"):
         cosine_matrix({"embed": jnp.ones(3)}, SCANNED)
     assert cosine_matrix({"embed": jnp.ones(3)}, SCANNED, strict=False) == {}
-    with pytest.raises(TypeError, match="`depth`"):
+    with pytest.raises(ValueError, match="`depth`"):
         cosine_matrix({}, "blocks/")

@@ -1,20 +1,23 @@
 """Where depth is: what the specs read from paths, and the specs as values."""
 
 import dataclasses
+import inspect
 import pickle
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 
 import gradsmooth_optax as gs
 
 
-def step(depth, updates, alpha=0.4, **kwargs):
-    tx = gs.smooth_over_depth(depth, alpha, **kwargs)
+def step(depth, updates, operator=0.4, **kwargs):
+    tx = gs.smooth_over_depth(depth, operator, **kwargs)
     return tx.update(updates, tx.init(updates))[0]
 
 
@@ -394,8 +397,6 @@ def specs():
         gs.first_match(gs.scanned("blocks/"), gs.unrolled()),
         gs.first_match(by_hand, gs.unrolled()),
         gs.ranked(gs.unrolled()),
-        gs.from_tree({"a": gs.Depth("a", "w"), "b": None}),
-        gs.from_tree({"a": gs.Depth("a", "w", 1), "b": None}),
         gs.depth_fn(by_hand),
         gs.unrolled().only(is_kernel),
         gs.unrolled().only_projections(),
@@ -443,6 +444,231 @@ def test_depth_is_a_frozen_value():
     assert hash(nested_scan) == hash(pickle.loads(pickle.dumps(nested_scan)))
 
 
+# What they show: the call that makes them.
+
+# Of those that cannot be called without arguments, the arguments.
+NEEDED = {"maxtext_deepseek": (3,)}
+PRESETS = {
+    name: function
+    for name, function in inspect.getmembers(gs.layouts, inspect.isfunction)
+    if function.__module__ == gs.layouts.__name__ and not name.startswith("_")
+}
+SHOWN = [
+    "gs.unrolled()",
+    r"gs.unrolled(r'layers_(\d+)/', start=2, stack=('a', ('b', 1)))",
+    r"""gs.unrolled('it\'s "so"_(\\d)')""",
+    "gs.scanned('blocks/')",
+    "gs.scanned('blocks/', axis=(0, 1), start=1, stride=(4, 1))",
+    "gs.scanned('blocks/', axis=(0,))",
+    "gs.first_match(gs.scanned('b/'), gs.ranked(gs.unrolled()))",
+    "gs.unrolled().only_projections()",
+    "gs.ranked(gs.layouts.flax_nnx()).only_projections(bias=False)",
+    r"gs.layouts.flax_linen(r'Block_\w', scan_axis=(0, 1))",
+    "gs.layouts.maxtext(cycle=6, num_cycles=10)",
+    *(
+        f"gs.layouts.{name}({', '.join(map(str, NEEDED.get(name, ())))})"
+        for name in PRESETS
+    ),
+    "gs.window(0.2)",
+    "gs.window(0.1, radius=3, decay=0.5)",
+    "gs.laplacian(0.1)",
+    "gs.ema(0.1)",
+    "gs.ema(0.1, reverse=True)",
+    "gs.gaussian(1.0, radius=2)",
+    "gs.tikhonov(2.0)",
+    "gs.mean_over_depth()",
+    "gs.dense([[0.5, 0.5], [0.25, 0.75]])",
+    "gs.compose(gs.ema(0.5), gs.window(0.1))",
+    "gs.repeat(gs.compose(gs.window(0.1)), times=3)",
+    "gs.similarity_window(0.1, norm_scope='param', sharpness=2.0)",
+    "gs.controls.norm_matched(gs.window(0.1))",
+    "gs.controls.shuffled(gs.window(0.1), seed=3)",
+]
+
+
+@pytest.mark.parametrize("source", SHOWN)
+def test_a_spec_or_operator_shows_the_call_that_makes_it(source):
+    value = eval(source, {"gs": gs})
+    assert repr(value) == source
+    assert eval(repr(value), {"gs": gs}) == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        gs.scanned("blocks/", axis=np.int64(1), start=np.int32(2)),
+        gs.window(np.float32(0.1), decay=np.array(0.3)),
+        gs.window(jnp.bfloat16(0.1)),
+        gs.gaussian(jnp.float32(0.3), radius=2),
+        gs.gaussian(0.3),
+        gs.dense(np.random.default_rng(0).normal(size=(9, 9))),
+        gs.dense(jnp.eye(2)),
+        gs.repeat(gs.ema(jnp.float32(0.1)), 2),
+        gs.similarity_window(jnp.float32(0.1), sharpness=np.float64(2)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_concrete_arrays_are_shown_as_numbers_that_make_an_equal_value(value):
+    again = eval(repr(value), {"gs": gs})
+    assert again == value
+    assert hash(again) == hash(value)
+
+
+def test_functions_are_shown_by_their_names():
+    assert repr(gs.depth_fn(by_hand)) == f"gs.depth_fn(<{__name__}.by_hand>)"
+    assert repr(gs.first_match(by_hand)) == f"gs.first_match({gs.depth_fn(by_hand)!r})"
+    only = f"gs.unrolled().only(<{__name__}.is_kernel>)"
+    assert repr(gs.unrolled().only(is_kernel)) == only
+    assert repr(gs.operator_fn(np.eye)) == "gs.operator_fn(<numpy.eye>)"
+
+
+# Their names, as in a configuration file.
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_layout_has_its_name(name):
+    args = NEEDED.get(name, ())
+    text = name + (repr(args) if args else "")
+    assert gs.ranked(text.replace(",)", ")")) == gs.ranked(PRESETS[name](*args))
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("maxtext()", gs.layouts.maxtext()),
+        ("maxtext(cycle=6)", gs.layouts.maxtext(cycle=6)),
+        ("maxtext.only_projections()", gs.layouts.maxtext().only_projections()),
+        (
+            "maxtext(cycle=6).only_projections(bias=False)",
+            gs.layouts.maxtext(cycle=6).only_projections(bias=False),
+        ),
+        ("gs.layouts.maxtext(cycle=-1)", gs.layouts.maxtext(cycle=-1)),
+        ("flax_linen(scan_axis=(0, 1))", gs.layouts.flax_linen(scan_axis=(0, 1))),
+        ("unrolled", gs.unrolled()),
+        ("scanned('blocks/', axis=1, stack=None)", gs.scanned("blocks/", axis=1)),
+        ("ranked(flax_nnx())", gs.ranked(gs.layouts.flax_nnx())),
+        (
+            "first_match('flax_nnx', scanned('b/'))",
+            gs.first_match(gs.layouts.flax_nnx(), gs.scanned("b/")),
+        ),
+    ],
+)
+def test_a_name_stands_for_its_call_with_options_and_restriction(text, spec):
+    assert gs.ranked(text) == gs.ranked(spec)
+    assert gs.first_match(text, gs.unrolled()) == gs.first_match(spec, gs.unrolled())
+
+
+def test_a_name_is_taken_wherever_a_depth_is():
+    blocks = oracle.random_blocks(3)
+    tree = jax.tree.map(jnp.asarray, oracle.unrolled_tree(blocks))
+    out = step("unrolled", tree)
+    oracle.assert_blocks_close(in_order(out, blocks), oracle.window(blocks, 0.4))
+    kernels = step("unrolled().only_projections(bias=False)", tree)
+    assert kernels["layers_0"]["bias"] is tree["layers_0"]["bias"]
+    assert kernels["layers_0"]["kernel"] is not tree["layers_0"]["kernel"]
+    assert str(gs.describe("unrolled", tree)) == str(gs.describe(gs.unrolled(), tree))
+    assert set(gs.diagnostics.depth_statistics(tree, "unrolled")) == {"layers"}
+    assert set(gs.diagnostics.cosine_matrix(tree, "unrolled")) == {"layers"}
+    smooth = gs.smooth_over_depth("unrolled")
+    for tx in (
+        gs.diagnostics.monitor_depth(smooth, "unrolled"),
+        gs.muon(0.1, "unrolled", smooth),
+        gs.contrib.learn_alpha(optax.identity(), "unrolled"),
+    ):
+        tx.init(tree)
+
+
+def test_a_name_is_no_schedule_to_inject_hyperparams():
+    blocks = oracle.random_blocks(3)
+    tree = jax.tree.map(jnp.asarray, oracle.unrolled_tree(blocks))
+    tx = optax.inject_hyperparams(gs.smooth_over_depth)("unrolled", 0.4)
+    state = tx.init(tree)
+    assert set(state.hyperparams) == {"operator"}
+    out, _ = tx.update(tree, state)
+    oracle.assert_blocks_close(in_order(out, blocks), oracle.window(blocks, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("maxtex", "maxtext"),
+        ("MaxText(cycle=6)", "maxtext"),
+        ("big-vision", "big_vision"),
+        ("flax_linnen(scan_axis=0)", "flax_linen"),
+        ("rank(unrolled())", "ranked"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest_and_all_that_there_are(text, meant):
+    for make in (gs.smooth_over_depth, gs.ranked, gs.first_match):
+        with pytest.raises(ValueError, match=f"Did you mean .*'{meant}'") as info:
+            make(text)
+        assert repr(text) in str(info.value)
+        for name in PRESETS:
+            assert name in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "touch()",
+        "__import__('pathlib').Path('evaluated').touch()",
+        "(lambda: __import__('pathlib').Path('evaluated').touch())()",
+        "[__import__('pathlib').Path('evaluated').touch() for _ in 'a']",
+        'f\'{__import__("pathlib").Path("evaluated").touch()}\'',
+        "cycles",
+        "1 + 1",
+    ],
+)
+def test_an_argument_that_is_no_literal_is_refused_and_never_evaluated(
+    argument, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for text in (f"maxtext(cycle={argument})", f"maxtext({argument})"):
+        with pytest.raises(ValueError, match="`depth`="):
+            gs.smooth_over_depth(text)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_expression_for_an_argument_is_told_to_be_written_as_a_literal():
+    with pytest.raises(ValueError, match=r"'2 \* 3', which is no literal") as info:
+        gs.smooth_over_depth("maxtext(cycle=2 * 3)")
+    assert "never evaluated" in str(info.value)
+
+
+@pytest.mark.parametrize("pattern", [r"layers_(\d+)/", r"h/(\d+)/", r"(\d+)$"])
+def test_a_pattern_in_place_of_a_name_is_told_the_calls_that_take_it(pattern):
+    with pytest.raises(ValueError, match="not the name of a layout") as info:
+        gs.smooth_over_depth(pattern)
+    calls = re.findall(r"`((?:unrolled|scanned)\(.*?\))`", str(info.value))
+    names = {"unrolled": gs.unrolled, "scanned": gs.scanned}
+    advised = [eval(call, names) for call in calls]
+    assert advised == [gs.unrolled(pattern), gs.scanned(pattern)]
+
+
+def test_a_path_in_place_of_a_name_is_told_the_call_that_takes_it():
+    with pytest.raises(ValueError, match="not the name") as info:
+        gs.smooth_over_depth("decoder/layers/")
+    assert "`scanned('decoder/layers/', axis=0)`" in str(info.value)
+    assert "`unrolled(" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("maxtext(cycles=6)", TypeError, "'cycles'"),
+        ("maxtext(6)", TypeError, "positional"),
+        ("unrolled('layers_')", ValueError, "has no group"),
+        ("scanned('blocks/', axis='0')", TypeError, "`axis`"),
+    ],
+)
+def test_what_the_call_refuses_is_its_error_with_the_text_it_came_from(
+    text, error, words
+):
+    with pytest.raises(error, match=words) as info:
+        gs.smooth_over_depth(text)
+    assert any(repr(text) in note for note in info.value.__notes__)
+
+
 # How specs combine.
 
 
@@ -483,7 +709,7 @@ def test_depth_fn_decorates_a_function():
         oracle.assert_blocks_close(got, expected)
 
 
-def test_from_tree_takes_the_depths_from_a_tree_like_the_parameters():
+def test_a_function_may_look_the_depths_up_by_their_paths():
     blocks = oracle.random_blocks(3, shapes={"w": (2, 3)})
     tree = {
         "embed": leaf(9),
@@ -491,11 +717,10 @@ def test_from_tree_takes_the_depths_from_a_tree_like_the_parameters():
         "rest": [jnp.stack([b["w"] for b in blocks[1:]], axis=1), None],
     }
     depths = {
-        "embed": None,
-        "first": gs.Depth("s", "w", 0),
-        "rest": [gs.Depth("s", "w", 1, axis=1), None],
+        ("first",): gs.Depth("s", "w", 0),
+        ("rest", 0): gs.Depth("s", "w", 1, axis=1),
     }
-    out = step(gs.from_tree(depths), tree)
+    out = step(lambda path, leaf: depths.get(path), tree)
     assert out["embed"] is tree["embed"]
     got = [out["first"], out["rest"][0][:, 0], out["rest"][0][:, 1]]
     oracle.assert_blocks_close([{"w": x} for x in got], oracle.window(blocks, 0.4))
@@ -600,7 +825,7 @@ def test_a_gap_is_a_boundary_when_not_strict(variant, norm_scope):
 
 def test_a_gap_is_a_boundary_for_a_wide_window_too():
     blocks, tree = with_gaps([0, 1, 2, 4, 5, 8], {"w": (3,)})
-    out = step(gs.unrolled(), tree, strict=False, radius=3)
+    out = step(gs.unrolled(), tree, gs.window(0.4, radius=3), strict=False)
     expected = oracle.window(blocks, 0.4, 3)
     oracle.assert_blocks_close(in_order(out, blocks), expected)
 

@@ -243,7 +243,7 @@ def test_nothing_to_couple_is_an_error_only_if_strict():
 
 
 def test_arguments_of_the_wrong_kind_are_refused():
-    with pytest.raises(TypeError, match=re.escape("scanned('blocks/', axis=0)")):
+    with pytest.raises(ValueError, match=re.escape("scanned('blocks/', axis=0)")):
         depth_statistics(stacked(oracle.random_blocks(2)), "blocks/")
     with pytest.raises(TypeError, match="`strict` must be True or False"):
         depth_statistics({}, SCANNED, strict=1)

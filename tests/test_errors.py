@@ -263,28 +263,45 @@ def test_a_function_that_returns_no_depth_names_the_leaf_and_what_it_returned(
     )
 
 
-def test_a_tree_of_depths_that_holds_something_else_is_an_error():
-    def make():  # At construction or in `init`.
-        return gs.smooth_over_depth(gs.from_tree({"a": "layers"})).init({"a": X})
-
-    with pytest.raises(TypeError, match="Depth") as info:
-        make()
-    assert_says(info, "str|'layers'")
-
-
-@pytest.mark.parametrize("depth", ["layers_", r"layers_(\d+)", None, 3, {"a": 1}])
-def test_something_that_is_no_depth_spec_is_refused_at_construction(depth):
+@pytest.mark.parametrize(
+    ("depth", "error", "found"),
+    [
+        ("layers_", ValueError, "'layers_'"),
+        (r"layers_(\d+)", ValueError, r"layers_\(\\d\+\)"),
+        (None, TypeError, "NoneType"),
+        (3, TypeError, "int"),
+        ({"a": 1}, TypeError, "dict"),
+        (optax.identity(), TypeError, "GradientTransformation"),
+    ],
+    ids=["name", "pattern", "None", "int", "dict", "transformation"],
+)
+def test_something_that_is_no_depth_spec_is_refused_at_construction(
+    depth, error, found
+):
+    smoothing = gs.smooth_over_depth(gs.unrolled())
     for make in (
         lambda: gs.smooth_over_depth(depth),
-        lambda: gs.apply_over_depth(depth, gs.window(0.1)),
-        lambda: gs.with_depth_smoothing(optax.scale_by_adam(), depth),
-        lambda: gs.adamw(1e-3, depth),
+        lambda: gs.smooth_over_depth(depth, gs.window(0.1)),
+        lambda: gs.muon(1e-3, depth, smoothing),
         lambda: gs.first_match(depth),
         lambda: gs.ranked(depth),
     ):
+        with pytest.raises(error) as info:
+            make()
+        assert_says(info, r"unrolled\(|scanned\(", found)
+
+
+@pytest.mark.parametrize("smoothing", [gs.unrolled(), gs.window(0.1), 0.1, None])
+def test_something_that_is_no_smoothing_is_refused_at_construction(smoothing):
+    for make in (
+        lambda: gs.with_depth_smoothing(optax.scale_by_adam(), smoothing),
+        lambda: gs.adamw(1e-3, smoothing),
+        lambda: gs.muon(1e-3, gs.unrolled(), smoothing),
+    ):
         with pytest.raises(TypeError) as info:
             make()
-        assert_says(info, r"unrolled\(|scanned\(|from_tree\(", type(depth).__name__)
+        found = re.escape(type(smoothing).__name__)
+        assert_says(info, r"`smoothing`", r"smooth_over_depth\(depth", found)
 
 
 def test_forgetting_to_wrap_a_depth_is_told_apart():
@@ -293,35 +310,29 @@ def test_forgetting_to_wrap_a_depth_is_told_apart():
     assert_says(info, "depth", "Depth", "function|unrolled|depth_fn")
 
 
-@pytest.mark.parametrize("operator", [0.1, "window", None, np.eye(3)])
+@pytest.mark.parametrize(
+    "operator",
+    ["window", "0.1", None, [0.1], np.eye(3), True, gs.unrolled(), optax.identity()],
+    ids=lambda operator: type(operator).__name__,
+)
 def test_something_that_is_no_operator_is_refused_at_construction(operator):
     with pytest.raises(TypeError) as info:
-        gs.apply_over_depth(gs.unrolled(), operator)
+        gs.smooth_over_depth(gs.unrolled(), operator)
     assert_says(info, r"\boperator\b", r"window\(|dense\(", type(operator).__name__)
 
 
 @pytest.mark.parametrize("alpha", ["0.1", None, [0.1]])
 def test_an_alpha_of_the_wrong_kind_is_refused_at_construction(alpha):
-    for make in (
-        lambda: gs.smooth_over_depth(gs.unrolled(), alpha),
-        lambda: gs.window(alpha),
-        lambda: gs.with_depth_smoothing(optax.identity(), gs.unrolled(), alpha),
-    ):
-        with pytest.raises(TypeError) as info:
-            make()
-        assert_says(info, r"\balpha\b", type(alpha).__name__)
+    with pytest.raises(TypeError) as info:
+        gs.window(alpha)
+    assert_says(info, r"\balpha\b", type(alpha).__name__)
 
 
 # Values: ValueError at construction.
 
 MAKERS = {
-    "smooth_over_depth": lambda **kw: gs.smooth_over_depth(gs.unrolled(), **kw),
-    "with_depth_smoothing": lambda **kw: gs.with_depth_smoothing(
-        optax.scale_by_adam(), gs.unrolled(), **kw
-    ),
-    "adamw": lambda **kw: gs.adamw(1e-3, gs.unrolled(), **kw),
-    "sgd": lambda **kw: gs.sgd(1e-3, gs.unrolled(), **kw),
-    "muon": lambda **kw: gs.muon(1e-3, gs.unrolled(), **kw),
+    "smooth_over_depth": lambda alpha: gs.smooth_over_depth(gs.unrolled(), alpha),
+    "window": gs.window,
 }
 
 
@@ -330,11 +341,10 @@ MAKERS = {
     [-0.1, 1.1, 2, -1, math.inf, -math.inf, math.nan, np.float32(1.5), np.array(-0.5)],
     ids=str,
 )
-@pytest.mark.parametrize("make", [*MAKERS, "window"])
+@pytest.mark.parametrize("make", MAKERS)
 def test_an_alpha_outside_its_range_is_refused(make, alpha):
-    make = {**MAKERS, "window": gs.window}[make]
     with pytest.raises(ValueError, match=r"\balpha\b") as info:
-        make(alpha=alpha)
+        MAKERS[make](alpha)
     assert_says(info, re.escape(f"{float(alpha):g}"), r"0.*1")
 
 
@@ -351,53 +361,47 @@ def test_a_traced_alpha_is_never_checked():
     gs.window(jnp.asarray(-0.5))
 
 
-@pytest.mark.parametrize("make", [*MAKERS, "apply_over_depth"])
-def test_an_unknown_variant_or_norm_scope_lists_the_allowed_ones(make):
-    makers = {
-        **MAKERS,
-        "apply_over_depth": lambda **kw: gs.apply_over_depth(
-            gs.unrolled(), gs.window(0.1), **kw
-        ),
-    }
+@pytest.mark.parametrize("operator", [0.1, gs.window(0.1)], ids=["alpha", "operator"])
+def test_an_unknown_variant_or_norm_scope_lists_the_allowed_ones(operator):
+    def make(**kwargs):
+        gs.smooth_over_depth(gs.unrolled(), operator, **kwargs)
+
     for wrong in ("norm-preserving", "Standard", "", None):
         with pytest.raises((ValueError, TypeError), match=r"\bvariant\b") as info:
-            makers[make](variant=wrong)
+            make(variant=wrong)
         assert_says(
             info, "standard", "norm_preserving", "directional", re.escape(repr(wrong))
         )
     with pytest.raises(ValueError, match=r"\bnorm_scope\b") as info:
-        makers[make](norm_scope="layer")
+        make(norm_scope="layer")
     assert_says(info, "'param'", "'block'", "'layer'")
 
 
 @pytest.mark.parametrize("radius", [0, -1])
-@pytest.mark.parametrize("make", [*MAKERS, "window"])
-def test_a_radius_below_one_is_refused(make, radius):
-    make = {**MAKERS, "window": lambda **kw: gs.window(0.1, **kw)}[make]
+def test_a_radius_below_one_is_refused(radius):
     with pytest.raises(ValueError, match=r"\bradius\b") as info:
-        make(radius=radius)
+        gs.window(0.1, radius=radius)
     assert_says(info, str(radius), r"1")
 
 
 @pytest.mark.parametrize("radius", [jnp.asarray(2), np.array(2), 1.5, "2"])
-@pytest.mark.parametrize("make", [*MAKERS, "window"])
-def test_a_radius_that_is_no_int_is_refused(make, radius):
-    make = {**MAKERS, "window": lambda **kw: gs.window(0.1, **kw)}[make]
+def test_a_radius_that_is_no_int_is_refused(radius):
     with pytest.raises(TypeError) as info:
-        make(radius=radius)
+        gs.window(0.1, radius=radius)
     assert_says(info, r"\bradius\b", r"\bint")
 
 
 def test_an_array_as_radius_says_what_to_tell_inject_hyperparams():
+    def factory(alpha, radius):
+        return gs.smooth_over_depth(gs.unrolled(), gs.window(alpha, radius))
+
     tree = layers(range(3))
-    for factory in (gs.smooth_over_depth, gs.with_depth_smoothing):
-        args = () if factory is gs.smooth_over_depth else (optax.identity(),)
-        tx = optax.inject_hyperparams(factory)(*args, gs.unrolled(), 0.1, radius=2)
-        with pytest.raises(TypeError) as info:
-            tx.init(tree)
-        assert_says(
-            info, r"\bradius\b", r"inject_hyperparams", r'static_args=\("radius",\)'
-        )
+    with pytest.raises(TypeError) as info:
+        optax.inject_hyperparams(factory)(0.1, radius=2).init(tree)
+    assert_says(
+        info, r"\bradius\b", r"inject_hyperparams", r'static_args=\("radius",\)'
+    )
+    optax.inject_hyperparams(factory, static_args=("radius",))(0.1, radius=2).init(tree)
 
 
 @pytest.mark.parametrize("make", [gs.unrolled, gs.scanned])
@@ -428,7 +432,7 @@ def test_a_pattern_that_is_no_string_is_refused_at_construction(make, pattern):
 
 def run(operator):
     tree = layers(range(3))
-    tx = gs.apply_over_depth(gs.unrolled(), operator)
+    tx = gs.smooth_over_depth(gs.unrolled(), operator)
     return tx.update(tree, tx.init(tree))
 
 
@@ -437,10 +441,9 @@ def run(operator):
     [
         gs.dense(np.eye(4)),
         gs.operator_fn(lambda n: np.eye(4)),
-        lambda n: np.eye(4),
         gs.operator_fn(lambda n: np.ones((n,))),
     ],
-    ids=["dense", "operator_fn", "bare function", "vector"],
+    ids=["dense", "operator_fn", "vector"],
 )
 def test_a_matrix_of_the_wrong_size_names_the_group_and_its_run(operator):
     with pytest.raises(ValueError, match=r"decoder/layers") as info:
@@ -471,9 +474,11 @@ def test_operator_fn_takes_a_function(function):
 
 
 def test_errors_in_init_come_from_a_recipe_as_well():
-    for make in (gs.adamw, gs.sgd, gs.muon):
+    depth = gs.scanned("blocks/")
+    smoothing = gs.smooth_over_depth(depth)
+    for tx in (gs.adamw(1e-3, smoothing), gs.muon(1e-3, depth, smoothing)):
         with pytest.raises(ValueError, match="decoder/layers_0/mlp/kernel"):
-            make(1e-3, gs.scanned("blocks/")).init(layers(range(2)))
+            tx.init(layers(range(2)))
 
 
 # What a schedule returns, and other values that come late.
@@ -571,13 +576,41 @@ def test_a_spec_that_matches_only_integers_is_not_told_to_match_them():
 def test_a_state_without_a_count_is_told_to_be_converted_for_a_schedule():
     params = {"blocks": {"w": jnp.ones((3, 2))}}
     depth = gs.scanned("blocks/")
-    state = gs.with_depth_smoothing(optax.scale_by_adam(), depth, 0.1).init(params)
+    state = optax.scale_by_adam().init(params)
     schedule = optax.linear_schedule(0.0, 0.1, 10)
-    tx = gs.with_depth_smoothing(optax.scale_by_adam(), depth, schedule)
-    with pytest.raises(TypeError, match="WithDepthSmoothingState"):
+    smoothing = gs.smooth_over_depth(depth, schedule)
+    tx = gs.with_depth_smoothing(optax.scale_by_adam(), smoothing)
+    with pytest.raises(TypeError, match="ScaleByAdamState") as info:
         tx.update(params, state, params)
-    converted = gs.WithDepthSmoothingState(jnp.int32(0), state)
+    conversion = "WithDepthSmoothingState(state, smoothing.init(params))"
+    assert_says(info, re.escape(conversion))
+    converted = gs.WithDepthSmoothingState(state, smoothing.init(params))
     tx.update(params, converted, params)
+
+
+def test_a_state_with_a_count_is_told_to_be_converted_for_a_constant():
+    params = {"blocks": {"w": jnp.ones((3, 2))}}
+    depth = gs.scanned("blocks/")
+    scheduled = gs.smooth_over_depth(depth, optax.linear_schedule(0.0, 0.1, 10))
+    state = gs.with_depth_smoothing(optax.scale_by_adam(), scheduled).init(params)
+    constant = gs.smooth_over_depth(depth, 0.1)
+    tx = gs.with_depth_smoothing(optax.scale_by_adam(), constant)
+    with pytest.raises(TypeError, match="WithDepthSmoothingState") as info:
+        tx.update(params, state, params)
+    assert_says(info, re.escape("state.inner_state"))
+    tx.update(params, state.inner_state, params)
+
+
+def test_a_smoothing_that_keeps_a_state_like_the_parameters_is_refused_in_init():
+    params = {"blocks": {"w": jnp.ones((3, 2))}}
+    smoothing = optax.chain(
+        gs.smooth_over_depth("scanned('blocks/')"), optax.trace(0.9)
+    )
+    tx = gs.with_depth_smoothing(optax.scale_by_adam(), smoothing)
+    with pytest.raises(ValueError, match="state like the parameters") as info:
+        tx.init(params)
+    assert_says(info, "`smoothing`", re.escape("`optax.chain(inner, smoothing)`"))
+    optax.chain(optax.scale_by_adam(), smoothing).init(params)
 
 
 # Leaves of one scan that hold different numbers of layers.
@@ -686,7 +719,7 @@ def test_taking_the_wrong_number_for_the_layer_is_a_warning_with_the_right_patte
     message = str(warning.message)
     assert warning.filename == __file__
     for part in (
-        "`depth` unrolled()",
+        "`depth` gs.unrolled()",
         "3 groups",
         "Transformer_0/EncoderBlock_0/Dense_0/kernel",
         r"`unrolled(r'EncoderBlock_(\d+)/')`",
@@ -703,15 +736,15 @@ def test_taking_the_wrong_number_for_the_layer_is_a_warning_with_the_right_patte
 @pytest.mark.parametrize(
     "make",
     [
-        lambda depth: gs.apply_over_depth(depth, gs.window(0.1)),
-        lambda depth: gs.with_depth_smoothing(optax.scale_by_adam(), depth),
-        lambda depth: gs.adamw(1e-3, depth),
+        lambda smoothing: smoothing,
+        lambda smoothing: gs.with_depth_smoothing(optax.scale_by_adam(), smoothing),
+        lambda smoothing: gs.adamw(1e-3, smoothing),
     ],
-    ids=["apply_over_depth", "with_depth_smoothing", "adamw"],
+    ids=["smooth_over_depth", "with_depth_smoothing", "adamw"],
 )
 def test_every_transformation_warns_of_layers_that_nothing_couples(make):
     with pytest.warns(UserWarning, match=r"EncoderBlock_\(\\d\+\)"):
-        make(gs.unrolled()).init(vit())
+        make(gs.smooth_over_depth(gs.unrolled(), gs.window(0.1))).init(vit())
 
 
 @pytest.mark.parametrize(

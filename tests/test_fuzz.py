@@ -29,7 +29,7 @@ import optax
 import oracle
 import pytest
 import reading
-from reading import At, FirstMatch, FromTree, Function, Pattern, Ranked, Wrong
+from reading import At, FirstMatch, Function, Pattern, Ranked, Wrong
 
 import gradsmooth_optax as gs
 
@@ -234,7 +234,7 @@ def leaf_along(draw, at, shape, dtype, sizes, strides):
 
 @st.composite
 def trees_with_depths(draw):
-    """A tree, and a function or a tree that says which layers each leaf holds."""
+    """A tree, and a function that says which layers each leaf holds."""
     names = st.sampled_from([("s", "a"), ("s", 0), ("s", None), (("t", 1), "a")])
     leaves = []
     for stack, role in draw(st.lists(names, max_size=4, unique=True)):
@@ -254,9 +254,9 @@ def trees_with_depths(draw):
 
 @st.composite
 def depths_of(draw, tree):
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     table = {}
-    for key_path, leaf in flat:  # Keyless containers: paths are not unique.
+    # Keyless containers: paths are not unique.
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         table.setdefault(reading.path_of(key_path), leaf.at)
     role = draw(st.sampled_from(ROLES))
     of_role = {
@@ -267,7 +267,6 @@ def depths_of(draw, tree):
         st.sampled_from(
             [
                 *[Function(table)] * 3,
-                FromTree(treedef, [leaf.at for _, leaf in flat]),
                 Ranked(Function(table)),
                 FirstMatch([Ranked(Function(of_role)), Function(table)]),
             ]
@@ -456,7 +455,7 @@ def check(tree, description, applied, options):
         unfit = {"`dense` holds a matrix"} if lengths - {1, applied.size} else set()
 
     def transformation():
-        return gs.apply_over_depth(description.build(), applied.operator, **options)
+        return gs.smooth_over_depth(description.build(), applied.operator, **options)
 
     summary = unless(read.malformed, lambda: gs.describe(description.build(), tree))
     if summary is not None:
@@ -479,7 +478,7 @@ def unless(refused, call):
     with pytest.raises((TypeError, ValueError), match="|".join(refused)) as info:
         call()
     *_, last = traceback.extract_tb(info.value.__traceback__)
-    assert Path(last.filename).parent == Path(gs.__file__).parent
+    assert Path(gs.__file__).parent in Path(last.filename).parents
     assert re.search(r"`\w+`", str(info.value))
     return None
 
@@ -641,6 +640,6 @@ def test_a_float32_alpha_costs_float64_leaves_no_precision(radius, decay, enable
     with enable_x64():
         tree = jax.tree.map(jnp.asarray, oracle.unrolled_tree(blocks))
         operator = gs.window(jnp.float32(0.25), radius, decay)
-        tx = gs.apply_over_depth(gs.unrolled(), operator)
+        tx = gs.smooth_over_depth(gs.unrolled(), operator)
         out, _ = tx.update(tree, tx.init(tree))
     oracle.assert_blocks_close([out[f"layers_{i}"] for i in range(6)], expected)

@@ -52,12 +52,12 @@ def transformations(case, depth):
         yield gs.smooth_over_depth(depth, case["alpha"], variant=variant)
     elif case["method"] == "laplacian":
         operator = gs.laplacian(case["alpha"])
-        yield gs.apply_over_depth(depth, operator, variant=variant)
+        yield gs.smooth_over_depth(depth, operator, variant=variant)
     else:
         operator = gs.ema(case["rho"], reverse=case["reverse"])
-        yield gs.apply_over_depth(depth, operator, variant=variant)
-    yield gs.apply_over_depth(depth, gs.dense(matrix), variant=variant)
-    yield gs.apply_over_depth(depth, gs.operator_fn(matrix_of(case)), variant=variant)
+        yield gs.smooth_over_depth(depth, operator, variant=variant)
+    yield gs.smooth_over_depth(depth, gs.dense(matrix), variant=variant)
+    yield gs.smooth_over_depth(depth, gs.operator_fn(matrix_of(case)), variant=variant)
 
 
 def module_tree(leaves):

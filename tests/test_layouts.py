@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from reading import looked_up
 
 import gradsmooth_optax as gs
 
@@ -23,8 +24,8 @@ def config_id(kwargs):
     return "-".join(kwargs.values())
 
 
-def step(depth, updates, **kwargs):
-    tx = gs.smooth_over_depth(depth, ALPHA, **kwargs)
+def step(depth, updates, operator=ALPHA, **kwargs):
+    tx = gs.smooth_over_depth(depth, operator, **kwargs)
     out, _ = tx.update(updates, tx.init(updates))
     chex.assert_trees_all_equal_shapes_and_dtypes(out, updates)
     return out
@@ -174,7 +175,7 @@ def test_a_wide_window_reaches_across_cycles_and_remainder():
         gs.scanned(r"cycles/layers_(\d+)/", axis=1, stride=2, stack="s"),
         gs.unrolled(stack="s"),
     )
-    out = step(spec, tree, radius=3)
+    out = step(spec, tree, gs.window(ALPHA, radius=3))
     got = [
         {"w": out["cycles"][f"layers_{layer % 2}"]["w"][:, layer // 2]}
         for layer in range(4)
@@ -269,7 +270,7 @@ def test_roles_that_are_laid_out_differently_share_their_layers_blocks(variant):
         "unrolled": [gs.Depth("s", "c", i) for i in range(5)],
     }
     kwargs = {"variant": variant, "norm_scope": "block"}
-    out = step(gs.from_tree(depths), tree, **kwargs)
+    out = step(looked_up(depths), tree, **kwargs)
     got = [
         {"a": out["scanned"][:, i], "c": out["unrolled"][i]} for i in range(len(blocks))
     ]
@@ -293,7 +294,7 @@ def test_a_slice_without_neighbours_is_unchanged_though_its_leaf_is_not(kwargs):
         "single": gs.Depth("s", "a", 1),
         "scanned": gs.Depth("s", "b", axis=0),
     }
-    out = step(gs.from_tree(depths), tree, strict=False, **kwargs)
+    out = step(looked_up(depths), tree, strict=False, **kwargs)
     got = [{"b": x} for x in out["scanned"]]
     got[0]["a"], got[3]["a"] = out["strided"]
     got[1]["a"] = out["single"]

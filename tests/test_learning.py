@@ -14,7 +14,10 @@ import gradsmooth_optax as gs
 
 SCANNED = gs.scanned("blocks/")
 UNROLLED = gs.unrolled()
-LEARNERS = {"learn_alpha": gs.learn_alpha, "learn_operator": gs.learn_operator}
+LEARNERS = {
+    "learn_alpha": gs.contrib.learn_alpha,
+    "learn_operator": gs.contrib.learn_operator,
+}
 SIGNALS = ("coupling", "full")
 
 
@@ -220,7 +223,7 @@ def test_learn_alpha_is_its_twin_of_plain_loops(layout, per, signal):
     settings = {"learning_rate": 0.3, "decay": 0.6}
     depth, _, strict = LAYOUTS[layout]
     steps = steps_of() if strict else without(steps_of(), (0, "bias"), (2, "kernel"))
-    tx = gs.learn_alpha(
+    tx = gs.contrib.learn_alpha(
         optax.identity(),
         depth,
         0.2,
@@ -251,7 +254,7 @@ def test_learn_operator_is_its_twin_of_plain_loops(layout, signal):
     settings = {"learning_rate": 0.3, "decay": 0.6, "signal": signal}
     depth, _, strict = LAYOUTS[layout]
     steps = steps_of() if strict else without(steps_of(), (0, "bias"), (2, "kernel"))
-    tx = gs.learn_operator(
+    tx = gs.contrib.learn_operator(
         optax.identity(), depth, 0.2, radius=2, strict=strict, alpha_max=0.4, **settings
     )
     # Learning rate and bound are those of α = 2 · radius · w.
@@ -278,7 +281,8 @@ def stack(num_layers=4, seed=0, dtype=jnp.float32):
 def test_a_learning_rate_of_zero_is_plain_smoothing_of_the_inner_update(learn):
     trees = [{**stack(seed=seed), "head": jnp.ones(2)} for seed in range(3)]
     learner = learn(optax.scale_by_adam(), SCANNED, 0.3, learning_rate=0.0)
-    plain = gs.with_depth_smoothing(optax.scale_by_adam(), SCANNED, 0.3)
+    smoothing = gs.smooth_over_depth(SCANNED, 0.3)
+    plain = gs.with_depth_smoothing(optax.scale_by_adam(), smoothing)
     for (got, state), (want, inner) in zip(
         run(learner, trees), run(plain, trees), strict=True
     ):
@@ -317,7 +321,10 @@ def test_a_smaller_dtype_of_the_copy_changes_alpha_by_its_rounding_only():
     trees = [stack(seed=seed) for seed in range(3)]
     settings = {"learning_rate": 0.3, "decay": 0.6}
     full, half = (
-        run(gs.learn_alpha(optax.identity(), SCANNED, dtype=dtype, **settings), trees)
+        run(
+            gs.contrib.learn_alpha(optax.identity(), SCANNED, dtype=dtype, **settings),
+            trees,
+        )
         for dtype in (None, jnp.bfloat16)
     )
     alpha, rounded = learned_of(full[-1][1]), learned_of(half[-1][1])
@@ -334,7 +341,9 @@ def test_the_copy_of_a_complex_update_stays_complex(learn):
 
 
 def test_the_first_step_is_at_the_given_alpha_and_teaches_nothing():
-    ((updates, state),) = run(gs.learn_alpha(optax.identity(), SCANNED, 0.3), [stack()])
+    ((updates, state),) = run(
+        gs.contrib.learn_alpha(optax.identity(), SCANNED, 0.3), [stack()]
+    )
     assert state.alpha == {"blocks": jnp.float32(0.3)}
     assert state.signal == {"blocks": jnp.float32(0)}
     ((expected, _),) = run(gs.smooth_over_depth(SCANNED, 0.3), [stack()])
@@ -346,7 +355,7 @@ def test_alpha_can_leave_zero_and_stays_within_its_bounds():
     # The gradient that follows points where more coupling would have gone.
     coupled = {"blocks": {"w": shared["blocks"]["w"][::-1]}}
     for sign, bound in ((1, 0.25), (-1, 0.0)):
-        tx = gs.learn_alpha(
+        tx = gs.contrib.learn_alpha(
             optax.identity(), SCANNED, 0.0, learning_rate=9.0, alpha_max=0.25
         )
         _, state = tx.update(shared, tx.init(shared))
@@ -357,9 +366,9 @@ def test_alpha_can_leave_zero_and_stays_within_its_bounds():
 @pytest.mark.parametrize(
     ("learn", "kwargs"),
     [
-        (gs.learn_alpha, {}),
-        (gs.learn_alpha, {"per": "layer"}),
-        (gs.learn_operator, {}),
+        (gs.contrib.learn_alpha, {}),
+        (gs.contrib.learn_alpha, {"per": "layer"}),
+        (gs.contrib.learn_operator, {}),
     ],
 )
 def test_updates_that_are_zero_or_not_finite_teach_nothing(learn, kwargs):
@@ -386,7 +395,9 @@ def test_stacks_learn_apart():
             for seed in range(3)
         ]
 
-    tx = gs.learn_alpha(optax.identity(), gs.scanned(r"\w/blocks/"), learning_rate=0.3)
+    tx = gs.contrib.learn_alpha(
+        optax.identity(), gs.scanned(r"\w/blocks/"), learning_rate=0.3
+    )
     (*_, (_, one)), (*_, (_, two)) = run(tx, trees(1)), run(tx, trees(2))
     assert set(one.alpha) == {"a/blocks", "b/blocks"}
     assert one.alpha["a/blocks"] == two.alpha["a/blocks"]
@@ -395,7 +406,7 @@ def test_stacks_learn_apart():
 
 def test_the_learned_operator_is_symmetric_and_keeps_constants():
     u = {"blocks": {"w": jnp.eye(6)}}
-    tx = gs.learn_operator(
+    tx = gs.contrib.learn_operator(
         optax.identity(), SCANNED, 0.3, radius=3, learning_rate=5.0, decay=0.1
     )
     state = tx.init(u)
@@ -453,7 +464,7 @@ APART = np.random.default_rng(0).normal(size=(8, 16))
 def test_alpha_rises_for_a_shared_signal_in_noise_and_falls_for_different_ones(
     inner, per
 ):
-    learner = gs.learn_alpha(inner(), SCANNED, alpha=0.2, per=per)
+    learner = gs.contrib.learn_alpha(inner(), SCANNED, alpha=0.2, per=per)
     state = train(
         optax.chain(learner, optax.scale(-0.003)), [(SHARED, 3.0), (APART, 0.3)]
     )
@@ -465,7 +476,7 @@ def test_alpha_rises_for_a_shared_signal_in_noise_and_falls_for_different_ones(
 
 def test_weights_rise_between_layers_that_agree_and_fall_between_those_that_do_not():
     half_and_half = np.concatenate([SHARED[:4], 2 * APART[4:]])
-    learner = gs.learn_operator(optax.identity(), SCANNED, 0.2)
+    learner = gs.contrib.learn_operator(optax.identity(), SCANNED, 0.2)
     state = train(optax.chain(learner, optax.scale(-0.003)), [(half_and_half, 1.0)])
     weights = np.asarray(learned_of(state[0]))[0, :, 0]
     assert np.mean(weights[:, :3]) > 0.15  # It starts at 0.1; 0.25 is the most.
@@ -475,7 +486,7 @@ def test_weights_rise_between_layers_that_agree_and_fall_between_those_that_do_n
 def test_the_default_signal_does_not_couple_only_to_shrink():
     # Where the learning rate is too large, any damping helps.
     def final(signal):
-        learner = gs.learn_alpha(optax.identity(), SCANNED, 0.2, signal=signal)
+        learner = gs.contrib.learn_alpha(optax.identity(), SCANNED, 0.2, signal=signal)
         tx = optax.chain(learner, optax.scale(-1.9))
         return float(np.mean(learned_of(train(tx, [(APART, 0.0)], steps=20)[0])))
 
@@ -523,7 +534,7 @@ def test_updates_are_traced_once_and_states_can_be_donated(learn):
 
 def test_inside_multi_steps_it_learns_from_the_means_of_the_micro_batches():
     trees = [stack(seed=seed) for seed in range(6)]
-    tx = gs.learn_alpha(optax.identity(), SCANNED, 0.2, learning_rate=0.3)
+    tx = gs.contrib.learn_alpha(optax.identity(), SCANNED, 0.2, learning_rate=0.3)
     multi = optax.MultiSteps(tx, every_k_schedule=2)
     chained = optax.GradientTransformation(multi.init, multi.update)
     _, state = run(chained, trees, params=trees[0])[-1]
@@ -539,7 +550,7 @@ def test_inside_multi_steps_it_learns_from_the_means_of_the_micro_batches():
 
 def test_alpha_is_found_in_nested_states_for_logging():
     params = {**stack(), "head": jnp.ones(2)}
-    learner = gs.learn_alpha(optax.scale_by_adam(), SCANNED, 0.2)
+    learner = gs.contrib.learn_alpha(optax.scale_by_adam(), SCANNED, 0.2)
     labels = {"blocks": "trained", "head": "frozen"}
     nested = {
         "chain": optax.chain(optax.clip(1.0), learner, optax.scale(-1.0)),
@@ -559,7 +570,9 @@ def test_alpha_is_found_in_nested_states_for_logging():
 
 
 def test_the_learned_matrix_is_found_in_the_state_of_a_chain():
-    tx = optax.chain(gs.learn_operator(optax.identity(), SCANNED, 0.2), optax.scale(-1))
+    tx = optax.chain(
+        gs.contrib.learn_operator(optax.identity(), SCANNED, 0.2), optax.scale(-1)
+    )
     found = optax.tree_utils.tree_get(tx.init(stack()), "LearnOperatorState")
     window = gs.window(0.2).matrix(4)
     np.testing.assert_allclose(found.matrix("blocks"), window, atol=1e-7)
@@ -584,7 +597,7 @@ def test_tree_map_params_finds_the_moments(learn):
 @pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
 def test_its_numbers_can_be_injected(learn):
     numbers = {"alpha": 0.2, "learning_rate": 0.3, "decay": 0.5, "alpha_max": 0.4}
-    static = ("radius",) if learn is gs.learn_operator else ()
+    static = ("radius",) if learn is gs.contrib.learn_operator else ()
     make = optax.inject_hyperparams(learn, static_args=static)
     trees = [stack(seed=seed) for seed in range(3)]
     _, injected = run(make(optax.identity(), SCANNED, **numbers), trees)[-1]
@@ -610,9 +623,13 @@ def test_strict_promotion_is_respected():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for signal in SIGNALS:
             for tx in (
-                gs.learn_alpha(optax.identity(), SCANNED, signal=signal),
-                gs.learn_alpha(optax.identity(), SCANNED, signal=signal, per="layer"),
-                gs.learn_operator(optax.identity(), SCANNED, radius=2, signal=signal),
+                gs.contrib.learn_alpha(optax.identity(), SCANNED, signal=signal),
+                gs.contrib.learn_alpha(
+                    optax.identity(), SCANNED, signal=signal, per="layer"
+                ),
+                gs.contrib.learn_operator(
+                    optax.identity(), SCANNED, radius=2, signal=signal
+                ),
             ):
                 jax.eval_shape(tx.update, u, tx.init(u))
 
@@ -645,9 +662,9 @@ def test_an_argument_out_of_range_is_refused_at_construction(learn, wrong, error
 
 def test_arguments_of_one_learner_are_refused_as_well():
     with pytest.raises(ValueError, match=r"`per`.*'stack', 'role', 'layer'"):
-        gs.learn_alpha(optax.identity(), SCANNED, per="parameter")
+        gs.contrib.learn_alpha(optax.identity(), SCANNED, per="parameter")
     with pytest.raises(ValueError, match="`radius`"):
-        gs.learn_operator(optax.identity(), SCANNED, radius=0)
+        gs.contrib.learn_operator(optax.identity(), SCANNED, radius=0)
     for name, learn in LEARNERS.items():
         with pytest.raises(TypeError, match=rf"`inner`.*{name}\("):
             learn(SCANNED, optax.identity())
@@ -674,7 +691,7 @@ def test_the_structure_is_checked_as_by_the_plain_transformations(learn):
 def test_a_change_along_the_update_teaches_nothing():
     # A role of scalars: what is left of v after the projection is rounding.
     depth = gs.scanned("blocks/")
-    tx = gs.learn_alpha(optax.identity(), depth, per="layer", decay=0.0)
+    tx = gs.contrib.learn_alpha(optax.identity(), depth, per="layer", decay=0.0)
     rng = np.random.default_rng(0)
 
     def draw():
@@ -690,7 +707,11 @@ def test_a_change_along_the_update_teaches_nothing():
 def test_two_units_of_one_name_are_refused():
     depths = {"x": gs.Depth("a", "b/c", axis=0), "y": gs.Depth("a/b", "c", axis=0)}
     tree = {name: jnp.ones((3, 2)) for name in depths}
-    tx = gs.learn_alpha(optax.identity(), gs.from_tree(depths), per="role")
+
+    def depth(path, leaf):
+        return depths[path[0]]
+
+    tx = gs.contrib.learn_alpha(optax.identity(), depth, per="role")
     with pytest.raises(ValueError, match=r"two units that read 'a/b/c'"):
         tx.init(tree)
 
@@ -706,7 +727,7 @@ def test_a_state_of_other_settings_is_refused(learn):
 
 def test_the_kept_update_is_not_the_buffer_of_the_inner_state():
     tree = {"blocks": {"w": jnp.ones((3, 2))}}
-    tx = gs.learn_operator(optax.trace(0.9), gs.scanned("blocks/"))
+    tx = gs.contrib.learn_operator(optax.trace(0.9), gs.scanned("blocks/"))
     _, state = tx.update(tree, tx.init(tree))
     jax.jit(tx.update, donate_argnums=1)(tree, state)
 
@@ -717,7 +738,7 @@ def test_float64_updates_of_any_size_teach_the_same(enable_x64):
         draws = [{"blocks": {"w": jnp.asarray(rng.normal(size=(4, 6)))}} for _ in "123"]
 
         def signal(scale):
-            tx = gs.learn_alpha(optax.identity(), gs.scanned("blocks/"))
+            tx = gs.contrib.learn_alpha(optax.identity(), gs.scanned("blocks/"))
             state = tx.init(draws[0])
             for draw in draws:
                 scaled = jax.tree.map(lambda x: x * scale, draw)

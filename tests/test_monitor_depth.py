@@ -417,7 +417,7 @@ def test_of_several_monitors_the_error_says_how_to_name_each():
 def test_arguments_of_the_wrong_kind_are_refused():
     with pytest.raises(TypeError, match="`inner` must be an optax"):
         monitor_depth(SCANNED, SCANNED)
-    with pytest.raises(TypeError, match="`depth`"):
+    with pytest.raises(ValueError, match="`depth`"):
         monitor_depth(SMOOTH, "blocks/")
     with pytest.raises(ValueError, match="`every` must be at most 2147483647"):
         monitor_depth(SMOOTH, SCANNED, every=2**31)

@@ -323,7 +323,7 @@ def test_an_operator_of_zeros_and_one_of_one_layer_are_drawn():
         (gs.window(0.2), "Window(alpha=0.2), L = 3"),
         (gs.window(jnp.float32(0.25), radius=2), "Window(alpha=0.25, radius=2), L = 3"),
         (gs.dense(np.eye(3)), "Dense(values=array of (3, 3)), L = 3"),
-        (np.eye, "OperatorFn(function=eye), L = 3"),
+        (gs.operator_fn(np.eye), "OperatorFn(function=eye), L = 3"),
         (
             gs.compose(gs.ema(0.5), gs.mean_over_depth()),
             "Composed(Ema(rho=0.5), MeanOverDepth()), L = 3",
@@ -443,7 +443,7 @@ def test_roughness_is_drawn_against_the_step(form, role, relative):
 
 def test_what_a_scan_of_a_monitored_optimizer_gives_can_be_drawn_as_it_is():
     updates = correlated_updates(4, width=3)
-    smooth = gs.smooth_over_depth(SCANNED, alpha=0.5)
+    smooth = gs.smooth_over_depth(SCANNED, 0.5)
     tx = optax.chain(
         diagnostics.monitor_depth(smooth, SCANNED, every=2), optax.scale(-1.0)
     )

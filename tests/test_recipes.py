@@ -1,4 +1,4 @@
-"""The ready chains: smoothing in the right place of AdamW, SGD and Muon."""
+"""The ready chains: smoothing in the right place of AdamW and Muon."""
 
 import chex
 import jax
@@ -45,31 +45,39 @@ def assert_same_training(a, b, trees=tree_of, rtol=1e-5):
     )
 
 
-SMOOTHING = [
-    {"alpha": 0.3},
-    {"alpha": 0.3, "radius": 2},
-    {"alpha": 0.3, "variant": "norm_preserving"},
-    {"alpha": 0.3, "variant": "directional", "norm_scope": "block"},
-    {"alpha": optax.linear_schedule(0.1, 0.5, 2)},
-]
-SMOOTHING_IDS = ["standard", "radius", "norm_preserving", "directional", "schedule"]
+def smooth(operator=0.3, depth=UNROLLED, **kwargs):
+    return gs.smooth_over_depth(depth, operator, **kwargs)
+
+
+SMOOTHING = {
+    "standard": smooth(),
+    "radius": smooth(gs.window(0.3, radius=2)),
+    "norm_preserving": smooth(variant="norm_preserving"),
+    "directional": smooth(variant="directional", norm_scope="block"),
+    "schedule": smooth(optax.linear_schedule(0.1, 0.5, 2)),
+}
+RECIPES = {
+    "adamw": gs.adamw,
+    "muon": lambda rate, smoothing: gs.muon(rate, UNROLLED, smoothing),
+}
 
 
 # AdamW.
 
 
-@pytest.mark.parametrize("kwargs", SMOOTHING, ids=SMOOTHING_IDS)
-def test_adamw_is_adam_then_smoothing_then_decay_then_learning_rate(kwargs):
+@pytest.mark.parametrize("name", SMOOTHING)
+def test_adamw_is_adam_then_smoothing_then_decay_then_learning_rate(name):
     adam = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "eps_root": 1e-8, "nesterov": True}
 
     def mask(params):
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
     schedule = optax.linear_schedule(0.1, 0.01, 5)
-    recipe = gs.adamw(schedule, UNROLLED, **kwargs, **adam, weight_decay=0.2, mask=mask)
+    smoothing = SMOOTHING[name]
+    recipe = gs.adamw(schedule, smoothing, **adam, weight_decay=0.2, mask=mask)
     by_hand = optax.chain(
         optax.scale_by_adam(**adam),
-        gs.smooth_over_depth(UNROLLED, **kwargs),
+        smoothing,
         optax.add_decayed_weights(0.2, mask),
         optax.scale_by_learning_rate(schedule),
     )
@@ -83,8 +91,9 @@ def test_adamw_defaults_are_optaxs_and_a_tenth():
         optax.add_decayed_weights(1e-4),
         optax.scale_by_learning_rate(0.1),
     )
-    assert_same_training(gs.adamw(0.1, UNROLLED), by_hand)
-    assert isinstance(gs.adamw(0.1, UNROLLED), optax.GradientTransformationExtraArgs)
+    recipe = gs.adamw(0.1, gs.smooth_over_depth(UNROLLED))
+    assert_same_training(recipe, by_hand)
+    assert isinstance(recipe, optax.GradientTransformationExtraArgs)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_adamws_state_has_the_structure_of_optaxs(kwargs):
     if "mask" in kwargs:
         kwargs = {"mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)}
     params = tree_of(0)
-    ours = gs.adamw(learning_rate, UNROLLED, 0.2, **kwargs)
+    ours = gs.adamw(learning_rate, smooth(0.2), **kwargs)
     theirs = optax.adamw(learning_rate, **kwargs)
     state = ours.init(params)
     assert jax.tree.structure(state) == jax.tree.structure(theirs.init(params))
@@ -115,7 +124,7 @@ def test_adamws_state_has_the_structure_of_optaxs(kwargs):
 
 def test_a_plain_adamw_checkpoint_resumes_with_smoothing_on():
     params, state = train(optax.adamw(0.1, weight_decay=0.2))
-    resumed = gs.adamw(0.1, UNROLLED, 0.3, weight_decay=0.2)
+    resumed = gs.adamw(0.1, smooth(0.3), weight_decay=0.2)
     grads = tree_of(7)
     out, new_state = resumed.update(grads, state, params)
     # By hand: Adam's update, smoothed, then decay and learning rate.
@@ -131,61 +140,42 @@ def test_a_plain_adamw_checkpoint_resumes_with_smoothing_on():
 
 
 def test_adamw_without_smoothing_is_optaxs():
-    ours = train(gs.adamw(0.1, UNROLLED, 0.0, weight_decay=0.1))
     theirs = train(optax.adamw(0.1, weight_decay=0.1))
-    chex.assert_trees_all_equal(ours, theirs)
+    for smoothing in (smooth(0.0), optax.identity()):
+        ours = train(gs.adamw(0.1, smoothing, weight_decay=0.1))
+        chex.assert_trees_all_equal(ours, theirs)
 
 
 def test_adamw_works_under_inject_hyperparams():
-    tx = optax.inject_hyperparams(gs.adamw)(
-        learning_rate=0.1, depth=UNROLLED, alpha=0.3, weight_decay=0.1
-    )
-    assert {"learning_rate", "alpha", "weight_decay", "b1"} <= set(
+    expected = gs.adamw(0.1, smooth(0.3), weight_decay=0.1)
+
+    def of_alpha(learning_rate, alpha):
+        return gs.adamw(learning_rate, smooth(alpha), weight_decay=0.1)
+
+    tx = optax.inject_hyperparams(of_alpha)(learning_rate=0.1, alpha=0.3)
+    assert set(tx.init(tree_of(0)).hyperparams) == {"learning_rate", "alpha"}
+    assert_same_training(tx, expected, rtol=1e-3)
+    tx = optax.inject_hyperparams(gs.adamw)(0.1, smooth(0.3), weight_decay=0.1)
+    assert {"learning_rate", "weight_decay", "b1"} <= set(
         tx.init(tree_of(0)).hyperparams
     )
-    assert_same_training(tx, gs.adamw(0.1, UNROLLED, 0.3, weight_decay=0.1), rtol=1e-3)
+    assert_same_training(tx, expected, rtol=1e-3)
 
 
-# SGD.
+# SGD: a chain.
 
 
-@pytest.mark.parametrize(
-    ("momentum", "kwargs"),
-    [
-        ({"momentum": 0.9, "nesterov": True}, SMOOTHING[3]),
-        ({"momentum": 0.9}, SMOOTHING[4]),
-        ({}, SMOOTHING[1]),
-        ({}, SMOOTHING[4]),
-    ],
-    ids=["nesterov", "scheduled", "none", "none, scheduled"],
-)
-def test_sgd_smooths_the_momentum(momentum, kwargs):
-    trace = (
-        optax.trace(momentum["momentum"], nesterov=momentum.get("nesterov", False))
-        if momentum
-        else optax.identity()
-    )
-    by_hand = optax.chain(
-        trace,
-        gs.smooth_over_depth(UNROLLED, **kwargs),
+def test_smoothed_sgd_without_smoothing_is_optaxs():
+    ours = optax.chain(
+        gs.with_depth_smoothing(optax.trace(0.9), smooth(0)),
         optax.scale_by_learning_rate(0.1),
     )
-    assert_same_training(gs.sgd(0.1, UNROLLED, **kwargs, **momentum), by_hand)
+    chex.assert_trees_all_equal(train(ours), train(optax.sgd(0.1, momentum=0.9)))
 
 
-def test_sgd_accumulates_in_the_given_dtype():
-    tx = gs.sgd(0.1, UNROLLED, momentum=0.9, accumulator_dtype=jnp.bfloat16)
-    leaves = jax.tree.leaves(tx.init(tree_of(0)))
-    assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_sgd_without_smoothing_is_optaxs():
-    ours = train(gs.sgd(0.1, UNROLLED, 0, momentum=0.9))[0]
-    chex.assert_trees_all_equal(ours, train(optax.sgd(0.1, momentum=0.9))[0])
-
-
-def test_sgd_at_one_step_is_the_papers_equation():
-    tx = gs.sgd(1.0, gs.scanned("blocks/"), 0.2)
+def test_smoothed_sgd_at_one_step_is_the_papers_equation():
+    smoothing = smooth(0.2, gs.scanned("blocks/"))
+    tx = optax.chain(smoothing, optax.scale_by_learning_rate(1.0))
     params = {"blocks": {"w": jnp.array([1.0, 10.0, 100.0])}}
     out, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(
@@ -207,24 +197,25 @@ def test_sgd_at_one_step_is_the_papers_equation():
     ids=str,
 )
 def test_muon_without_smoothing_is_optaxs_on_unrolled_matrices(kwargs):
-    ours = gs.muon(0.1, UNROLLED, 0.0, **kwargs)
+    ours = gs.muon(0.1, UNROLLED, smooth(0.0), **kwargs)
     assert_same_training(ours, optax.contrib.muon(0.1, **kwargs), matrices)
 
 
 def test_muon_without_smoothing_is_optaxs_where_vectors_go_to_adam():
     kwargs = {"adam_b1": 0.8, "adam_b2": 0.95, "adam_eps_root": 1e-8, "ns_steps": 1}
-    ours = gs.muon(0.1, UNROLLED, 0.0, **kwargs)
+    ours = gs.muon(0.1, UNROLLED, optax.identity(), **kwargs)
     assert_same_training(ours, optax.contrib.muon(0.1, **kwargs))
 
 
-@pytest.mark.parametrize("kwargs", SMOOTHING, ids=SMOOTHING_IDS)
-def test_muon_smooths_the_orthogonalised_update_before_decay_and_learning_rate(kwargs):
-    recipe = gs.muon(0.1, UNROLLED, **kwargs, weight_decay=0.2, ns_steps=1)
+@pytest.mark.parametrize("name", SMOOTHING)
+def test_muon_smooths_the_orthogonalised_update_before_decay_and_learning_rate(name):
+    smoothing = SMOOTHING[name]
+    recipe = gs.muon(0.1, UNROLLED, smoothing, weight_decay=0.2, ns_steps=1)
     # optax's own muon at learning rate 1 without decay gives the direction.
     by_hand = optax.chain(
         optax.contrib.muon(1.0, ns_steps=1),
         optax.scale(-1.0),
-        gs.smooth_over_depth(UNROLLED, **kwargs),
+        smoothing,
         optax.add_decayed_weights(0.2),
         optax.scale_by_learning_rate(0.1),
     )
@@ -252,8 +243,10 @@ def test_muon_on_scanned_layers_is_muon_on_unrolled_ones(alpha, axis):
         gs.scanned("blocks/", axis=axis).only(lambda path, leaf: leaf.ndim == 3),
         gs.scanned("blocks/", axis=min(axis, 1)),
     )
-    expected, _ = train(gs.muon(0.1, UNROLLED, alpha, ns_steps=2), trees=unrolled_trees)
-    got, _ = train(gs.muon(0.1, depth, alpha, ns_steps=2), trees=scanned_trees)
+    unrolled = gs.muon(0.1, UNROLLED, smooth(alpha), ns_steps=2)
+    expected, _ = train(unrolled, trees=unrolled_trees)
+    stacked = gs.muon(0.1, depth, smooth(alpha, depth), ns_steps=2)
+    got, _ = train(stacked, trees=scanned_trees)
     chex.assert_trees_all_close(got, scanned(expected, axis), rtol=2e-4, atol=1e-5)
 
 
@@ -269,8 +262,10 @@ def test_muon_on_nested_scans_is_muon_on_unrolled_layers():
         return tree_of(seed, num_layers=4, shapes={"kernel": (4, 3)})
 
     depth = gs.scanned("blocks/", axis=(0, 1))
-    expected, _ = train(gs.muon(0.1, UNROLLED, 0.3, ns_steps=2), trees=unrolled_trees)
-    got, _ = train(gs.muon(0.1, depth, 0.3, ns_steps=2), trees=nested_trees)
+    unrolled = gs.muon(0.1, UNROLLED, smooth(0.3), ns_steps=2)
+    expected, _ = train(unrolled, trees=unrolled_trees)
+    nested = gs.muon(0.1, depth, smooth(0.3, depth), ns_steps=2)
+    got, _ = train(nested, trees=nested_trees)
     got = got["blocks"]["kernel"].reshape(4, 4, 3)
     for i in range(4):
         want = expected[f"layers_{i}"]["kernel"]
@@ -282,7 +277,7 @@ def test_muon_gives_stacked_norm_scales_to_adam():
     depth = gs.scanned("blocks/")
     grads = {"blocks": {"scale": jnp.array([[1.0, -2.0], [3.0, -4.0], [0.5, 0.1]])}}
     params = jax.tree.map(jnp.zeros_like, grads)
-    tx = gs.muon(0.1, depth, 0.0, nesterov=False)
+    tx = gs.muon(0.1, depth, smooth(0.0, depth), nesterov=False)
     out, _ = tx.update(grads, tx.init(params), params)
     # Adam's first step is the sign.
     np.testing.assert_allclose(
@@ -292,7 +287,8 @@ def test_muon_gives_stacked_norm_scales_to_adam():
 
 def test_muon_smooths_what_adam_produces_as_well():
     grads = {"blocks": {"scale": jnp.array([[1.0], [3.0], [-2.0]])}}
-    tx = gs.muon(1.0, gs.scanned("blocks/"), 0.5, nesterov=False)
+    depth = gs.scanned("blocks/")
+    tx = gs.muon(1.0, depth, smooth(0.5, depth), nesterov=False)
     out, _ = tx.update(grads, tx.init(grads), grads)
     # Signs 1, 1, -1, smoothed: 1, 0.5 + 0.25 (1 - 1) and -0.75 + 0.25.
     np.testing.assert_allclose(
@@ -303,9 +299,9 @@ def test_muon_smooths_what_adam_produces_as_well():
 # All of them.
 
 
-@pytest.mark.parametrize("make", [gs.adamw, gs.sgd, gs.muon])
-def test_recipes_take_extra_arguments_and_compile_once(make):
-    tx = make(0.1, UNROLLED)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_take_extra_arguments_and_compile_once(name):
+    tx = RECIPES[name](0.1, smooth())
     params = tree_of(0)
     state = tx.init(params)
     chex.clear_trace_counter()
@@ -320,18 +316,19 @@ def test_recipes_take_extra_arguments_and_compile_once(make):
         chex.assert_trees_all_equal_shapes_and_dtypes(out, params)
 
 
-@pytest.mark.parametrize("make", [gs.adamw, gs.sgd, gs.muon])
-def test_recipes_pass_strict_on(make):
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_as_strict_as_its_smoothing(name):
     params = tree_of(0)
     del params["layers_1"]
     with pytest.raises(ValueError, match=r"layers? 1\b"):
-        make(0.1, UNROLLED).init(params)
-    tx = make(0.1, UNROLLED, strict=False)
+        RECIPES[name](0.1, smooth()).init(params)
+    tx = RECIPES[name](0.1, smooth(strict=False))
     out, _ = tx.update(params, tx.init(params), params)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, params)
 
 
-@pytest.mark.parametrize("make", [gs.adamw, gs.sgd, gs.muon])
-def test_recipes_options_are_keywords_only(make):
+def test_recipes_options_are_keywords_only():
     with pytest.raises(TypeError, match="positional"):
-        make(0.1, UNROLLED, 0.1, 0.9)
+        gs.adamw(0.1, smooth(), 0.9)
+    with pytest.raises(TypeError, match="positional"):
+        gs.muon(0.1, UNROLLED, smooth(), 0.9)

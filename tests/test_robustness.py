@@ -134,7 +134,7 @@ every_operator = pytest.mark.parametrize("name", OPERATORS)
 @functools.cache
 def compiled(name, layout, **kwargs):
     """An update by this operator, compiled once for all tests."""
-    tx = gs.apply_over_depth(layout.depth, OPERATORS[name].make(), **kwargs)
+    tx = gs.smooth_over_depth(layout.depth, OPERATORS[name].make(), **kwargs)
     return quick_jit(lambda tree: tx.update(tree, tx.init(tree))[0])
 
 
@@ -156,42 +156,48 @@ def scheduled(count):
 TRANSFORMATIONS = {
     **{
         f"{variant}, {norm_scope}": functools.partial(
-            gs.smooth_over_depth, alpha=0.3, variant=variant, norm_scope=norm_scope
+            gs.smooth_over_depth, operator=0.3, variant=variant, norm_scope=norm_scope
         )
         for variant in VARIANTS
         for norm_scope in NORM_SCOPES[: 1 if variant == "standard" else 2]
     },
     "schedule": lambda depth: gs.smooth_over_depth(depth, scheduled),
-    "wide": lambda depth: gs.apply_over_depth(
+    "wide": lambda depth: gs.smooth_over_depth(
         depth, gs.tikhonov(2.0), variant="directional", norm_scope="block"
     ),
-    "similarity": lambda depth: gs.apply_over_depth(
+    "similarity": lambda depth: gs.smooth_over_depth(
         depth, gs.similarity_window(scheduled), variant="norm_preserving"
     ),
-    "norm_matched": lambda depth: gs.apply_over_depth(
+    "norm_matched": lambda depth: gs.smooth_over_depth(
         depth, gs.controls.norm_matched(gs.window(0.3)), norm_scope="block"
     ),
     "with_depth_smoothing": lambda depth: gs.with_depth_smoothing(
-        optax.trace(0.5), depth, scheduled
+        optax.trace(0.5), gs.smooth_over_depth(depth, scheduled)
     ),
-    "sgd": lambda depth: gs.sgd(0.1, depth, momentum=0.5),
-    "adamw": lambda depth: gs.adamw(0.1, depth, 0.3),
-    "muon": lambda depth: gs.muon(0.1, depth, 0.3, ns_steps=1),
+    "momentum": lambda depth: gs.with_depth_smoothing(
+        optax.trace(0.5), gs.smooth_over_depth(depth, 0.3)
+    ),
+    "adamw": lambda depth: gs.adamw(0.1, gs.smooth_over_depth(depth, 0.3)),
+    "muon": lambda depth: gs.muon(
+        0.1, depth, gs.smooth_over_depth(depth, 0.3), ns_steps=1
+    ),
     "monitor_depth": lambda depth: gs.diagnostics.monitor_depth(
         gs.smooth_over_depth(depth, 0.3), depth, every=2
     ),
 }
 LEARNERS = {
-    "learn_alpha": lambda depth: gs.learn_alpha(optax.identity(), depth),
-    "learn_alpha, per layer": lambda depth: gs.learn_alpha(
+    "learn_alpha": lambda depth: gs.contrib.learn_alpha(optax.identity(), depth),
+    "learn_alpha, per layer": lambda depth: gs.contrib.learn_alpha(
         optax.identity(), depth, per="layer", signal="full"
     ),
-    "learn_operator": lambda depth: gs.learn_operator(
+    "learn_operator": lambda depth: gs.contrib.learn_operator(
         optax.identity(), depth, radius=2
     ),
 }
 EVERYTHING = {**TRANSFORMATIONS, **LEARNERS}
-OURS_ALONE = {k: v for k, v in EVERYTHING.items() if k not in ("sgd", "adamw", "muon")}
+OURS_ALONE = {
+    k: v for k, v in EVERYTHING.items() if k not in ("momentum", "adamw", "muon")
+}
 every_transformation = pytest.mark.parametrize("name", EVERYTHING)
 
 
@@ -344,7 +350,7 @@ def test_zero_nans_before_it_is_as_if_the_update_of_that_layer_were_zero(name):
     assert not not_finite(history)
 
 
-@pytest.mark.parametrize("learn", [gs.learn_alpha, gs.learn_operator])
+@pytest.mark.parametrize("learn", [gs.contrib.learn_alpha, gs.contrib.learn_operator])
 def test_what_is_learned_stays_finite_even_if_the_moments_of_the_inner_do_not(learn):
     good = [oracle.random_blocks(3, seed=seed) for seed in range(2)]
     gradients = [good[0], good[1], spoiled_in(good[0], 1), good[0], good[1], good[0]]
@@ -495,7 +501,7 @@ def test_a_scan_of_no_or_one_layer_passes_through_as_the_same_objects(num_layers
     out, state = updated(EVERYTHING[name](depth), tree)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
     assert not not_finite((out, state))
-    if name not in ("sgd", "adamw", "muon", "with_depth_smoothing"):
+    if name not in ("momentum", "adamw", "muon", "with_depth_smoothing"):
         assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (out, tree))))
     assert gs.diagnostics.depth_statistics(tree, depth) == {}
     assert str(gs.describe(depth, tree))
@@ -506,7 +512,7 @@ def test_a_model_of_stacks_of_one_layer_passes_through_every_operator(name):
     x, y = jnp.ones((2, 3)), jnp.ones(3)
     tree = {"encoder_0": {"w": x}, "decoder_0": {"w": y}, "head": jnp.ones(2)}
     for variant in VARIANTS:
-        tx = gs.apply_over_depth(
+        tx = gs.smooth_over_depth(
             gs.unrolled(), OPERATORS[name].make(), variant=variant, strict=True
         )
         out, _ = tx.update(tree, tx.init(tree))
@@ -730,7 +736,8 @@ def test_diagnostics_of_complex_updates_are_real_and_hermitian(layout):
 
 def test_adamw_trains_complex_parameters_as_plain_loops_do():
     layout, params = STACKED, oracle.complex_blocks(3, seed=7)
-    tx = gs.adamw(0.1, layout.depth, 0.3, b1=0.5, b2=0.75, weight_decay=0.2)
+    smoothing = gs.smooth_over_depth(layout.depth, 0.3)
+    tx = gs.adamw(0.1, smoothing, b1=0.5, b2=0.75, weight_decay=0.2)
     state, update = tx.init(layout.tree_of(params)), quick_jit(tx.update)
     history = [oracle.complex_blocks(3, seed=seed) for seed in range(3)]
     for gradient in history:
@@ -754,7 +761,7 @@ def test_adamw_trains_complex_parameters_as_plain_loops_do():
             assert oracle.relative_error(got[role], want[role]) < 1e-5
 
 
-@pytest.mark.parametrize("learn", [gs.learn_alpha, gs.learn_operator])
+@pytest.mark.parametrize("learn", [gs.contrib.learn_alpha, gs.contrib.learn_operator])
 def test_learners_take_complex_updates_and_learn_real_numbers(learn):
     tx = learn(optax.identity(), STACKED.depth, learning_rate=0.3)
     draws = [oracle.random_blocks(3, seed=seed) for seed in range(3)]
@@ -866,7 +873,8 @@ def test_a_leaf_that_is_no_update_comes_back_as_the_same_object(name):
     # Momentum is not ours to keep of them.
     tx = EVERYTHING[name](gs.unrolled())
     if name == "with_depth_smoothing":
-        tx = gs.with_depth_smoothing(optax.identity(), gs.unrolled(), scheduled)
+        smoothing = gs.smooth_over_depth(gs.unrolled(), scheduled)
+        tx = gs.with_depth_smoothing(optax.identity(), smoothing)
     out, _ = tx.update(tree, tx.init(tree))
     for before, after in zip(tree, out, strict=True):
         assert [kind for kind in NO_UPDATES if after[kind] is not before[kind]] == []
@@ -956,7 +964,7 @@ def test_paths_of_thousands_of_characters_are_found_and_shown():
     assert name in str(gs.describe(gs.unrolled(), tree))
 
 
-@pytest.mark.parametrize("name", ["with_depth_smoothing", "sgd", "learn_alpha"])
+@pytest.mark.parametrize("name", ["with_depth_smoothing", "momentum", "learn_alpha"])
 def test_parameters_need_not_be_passed(name):
     layout = STACKED
     tree = layout.tree_of(oracle.random_blocks(3))
@@ -1012,7 +1020,7 @@ def test_nothing_of_ours_promotes_dtypes_or_ranks(dtypes, layout, enable_x64):
         for name in set(TRANSFORMATIONS) & set(OURS_ALONE):
             assert_traces_strictly(EVERYTHING[name](layout.depth), tree)
         for twin in OPERATORS.values() if len(dtypes) > 1 else ():
-            tx = gs.apply_over_depth(layout.depth, twin.make())
+            tx = gs.smooth_over_depth(layout.depth, twin.make())
             assert_traces_strictly(tx, tree)
 
 
@@ -1055,7 +1063,7 @@ def test_a_strength_of_any_type_promotes_nothing(alpha, enable_x64):
     with enable_x64():
         tree = tree_of_dtypes(DTYPES["mixed, x64"], STACKED)
         for operator in operators:
-            tx = gs.apply_over_depth(STACKED.depth, operator)
+            tx = gs.smooth_over_depth(STACKED.depth, operator)
             assert_traces_strictly(tx, tree)
 
 
@@ -1159,7 +1167,6 @@ VALUES = [
     "gs.unrolled(r'layers_(\\d+)/', start=2, stack=('a', 1))",
     "gs.scanned('blocks/', axis=(0, 1), stride=(4, 1))",
     "gs.first_match(gs.scanned('b/'), gs.ranked(gs.unrolled()))",
-    "gs.from_tree({'a': gs.Depth('s', 'r'), 'b': None})",
     "gs.unrolled().only(callable)",
     "gs.unrolled().only_projections(bias=False)",
     "gs.depth_fn(divmod)",
@@ -1225,7 +1232,7 @@ def test_pickles_are_equal_and_hash_alike_in_another_process(tmp_path):
             assert value == same and hash(value) == hash(same), source
         w = jnp.arange(3.0)[:, None]
         spec, operator = pickle.loads(pathlib.Path(sys.argv[2]).read_bytes())
-        tx = gs.apply_over_depth(spec, operator)
+        tx = gs.smooth_over_depth(spec, operator)
         out, _ = tx.update({"blocks": {"w": w}}, tx.init({"blocks": {"w": w}}))
         print(out["blocks"]["w"].ravel().tolist())
     """
@@ -1278,7 +1285,7 @@ def test_learners_promote_nothing_in_updates_of_any_dtype(name, dtypes, enable_x
         assert_traces_strictly(EVERYTHING[name](STACKED.depth), tree)
 
 
-@pytest.mark.parametrize("learn", [gs.learn_alpha, gs.learn_operator])
+@pytest.mark.parametrize("learn", [gs.contrib.learn_alpha, gs.contrib.learn_operator])
 def test_numbers_given_to_learners_promote_nothing(learn):
     tree = tree_of_dtypes(DTYPES["float32"], STACKED)
     half = {n: jnp.bfloat16(0.25) for n in ("alpha", "learning_rate", "decay")}
@@ -1324,7 +1331,8 @@ def test_a_norm_that_overflows_makes_nan_and_never_what_came_in(variant, layout)
 
 def test_muon_takes_matrices_without_entries():
     params = {"blocks": {"w": jnp.zeros((3, 0, 4)), "v": jnp.ones((3, 4, 4))}}
-    tx = gs.muon(1e-3, gs.scanned("blocks/"))
+    depth = gs.scanned("blocks/")
+    tx = gs.muon(1e-3, depth, gs.smooth_over_depth(depth))
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["blocks"]["w"].shape == (3, 0, 4)
     assert np.isfinite(updates["blocks"]["v"]).all()

@@ -9,6 +9,7 @@ import collections
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import sharded_cases
 from jax.sharding import AbstractMesh, AxisType
@@ -88,7 +89,7 @@ def moved(equations):
 
 def over_stages(operator=None, **kwargs):
     operator = gs.window(0.3) if operator is None else operator
-    return gs.apply_over_depth(SCANNED, operator, **{"axis_name": "stage", **kwargs})
+    return gs.smooth_over_depth(SCANNED, operator, **{"axis_name": "stage", **kwargs})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -126,7 +127,7 @@ def test_a_halo_is_sent_on_whichever_axis_depth_is():
     def depth(path, leaf):
         return gs.Depth("blocks", "w", axis=2)
 
-    tx = gs.smooth_over_depth(depth, 0.3, radius=2, axis_name="stage")
+    tx = gs.smooth_over_depth(depth, gs.window(0.3, radius=2), axis_name="stage")
     found = moved(traced(tx, {"w": leaf(3, 4, 24)}, P(None, None, "stage")))
     assert found == [("ppermute", ("stage",), "float32", (3, 4, 2))] * 2
 
@@ -173,9 +174,9 @@ def test_similarity_needs_no_sum_over_depth(norm_scope):
 # Structure.
 
 INIT = {
-    "adamw": lambda: gs.adamw(0.1, SCANNED, axis_name="stage"),
-    "sgd": lambda: gs.sgd(0.1, SCANNED, momentum=0.9, axis_name="stage"),
-    "muon": lambda: gs.muon(0.1, SCANNED, axis_name="stage"),
+    "adamw": lambda: gs.adamw(0.1, over_stages()),
+    "momentum": lambda: gs.with_depth_smoothing(optax.trace(0.9), over_stages()),
+    "muon": lambda: gs.muon(0.1, SCANNED, over_stages()),
     "schedule": lambda: gs.smooth_over_depth(
         SCANNED, lambda count: 0.1, axis_name="stage"
     ),
@@ -243,7 +244,7 @@ def test_a_norm_axis_that_is_not_bound_is_told():
 @pytest.mark.parametrize(("radius", "layers"), [(4, 24), (2, 8), (3, 16)])
 def test_a_radius_wider_than_a_stage_is_told(radius, layers):
     tx = gs.smooth_over_depth(
-        gs.scanned("blocks/"), 0.3, radius=radius, axis_name="stage"
+        gs.scanned("blocks/"), gs.window(0.3, radius=radius), axis_name="stage"
     )
     words = [
         f"reaches {radius} layers",
@@ -265,7 +266,7 @@ WIDE = {
     "composed": gs.compose(gs.window(0.2), gs.window(0.3, 2)),
     "repeated": gs.repeat(gs.window(0.2), 3),
     "norm_matched": gs.controls.norm_matched(gs.ema(0.5)),
-    "function": lambda n: np.full((n, n), 1 / n),
+    "function": gs.operator_fn(lambda n: np.full((n, n), 1 / n)),
 }
 
 
@@ -280,7 +281,7 @@ def test_the_radius_counts_within_a_block_of_a_circular_pipeline():
     depth = gs.depth_fn(
         lambda path, leaf: gs.Depth("b", "w", axis=(0, 1, 2), stride=(16, 2, 1))
     )
-    tx = gs.smooth_over_depth(depth, 0.3, radius=3, axis_name="stage")
+    tx = gs.smooth_over_depth(depth, gs.window(0.3, radius=3), axis_name="stage")
     tree = {"w": leaf(2, 8, 2, 3)}
     words = ["reaches 3 layers", "2 layers", "'stage'"]
     fails(ValueError, words, lambda: traced(tx, tree, P(None, "stage")))
@@ -428,8 +429,6 @@ def test_arguments_that_cannot_be_meant_are_refused(kwargs, error, words):
     kwargs = {"axis_name": "stage", **kwargs}
     for build in (
         lambda: gs.smooth_over_depth(SCANNED, 0.3, **kwargs),
-        lambda: gs.apply_over_depth(SCANNED, gs.laplacian(0.3), **kwargs),
-        lambda: gs.adamw(0.1, SCANNED, **kwargs),
-        lambda: gs.with_depth_smoothing(gs.sgd(0.1, SCANNED), SCANNED, **kwargs),
+        lambda: gs.smooth_over_depth(SCANNED, gs.laplacian(0.3), **kwargs),
     ):
         fails(error, words, build)

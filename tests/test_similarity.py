@@ -17,7 +17,7 @@ SCOPES = ("param", "block")
 
 
 def step(operator, updates, depth=SCANNED, **kwargs):
-    tx = gs.apply_over_depth(depth, operator, **kwargs)
+    tx = gs.smooth_over_depth(depth, operator, **kwargs)
     return jax.jit(lambda u: tx.update(u, tx.init(u))[0])(updates)
 
 

@@ -62,8 +62,8 @@ def test_a_constant_or_array_alpha_needs_no_state(alpha):
     params = tree_of(blocks_of())
     for tx in (
         gs.smooth_over_depth(UNROLLED, alpha),
-        gs.apply_over_depth(UNROLLED, gs.window(alpha)),
-        gs.apply_over_depth(UNROLLED, gs.dense(np.eye(3))),
+        gs.smooth_over_depth(UNROLLED, gs.window(alpha)),
+        gs.smooth_over_depth(UNROLLED, gs.dense(np.eye(3))),
     ):
         assert isinstance(tx, optax.GradientTransformationExtraArgs)
         state = tx.init(params)
@@ -78,7 +78,7 @@ def test_a_schedule_is_read_before_its_count_is_incremented(jit):
     updates = tree_of(blocks)
     for tx in (
         gs.smooth_over_depth(UNROLLED, by_count),
-        gs.apply_over_depth(UNROLLED, gs.window(by_count)),
+        gs.smooth_over_depth(UNROLLED, gs.window(by_count)),
     ):
         update = jax.jit(tx.update) if jit else tx.update
         state = tx.init(updates)
@@ -99,12 +99,12 @@ def test_the_count_saturates_instead_of_wrapping_around():
     tx = gs.smooth_over_depth(UNROLLED, optax.constant_schedule(0.1))
     _, state = tx.update(updates, gs.DepthSmoothingState(largest))
     assert state.count == largest
-    tx = gs.with_depth_smoothing(
-        optax.identity(), UNROLLED, optax.constant_schedule(0.1)
+    tx = gs.with_depth_smoothing(optax.identity(), tx)
+    state = gs.WithDepthSmoothingState(
+        optax.EmptyState(), gs.DepthSmoothingState(largest)
     )
-    state = gs.WithDepthSmoothingState(largest, optax.EmptyState())
     _, state = tx.update(updates, state)
-    assert state.count == largest
+    assert state.smoothing_state.count == largest
 
 
 def test_optax_schedules_work_and_keep_the_leaves_dtypes():
@@ -128,7 +128,7 @@ def test_wrapping_keeps_the_inner_state():
         optax.identity(),
         optax.chain(optax.clip(1.0), optax.scale_by_rms()),
     ):
-        tx = gs.with_depth_smoothing(inner, UNROLLED, 0.3)
+        tx = gs.with_depth_smoothing(inner, gs.smooth_over_depth(UNROLLED, 0.3))
         assert isinstance(tx, optax.GradientTransformationExtraArgs)
         state = tx.init(params)
         chex.assert_trees_all_equal(state, inner.init(params))
@@ -143,14 +143,15 @@ def test_wrapping_with_a_schedule_adds_one_count():
     blocks = blocks_of()
     params = tree_of(blocks)
     inner = optax.trace(0.9)
-    tx = gs.with_depth_smoothing(inner, UNROLLED, by_count)
+    tx = gs.with_depth_smoothing(inner, gs.smooth_over_depth(UNROLLED, by_count))
     state = tx.init(params)
     assert isinstance(state, gs.WithDepthSmoothingState)
-    assert state._fields == ("count", "inner_state")
+    assert state._fields == ("inner_state", "smoothing_state")
+    assert isinstance(state.smoothing_state, gs.DepthSmoothingState)
     chex.assert_trees_all_equal(state.inner_state, inner.init(params))
     scale = 0.0
     for count, alpha in enumerate((0.1, 0.5, 0.9)):
-        assert state.count == count
+        assert state.smoothing_state.count == count
         out, state = tx.update(params, state)
         scale = 1.0 + 0.9 * scale
         assert_smoothed(out, blocks, alpha, scale)
@@ -159,10 +160,11 @@ def test_wrapping_with_a_schedule_adds_one_count():
 @pytest.mark.parametrize("norm_scope", NORM_SCOPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_wrapping_smooths_what_the_inner_transformation_produces(variant, norm_scope):
-    kwargs = {"variant": variant, "norm_scope": norm_scope, "radius": 2}
+    kwargs = {"variant": variant, "norm_scope": norm_scope}
+    smoothing = gs.smooth_over_depth(UNROLLED, gs.window(0.3, radius=2), **kwargs)
     inner = optax.scale_by_adam()
-    wrapped = gs.with_depth_smoothing(inner, UNROLLED, 0.3, **kwargs)
-    chained = optax.chain(inner, gs.smooth_over_depth(UNROLLED, 0.3, **kwargs))
+    wrapped = gs.with_depth_smoothing(inner, smoothing)
+    chained = optax.chain(inner, smoothing)
     params = tree_of(blocks_of())
     a, b = wrapped.init(params), chained.init(params)
     for seed in range(2):
@@ -174,30 +176,70 @@ def test_wrapping_smooths_what_the_inner_transformation_produces(variant, norm_s
 
 def test_wrapping_a_whole_optimizer_smooths_its_decay_and_learning_rate_too():
     optimizer = optax.adamw(0.1, weight_decay=0.5)
-    tx = gs.with_depth_smoothing(optimizer, UNROLLED, 0.3)
+    tx = gs.with_depth_smoothing(optimizer, gs.smooth_over_depth(UNROLLED, 0.3))
     params, grads = tree_of(blocks_of(1)), tree_of(blocks_of(2))
     out, _ = tx.update(grads, tx.init(params), params)
     plain, _ = optimizer.update(grads, optimizer.init(params), params)
     assert_smoothed(out, layers_of(plain), 0.3)
 
 
-def test_wrapping_passes_extra_arguments_and_parameters_on():
-    seen = {}
+def test_wrapping_passes_extra_arguments_and_parameters_to_both():
+    seen = []
 
     def update(updates, state, params=None, **extra_args):
-        seen.update(extra_args, params=params)
+        seen.append({**extra_args, "params": params})
         return updates, state
 
-    inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    spy = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
     params = tree_of(blocks_of())
     for alpha in (0.3, by_count):
-        seen.clear()
-        tx = gs.with_depth_smoothing(inner, UNROLLED, alpha)
-        tx.update(params, tx.init(params), params, value=1.0, loss=2.0)
-        assert seen["params"] is params
-        assert (seen["value"], seen["loss"]) == (1.0, 2.0)
-    plain = gs.with_depth_smoothing(optax.trace(0.9), UNROLLED)
-    plain.update(params, plain.init(params), params, value=1.0)
+        smoothing = gs.smooth_over_depth(UNROLLED, alpha)
+        for inner, after in (
+            (spy, smoothing),
+            (optax.trace(0.9), optax.chain(smoothing, spy)),
+        ):
+            seen.clear()
+            tx = gs.with_depth_smoothing(inner, after)
+            tx.update(params, tx.init(params), params, value=1.0, loss=2.0)
+            assert seen == [{"params": params, "value": 1.0, "loss": 2.0}]
+            assert seen[0]["params"] is params
+
+
+def test_wrapping_takes_the_identity_for_a_smoothing():
+    inner, params = optax.scale_by_adam(), tree_of(blocks_of())
+    tx = gs.with_depth_smoothing(inner, optax.identity())
+    state = tx.init(params)
+    chex.assert_trees_all_equal(state, inner.init(params))
+    chex.assert_trees_all_equal(
+        tx.update(params, state, params), inner.update(params, state, params)
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.5, by_count], ids=["constant", "schedule"])
+def test_wrapping_takes_a_chain_of_smoothings(alpha):
+    # Two scopes, each with a strength of its own.
+    kernels = UNROLLED.only(lambda path, leaf: path[-1] == "kernel")
+    biases = UNROLLED.only(lambda path, leaf: path[-1] == "bias")
+    smoothing = optax.chain(
+        gs.smooth_over_depth(kernels, 0.3), gs.smooth_over_depth(biases, alpha)
+    )
+    blocks = blocks_of()
+    params = tree_of(blocks)
+    inner = optax.trace(0.9)
+    tx = gs.with_depth_smoothing(inner, smoothing)
+    state = tx.init(params)
+    assert isinstance(state, gs.WithDepthSmoothingState) == callable(alpha)
+    inner_state = state.inner_state if callable(alpha) else state
+    chex.assert_trees_all_equal(inner_state, inner.init(params))
+    out, _ = tx.update(params, state)
+    first = by_count(0) if callable(alpha) else alpha
+    expected = [
+        {"kernel": k["kernel"], "bias": b["bias"]}
+        for k, b in zip(
+            oracle.window(blocks, 0.3), oracle.window(blocks, first), strict=True
+        )
+    ]
+    oracle.assert_blocks_close(layers_of(out), expected)
 
 
 # Under jax's transformations.
@@ -208,7 +250,7 @@ def test_specs_operators_and_transformations_can_be_static_arguments():
 
     @chex.assert_max_traces(n=1)
     def smooth(updates, depth, operator):
-        tx = gs.apply_over_depth(depth, operator)
+        tx = gs.smooth_over_depth(depth, operator)
         return tx.update(updates, tx.init(updates))[0]
 
     chex.clear_trace_counter()
@@ -286,7 +328,9 @@ def test_gradients_of_integer_parameters_pass_through_jit():
 def test_trees_without_leaves_are_never_an_error(alpha):
     for tx in (
         gs.smooth_over_depth(UNROLLED, alpha),
-        gs.with_depth_smoothing(optax.identity(), UNROLLED, alpha),
+        gs.with_depth_smoothing(
+            optax.identity(), gs.smooth_over_depth(UNROLLED, alpha)
+        ),
     ):
         for tree in ({}, None, (), {"a": None}, {"a": optax.MaskedNode()}):
             out, _ = tx.update(tree, tx.init(tree))
@@ -319,7 +363,8 @@ SHARDED = """
         expected = oracle.window(blocks, 0.3, radius, variant=variant)
         expected = oracle.stacked_tree(expected)
         depth = gs.scanned("blocks/")
-        tx = gs.smooth_over_depth(depth, 0.3, radius=radius, variant=variant)
+        operator = gs.window(0.3, radius=radius)
+        tx = gs.smooth_over_depth(depth, operator, variant=variant)
         for jit in (False, True):
             update = jax.jit(tx.update) if jit else tx.update
             out, _ = update({"blocks": tree}, tx.init({"blocks": tree}))

@@ -155,17 +155,17 @@ class Case(NamedTuple):
         return self.factory(**self.kwargs)
 
 
-def windowed(**kwargs):
+def windowed(alpha, **kwargs):
     return Case(
         gs.smooth_over_depth,
-        {"depth": DEPTH, **kwargs},
-        lambda history, params: smoothed(history[-1], **kwargs),
+        {"depth": DEPTH, "operator": alpha, **kwargs},
+        lambda history, params: smoothed(history[-1], alpha, **kwargs),
     )
 
 
 def applied(operator, matrix_of):
     return Case(
-        gs.apply_over_depth,
+        gs.smooth_over_depth,
         {"depth": DEPTH, "operator": operator},
         lambda history, params: mixed(history[-1], matrix_of),
     )
@@ -175,65 +175,96 @@ def scheduled(history):
     return ALPHAS[len(history) - 1]
 
 
+# What a user injects the strength of: functions of it that call the library.
+
+
+def with_adam(alpha):
+    smoothing = gs.smooth_over_depth(DEPTH, alpha)
+    return gs.with_depth_smoothing(optax.scale_by_adam(**ADAM), smoothing)
+
+
+def adamw(learning_rate, alpha, weight_decay):
+    smoothing = gs.smooth_over_depth(DEPTH, alpha)
+    return gs.adamw(learning_rate, smoothing, weight_decay=weight_decay, **ADAM)
+
+
+def with_momentum(learning_rate, alpha):
+    smoothing = gs.smooth_over_depth(DEPTH, alpha)
+    return optax.chain(
+        gs.with_depth_smoothing(optax.trace(0.5), smoothing),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def smoothed_muon(learning_rate, alpha, ns_steps, beta, adam_b1, adam_b2, nesterov):
+    return gs.muon(
+        learning_rate,
+        DEPTH,
+        gs.smooth_over_depth(DEPTH, alpha),
+        ns_steps=ns_steps,
+        beta=beta,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        nesterov=nesterov,
+    )
+
+
 CASES = {
-    "constant": windowed(alpha=0.3),
+    "constant": windowed(0.3),
     "schedule": Case(
         gs.smooth_over_depth,
-        {"depth": DEPTH, "alpha": by_count},
+        {"depth": DEPTH, "operator": by_count},
         lambda history, params: smoothed(history[-1], scheduled(history)),
         others=1,
     ),
     "traced": Case(
         # The strength is an array in the state: a tracer wherever the state is one.
         optax.inject_hyperparams(gs.smooth_over_depth),
-        {"depth": DEPTH, "alpha": 0.3},
+        {"depth": DEPTH, "operator": 0.3},
         lambda history, params: smoothed(history[-1], 0.3),
         others=2,
     ),
-    "norm_preserving": windowed(alpha=0.3, variant="norm_preserving"),
-    "directional, block": windowed(
-        alpha=0.3, variant="directional", norm_scope="block"
-    ),
+    "norm_preserving": windowed(0.3, variant="norm_preserving"),
+    "directional, block": windowed(0.3, variant="directional", norm_scope="block"),
     "window": applied(
         gs.window(0.3, radius=2), lambda n: oracle.window_matrix(n, 0.3, radius=2)
     ),
     "dense": applied(gs.dense(MATRIX), lambda n: MATRIX),
     "operator_fn": applied(gs.operator_fn(lower_triangle), lower_triangle),
     "with adam": Case(
-        gs.with_depth_smoothing,
-        {"inner": optax.scale_by_adam(**ADAM), "depth": DEPTH, "alpha": 0.3},
+        with_adam,
+        {"alpha": 0.3},
         lambda history, params: smoothed(adam(history), 0.3),
         moments=10,
         others=1,
     ),
     "with adam, schedule": Case(
-        gs.with_depth_smoothing,
-        {"inner": optax.scale_by_adam(**ADAM), "depth": DEPTH, "alpha": by_count},
+        with_adam,
+        {"alpha": by_count},
         lambda history, params: smoothed(adam(history), scheduled(history)),
         moments=10,
         others=2,
     ),
     "adamw": Case(
-        gs.adamw,
-        {"learning_rate": 0.1, "depth": DEPTH, "alpha": 0.3, "weight_decay": 0.2}
-        | ADAM,
+        adamw,
+        {"learning_rate": 0.1, "alpha": 0.3, "weight_decay": 0.2},
         lambda history, params: each(
             lambda u, p: -0.1 * (u + 0.2 * p), smoothed(adam(history), 0.3), params
         ),
         moments=10,
         others=1,
     ),
-    "sgd": Case(
-        gs.sgd,
-        {"learning_rate": 0.1, "depth": DEPTH, "alpha": 0.3, "momentum": 0.5},
+    "with momentum": Case(
+        with_momentum,
+        {"learning_rate": 0.1, "alpha": 0.3},
         lambda history, params: each(
             lambda u: -0.1 * u, smoothed(momentum(history), 0.3)
         ),
         moments=5,
     ),
     "muon": Case(
-        gs.muon,
-        {"learning_rate": 0.1, "depth": DEPTH, "alpha": 0.3, "ns_steps": 1}
+        smoothed_muon,
+        {"learning_rate": 0.1, "alpha": 0.3, "ns_steps": 1}
         | {"beta": 0.5, "adam_b1": 0.5, "adam_b2": 0.75, "nesterov": False},
         lambda history, params: each(lambda u: -0.1 * u, smoothed(muon(history), 0.3)),
         # One momentum of the two kernels' leaves, two moments of the other three.
@@ -402,7 +433,7 @@ def test_update_takes_keywords_and_arguments_that_are_not_for_it(name):
         assert_steps([out], replay(CASES[name].twin, GRADIENTS[:1]))
 
 
-@pytest.mark.parametrize("name", ["constant", "schedule", "dense", "with adam", "sgd"])
+@pytest.mark.parametrize("name", ["constant", "schedule", "dense", "with adam"])
 def test_smoothing_needs_no_parameters(name):
     tx = CASES[name].make()
     out, _ = tx.update(tree_of(GRADIENTS[0]), tx.init(tree_of(PARAMS)))
@@ -471,18 +502,21 @@ def test_an_injected_alpha_can_be_set_between_steps_without_a_retrace():
     tx = CASES["traced"].make()
     params = tree_of(PARAMS)
     state = tx.init(params)
-    assert set(state.hyperparams) == {"alpha"}
+    assert set(state.hyperparams) == {"operator"}
     chex.clear_trace_counter()
     update = quick_jit(chex.assert_max_traces(tx.update, n=1))
     for alpha in (0.3, 0.7):
-        state.hyperparams["alpha"] = jnp.asarray(alpha)
+        state.hyperparams["operator"] = jnp.asarray(alpha)
         out, state = update(tree_of(GRADIENTS[0]), state, params)
         assert_steps([out], [smoothed(GRADIENTS[0], alpha)])
 
 
 def test_an_injected_transformation_takes_its_radius_as_a_static_argument():
-    factory = optax.inject_hyperparams(gs.smooth_over_depth, static_args=("radius",))
-    outs, _ = run(factory(DEPTH, alpha=0.3, radius=2), GRADIENTS[:1])
+    def wide(alpha, radius):
+        return gs.smooth_over_depth(DEPTH, gs.window(alpha, radius))
+
+    factory = optax.inject_hyperparams(wide, static_args=("radius",))
+    outs, _ = run(factory(alpha=0.3, radius=2), GRADIENTS[:1])
     assert_steps(outs, [smoothed(GRADIENTS[0], 0.3, radius=2)])
 
 
@@ -492,26 +526,20 @@ def by_hand(path, leaf):
     return gs.Depth("net", path[1], 3) if path[0] == "layer_3" else None
 
 
-DEPTHS = {
-    "blocks": {role: gs.Depth("net", role, axis=0) for role in SHAPES},
-    "layer_3": {role: gs.Depth("net", role, 3) for role in SHAPES},
-    "embed": None,
-}
-
-
 @pytest.mark.parametrize(
     "depth",
     [
         gs.ranked(DEPTH),
         DEPTH.only(lambda path, leaf: True),
-        gs.from_tree(DEPTHS),
         gs.depth_fn(by_hand),
+        "first_match(scanned('blocks/', stack='net'), "
+        r"unrolled(r'layer_(\d+)/', stack='net'))",
     ],
-    ids=["ranked", "only", "from_tree", "depth_fn"],
+    ids=["ranked", "only", "depth_fn", "name"],
 )
 def test_inject_hyperparams_takes_no_kind_of_spec_for_a_schedule(depth):
     factory = optax.inject_hyperparams(gs.smooth_over_depth)
-    outs, _ = run(factory(depth, alpha=0.3), GRADIENTS[:1])
+    outs, _ = run(factory(depth, operator=0.3), GRADIENTS[:1])
     assert_steps(outs, [smoothed(GRADIENTS[0], 0.3)])
 
 
@@ -539,7 +567,7 @@ def test_masked_shows_it_the_chosen_leaves_and_leaves_the_others_alone(name):
         assert_close(layers_in(out), expected)
 
 
-BY_BLOCK = {"alpha": 0.3, "variant": "norm_preserving", "norm_scope": "block"}
+BY_BLOCK = {"variant": "norm_preserving", "norm_scope": "block"}
 
 
 def muon_and_adam(then):
@@ -563,13 +591,13 @@ def muon_or_adam(tree):
 
 
 def test_inside_a_multi_transform_a_block_is_the_leaves_of_one_label():
-    transforms = muon_and_adam(then=gs.smooth_over_depth(DEPTH, **BY_BLOCK))
+    transforms = muon_and_adam(then=gs.smooth_over_depth(DEPTH, 0.3, **BY_BLOCK))
     tx = optax.multi_transform(transforms, muon_or_adam)
 
     def in_parts(history, params):
         made = muon(history)
-        *kernels, _ = smoothed(only("kernel", made), **BY_BLOCK)
-        *biases, _ = smoothed(only("bias", made), **BY_BLOCK)
+        *kernels, _ = smoothed(only("kernel", made), 0.3, **BY_BLOCK)
+        *biases, _ = smoothed(only("bias", made), 0.3, **BY_BLOCK)
         return [*map(dict.__or__, kernels, biases), made[-1]]
 
     outs, _ = run(tx, update=quick_jit(tx.update))
@@ -578,10 +606,10 @@ def test_inside_a_multi_transform_a_block_is_the_leaves_of_one_label():
 
 def test_after_a_partition_a_block_is_the_leaves_of_all_labels():
     base = optax.partition(muon_and_adam(then=optax.identity()), muon_or_adam)
-    tx = optax.chain(base, gs.smooth_over_depth(DEPTH, **BY_BLOCK))
+    tx = optax.chain(base, gs.smooth_over_depth(DEPTH, 0.3, **BY_BLOCK))
 
     def as_one(history, params):
-        return smoothed(muon(history), **BY_BLOCK)
+        return smoothed(muon(history), 0.3, **BY_BLOCK)
 
     outs, _ = run(tx, update=quick_jit(tx.update))
     assert_steps(outs, replay(as_one))
@@ -762,14 +790,19 @@ def quadratic(params):
     return sum(jnp.sum(x**2) / 2 for x in jax.tree.leaves(params))
 
 
+def descent_by_half(alpha, depth=DEPTH, **kwargs):
+    smooth = gs.smooth_over_depth(depth, alpha, **kwargs)
+    return optax.chain(smooth, optax.scale_by_learning_rate(0.5))
+
+
 def descended(model, alpha, gradient=None, **kwargs):
-    """`model` after one step of gs.sgd(0.5, ..., alpha)."""
+    """`model` after one step of `descent_by_half(alpha)`."""
     update = smoothed(gradient or model, alpha, **kwargs)
     return each(lambda p, u: p - 0.5 * u, model, update)
 
 
 def test_lookahead_keeps_fast_and_slow_parameters_of_smoothed_steps():
-    tx = optax.lookahead(gs.sgd(0.5, DEPTH, 0.3), sync_period=2, slow_step_size=0.5)
+    tx = optax.lookahead(descent_by_half(0.3), sync_period=2, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(tree_of(PARAMS))
     state = tx.init(params)
     fast = slow = PARAMS
@@ -784,7 +817,7 @@ def test_lookahead_keeps_fast_and_slow_parameters_of_smoothed_steps():
 
 
 def test_schedule_free_averages_smoothed_steps():
-    tx = contrib.schedule_free(gs.sgd(0.5, DEPTH, 0.3), learning_rate=0.5, b1=0.5)
+    tx = contrib.schedule_free(descent_by_half(0.3), learning_rate=0.5, b1=0.5)
     params = tree_of(PARAMS)
     state = tx.init(params)
     update = quick_jit(tx.update)
@@ -803,7 +836,7 @@ def test_schedule_free_averages_smoothed_steps():
 def test_a_flax_train_state_trains():
     train_state = pytest.importorskip("flax.training.train_state")
     state = train_state.TrainState.create(
-        apply_fn=None, params=tree_of(PARAMS), tx=gs.sgd(0.5, DEPTH, by_count)
+        apply_fn=None, params=tree_of(PARAMS), tx=descent_by_half(by_count)
     )
 
     @quick_jit
@@ -841,7 +874,7 @@ def test_an_nnx_optimizer_trains_though_its_paths_differ_in_init_and_update(form
         return gs.Depth("layers", path[2], path[1])
 
     depth = UNROLLED if form == "spec" else by_path
-    optimizer = nnx.Optimizer(model, gs.sgd(0.5, depth, 0.3), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, descent_by_half(0.3, depth), wrt=nnx.Param)
 
     @nnx.jit
     def train(model, optimizer):
@@ -875,7 +908,7 @@ def test_an_equinox_model_trains_with_none_for_what_is_not_trained():
     assert params.activation is None
     assert params.layers[0].bias is None
     kwargs = {"variant": "directional", "norm_scope": "block"}
-    tx = gs.sgd(0.5, UNROLLED, 0.3, **kwargs)
+    tx = descent_by_half(0.3, UNROLLED, **kwargs)
 
     @eqx.filter_jit
     def train(params, state):

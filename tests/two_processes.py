@@ -43,13 +43,14 @@ def optimizers():
     return {
         how: gs.adamw(
             0.05,
-            gs.scanned("blocks/"),
-            optax.linear_schedule(0.5, 0.1, STEPS),
-            radius=2,
-            variant="norm_preserving",
-            norm_scope="block",
+            gs.smooth_over_depth(
+                gs.scanned("blocks/"),
+                gs.window(optax.linear_schedule(0.5, 0.1, STEPS), radius=2),
+                variant="norm_preserving",
+                norm_scope="block",
+                axis_name=axis_name,
+            ),
             weight_decay=0.1,
-            axis_name=axis_name,
         )
         for how, axis_name in (("jit", None), ("shard_map", "stage"))
     }

@@ -31,21 +31,12 @@ class Piece(NamedTuple):
     at: Index
 
 
-def has_neighbor(group: Group, m: int, offset: int) -> np.ndarray:
-    """For every slot of member m, whether its run has a layer at `offset`.
-
-    Of a group that is split, for every stage, along a first axis.
-    """
-    position, length = group.positions(m)
-    return (position + offset >= 0) & (position + offset < length)
-
-
 def neighbor_pieces(group: Group, m: int, offset: int) -> list[Piece]:
     """Where the layers at `offset` of member m's slots are."""
     axes, ranks = group.members[m].axes, group.ranks[m]
     # Slots that take from one member, all at the same distance, move as one box.
     boxes: dict[tuple[int, Hashable], list[tuple[Index, Index]]] = defaultdict(list)
-    for slot in map(tuple, np.argwhere(has_neighbor(group, m, offset)).tolist()):
+    for slot in map(tuple, np.argwhere(group.has_neighbor(m, offset)).tolist()):
         source, source_slot = group.slots[ranks[slot] + offset]
         moved: Hashable = (slot, source_slot)
         if len(group.members[source].axes) == len(axes):
@@ -66,28 +57,20 @@ def _boxed(source: int, slots: list[tuple[Index, Index]]) -> list[Piece]:
     return [Piece(source, j, tuple(k + 1 for k in j), i) for i, j in slots]
 
 
-def scaled(xs: list[jax.Array], scales: list[jax.Array] | None, m: int) -> jax.Array:
+def scaled(
+    xs: Sequence[jax.Array], scales: Sequence[jax.Array] | None, m: int
+) -> jax.Array:
     """scale · u of member m, in the dtype of the arithmetic."""
     u = widened(xs[m])
     return u if scales is None else scales[m].astype(u.dtype) * u
-
-
-def scaled_arrays(
-    xs: Sequence[list[jax.Array]], scales: Sequence[list[jax.Array] | None]
-) -> list[list[jax.Array]]:
-    """`scaled` of every member of every group."""
-    return [
-        [scaled(of_group, scale, m) for m in range(len(of_group))]
-        for of_group, scale in zip(xs, scales, strict=True)
-    ]
 
 
 def neighbor(
     group: Group,
     m: int,
     offset: int,
-    xs: list[jax.Array],
-    scales: list[jax.Array] | None,
+    xs: Sequence[jax.Array],
+    scales: Sequence[jax.Array] | None,
 ) -> jax.Array | None:
     """(scale · u)_{l+offset} for every slot l of member m, None where there is none."""
     pieces = neighbor_pieces(group, m, offset)
@@ -145,7 +128,7 @@ def _without_negative(
     """Crops by slices what negative padding would crop.
 
     XLA computes wrong numbers for negative padding of a replicated array whose result
-    is sharded. The barrier in `_apply.arrays_of` keeps Shardy from asking for that;
+    is sharded. The barrier in `layers.layers_of` keeps Shardy from asking for that;
     with GSPMD, jax's default before 0.7, it is not relied on. Elsewhere padding is
     better: it keeps a sharded axis even.
     """

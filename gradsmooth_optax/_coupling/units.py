@@ -1,9 +1,9 @@
-"""Stacks, roles or layers as units: sums over their parameters, values spread back."""
+"""Sums over stacks, roles or layers, and values of these spread back over layers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import jax
@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._arrays import num_bits, replicated
-from gradsmooth_optax._coupling.neighbors import has_neighbor
-from gradsmooth_optax._coupling.norms import Arrays, inner_products
-from gradsmooth_optax._depth.groups import Group, text_of
+from gradsmooth_optax._coupling.layers import Layers
+from gradsmooth_optax._coupling.values import (
+    LayerValues,
+    along_depth,
+    masked,
+    real_dtype,
+)
+from gradsmooth_optax._depth.groups import Group, SlotValues, text_of
 
 Per: TypeAlias = Literal["stack", "role", "layer"]
 
@@ -28,7 +33,7 @@ class Units:
       shapes: (), or (number of layers,) where every layer is a unit of its own.
     """
 
-    groups: Sequence[Group]
+    groups: tuple[Group, ...]
     names: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
     _layers: dict[str, list[int]]
@@ -54,30 +59,25 @@ class Units:
             name: (len(of_name),) if per == "layer" else ()
             for name, of_name in ordered.items()
         }
-        return cls(groups, names, shapes, ordered)
+        return cls(tuple(groups), names, shapes, ordered)
 
-    def inner_products(self, xs: Arrays, ys: Arrays) -> dict[str, jax.Array]:
+    def inner_products(self, x: Layers, y: Layers) -> dict[str, jax.Array]:
         """Re⟨x, y⟩ over all parameters of a unit whose layer has a neighbor."""
-        products = inner_products(self.groups, xs, ys)
-        return self._totals(products, lambda group, m: group.in_run(m))
+        return self._totals(x.inner(y, "param"), lambda g, m: g.positions(m)[1] > 1)
 
-    def pair_totals(self, numbers: Arrays, distance: int) -> dict[str, jax.Array]:
-        """Totals of a number per slot, over slots with a neighbor at this distance."""
-        return self._totals(numbers, lambda group, m: has_neighbor(group, m, distance))
+    def pair_totals(self, numbers: LayerValues, distance: int) -> dict[str, jax.Array]:
+        """Totals over the layers of a unit that have a neighbor at this distance."""
+        return self._totals(numbers, lambda g, m: g.has_neighbor(m, distance))
 
-    def _totals(
-        self, numbers: Arrays, is_in: Callable[[Group, int], np.ndarray]
-    ) -> dict[str, jax.Array]:
+    def _totals(self, numbers: LayerValues, is_in: SlotValues) -> dict[str, jax.Array]:
         # In the widest dtype; a sum of its own for each layout of slots.
-        dtype = max((x.dtype for row in numbers for x in row), key=num_bits)
+        arrays = masked(numbers._arrays, self.groups, is_in)
+        dtype = max((x.dtype for row in arrays for x in row), key=num_bits)
         scalars: dict[str, list[jax.Array]] = {name: [] for name in self.shapes}
         vectors = {n: jnp.zeros(s, dtype) for n, s in self.shapes.items() if s}
-        for group, name, of_group in zip(self.groups, self.names, numbers, strict=True):
+        for group, name, of_group in zip(self.groups, self.names, arrays, strict=True):
             for m, number in enumerate(of_group):
-                slots, chosen = replicated(number).astype(dtype), is_in(group, m)
-                if not chosen.all():
-                    mask = group.members[m].along(chosen, slots.ndim)
-                    slots = jnp.where(mask, slots, jnp.zeros_like(slots))
+                slots = replicated(number).astype(dtype)
                 if self.shapes[name]:
                     index = self._index(name, group, m)
                     vectors[name] = vectors[name].at[index].add(slots.reshape(-1))
@@ -88,21 +88,25 @@ class Units:
             for name, shape in self.shapes.items()
         }
 
-    def spread(self, values: dict[str, jax.Array], like: Arrays) -> Arrays:
-        """The unit's value for every slot, to broadcast over the arrays of `like`."""
-        return [
-            [self._at(values[name], name, group, m, x) for m, x in enumerate(xs)]
-            for group, name, xs in zip(self.groups, self.names, like, strict=True)
-        ]
+    def spread(self, values: Mapping[str, jax.Array]) -> LayerValues:
+        """The unit's value for every layer."""
+        return LayerValues(
+            self.groups,
+            tuple(
+                tuple(
+                    self._at(values[name], name, group, m)
+                    for m in range(len(group.members))
+                )
+                for group, name in zip(self.groups, self.names, strict=True)
+            ),
+        )
 
-    def _at(
-        self, value: jax.Array, name: str, group: Group, m: int, like: jax.Array
-    ) -> jax.Array:
+    def _at(self, value: jax.Array, name: str, group: Group, m: int) -> jax.Array:
         if self.shapes[name]:
-            member = group.members[m]
-            value = value[self._index(name, group, m)].reshape(member.layers.shape)
-            value = member.along(value, like.ndim)
-        return value.astype(jnp.finfo(like.dtype).dtype)
+            value = value[self._index(name, group, m)]
+            shape = group.members[m].layers.shape
+            value = along_depth(group, m, value.reshape(shape))
+        return value.astype(real_dtype(group))
 
     def _index(self, name: str, group: Group, m: int) -> np.ndarray:
         """Positions of a member's slots among the unit's layers."""

@@ -1,24 +1,24 @@
-"""A tree and a depth spec → groups of layers in depth order, and structure errors."""
+"""A tree and a depth spec → groups of layers in depth order, and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.paths import Path, plain_path, show_path, some
 from gradsmooth_optax._depth.specs import Assignment, DepthSpec
+
+# Given a group and the number of a member, an array over the slots of that.
+SlotValues: TypeAlias = "Callable[[Group, int], Any]"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,9 +57,6 @@ class Group:
       dtype: dtype of its leaves.
       members: the leaves that hold its layers.
       ranked: whether neighbors are by order instead of by number.
-      stages: of a group that is split over a mesh axis; its members are then those of
-        one stage.
-      norm_axes: names of mesh axes that its other axes are split over.
     """
 
     stack: Hashable
@@ -68,8 +65,6 @@ class Group:
     dtype: Any
     members: tuple[Member, ...]
     ranked: bool = False
-    stages: Stages | None = None
-    norm_axes: tuple[Hashable, ...] = ()
 
     @functools.cached_property
     def slots(self) -> list[tuple[int, tuple[int, ...]]]:
@@ -131,39 +126,25 @@ class Group:
 
     @property
     def whole(self) -> Group:
-        """The group over all stages, where it is split."""
-        return self if self.stages is None else self.stages.whole
-
-    def of_stages(self, m: int) -> range:
-        """Which members of the whole are what member m is in stage 0, in stage 1, …"""
-        return range(m, len(self.whole.members), len(self.members))
+        """The group itself: what a `Stage` has a part of."""
+        return self
 
     def positions(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Position in its run, and length of that run, of every slot of member m.
-
-        Of a group that is split, for every stage, along a first axis.
-        """
-        if self.stages is not None:
-            whole = self.stages.whole
-            places = [whole.positions(i) for i in self.of_stages(m)]
-            positions, lengths = zip(*places, strict=True)
-            return np.stack(positions), np.stack(lengths)
+        """Position in its run, and length of that run, of every slot of member m."""
         ranks = self.ranks[m]
         return ranks - self.run_starts[ranks], self.run_lengths[ranks]
 
-    def in_run(self, m: int) -> np.ndarray:
-        """Which slots of member m have at least one neighbor, as in `positions`."""
-        _, length = self.positions(m)
-        return length > 1
+    def has_neighbor(self, m: int, offset: int) -> np.ndarray:
+        """For every slot of member m, whether its run has a layer at `offset`."""
+        position, length = self.positions(m)
+        return (position + offset >= 0) & (position + offset < length)
 
-    def along(self, m: int, values: Any, ndim: int) -> Any:
-        """Values as in `positions`, to broadcast over a leaf of member m.
+    def per_slot(self, m: int, values: SlotValues) -> Any:
+        """`values(group, m)`, an array over the slots of member m.
 
-        Of a group that is split, those of the stage that the program runs on.
+        What a `Stage` answers by the stage that the program runs on.
         """
-        if self.stages is not None:
-            values = self.stages.here(values)
-        return self.members[m].along(values, ndim)
+        return values(self, m)
 
     @property
     def missing(self) -> tuple[range, ...]:
@@ -189,31 +170,6 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stages:
-    """How the layers of a group are split over a mesh axis.
-
-    Attributes:
-      axis_name: of the mesh axis.
-      count: of stages.
-      whole: the group over all stages; its members are those of stage 0, of stage 1, …
-      width: consecutive layers that one stage holds at a time.
-      starts: the first of them, once for each round of a circular pipeline.
-    """
-
-    axis_name: Hashable
-    count: int
-    whole: Group
-    width: int
-    starts: tuple[int, ...]
-
-    def here(self, values: Any) -> Any:
-        """The values of the stage that the program runs on, given those of all."""
-        if isinstance(values, np.ndarray) and (values == values[:1]).all():
-            return values[0]
-        return jnp.asarray(values)[lax.axis_index(self.axis_name)]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Grouping:
     """What a depth spec says of a whole tree.
 
@@ -230,6 +186,11 @@ class Grouping:
     leaves: tuple[Any, ...]
     treedef: Any
     spec: DepthSpec
+
+    @functools.cached_property
+    def coupled(self) -> tuple[Group, ...]:
+        """The groups in which some layer has a neighbor."""
+        return tuple(g for g in self.groups if g.run_lengths.max(initial=0) > 1)
 
     @functools.cached_property
     def untouched(self) -> tuple[int, ...]:
@@ -266,7 +227,7 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
         if assignment is None or dtype is None:
             continue
         depth, shape = assignment.depth, np.shape(leaf)
-        member = _member(i, path, assignment, shape)
+        member = member_of(i, path, assignment, shape)
         layer_shape = tuple(n for k, n in enumerate(shape) if k not in member.axes)
         key = (depth.stack, depth.role, layer_shape, dtype)
         members.setdefault(key, []).append(member)
@@ -284,9 +245,10 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
     return Grouping(tuple(groups), paths, values, treedef, spec)
 
 
-def _member(
+def member_of(
     leaf: int, path: Path, assignment: Assignment, shape: tuple[int, ...]
 ) -> Member:
+    """What an assignment says of a leaf of this shape; an error if it lacks an axis."""
     depth = assignment.depth
     named = as_tuple(depth.axis)
     for axis in named:
@@ -307,223 +269,6 @@ def _member(
     ascending = sorted(range(len(axes)), key=axes.__getitem__)
     layers = np.transpose(depth.layers(shape), ascending)
     return Member(leaf, path, tuple(sorted(axes)), layers, assignment.scan)
-
-
-# -- Structure errors ------------------------------------------------------------------
-
-
-def check_structure(grouping: Grouping, strict: bool, gaps: bool = True) -> None:
-    """Raises where the grouping is probably not what was meant.
-
-    Args:
-      grouping: of the tree to be smoothed. A tree without leaves is never an error.
-      strict: whether gaps, a scan of unequal leaves, and a spec that matches nothing
-        are errors too.
-      gaps: whether gaps can be told: a stage of a circular pipeline has some.
-
-    Raises:
-      ValueError: for a duplicated layer, a lone array as the whole tree, and under
-        `strict` for gaps, for leaves of one `scanned` that hold different numbers of
-        layers, and for nothing matched.
-    """
-    if grouping.paths and not grouping.groups:
-        _check_something_matched(grouping, strict)
-    if strict:
-        _check_scans(grouping)
-    for group in grouping.groups:
-        if group.duplicates:
-            raise ValueError(_duplicate_message(group))
-        if strict and gaps and group.whole.missing:
-            raise ValueError(_gap_message(group.whole, grouping))
-
-
-def _check_something_matched(grouping: Grouping, strict: bool) -> None:
-    if grouping.paths == ((),):
-        raise ValueError(
-            f"`depth` cannot find layers in a tree that is one lone array of shape "
-            f"{np.shape(grouping.leaves[0])}. The tree is probably hidden by "
-            f"`optax.flatten`. Smooth outside of it: `chain(flatten(base), "
-            f"smooth_over_depth(depth))`; or write `scanned('', axis=0)` if the array "
-            f"is a stack of layers."
-        )
-    if not strict:
-        return
-    paths = [show_path(path) for path in grouping.paths]
-    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
-    matched = sum(a is not None for a in grouping.spec.assign(leaves))
-    if matched:
-        raise ValueError(
-            f"`depth` {grouping.spec!r} matches {matched} of the {len(paths)} leaves, "
-            f"but none of floating or complex dtype, and others pass through: "
-            f"{some(paths, 12)}. To fix: let it match the parameters."
-        )
-    unrestricted = grouping.spec.unrestricted()
-    excluded = sum(assignment is not None for assignment in unrestricted.assign(leaves))
-    if excluded and unrestricted != grouping.spec:
-        raise ValueError(
-            f"`depth` {grouping.spec!r} matches {excluded} of the {len(paths)} leaves, "
-            f"but its restriction leaves out all of them: {some(paths, 12)}. Probably "
-            f"no leaf is named as a kernel or weight, or the predicate tests other "
-            f"names. To fix: write `.only(lambda path, leaf: ...)` for these paths."
-        )
-    raise ValueError(
-        f"`depth` {grouping.spec!r} matched none of the {len(paths)} leaves of the "
-        f"tree: {some(paths, 12)}. The pattern is probably written for another tree, "
-        f"or the layers are masked here. To fix: {_suggestion(paths)}, or see "
-        f"`print(detect(params))`; or pass `strict=False` if this tree may hold no "
-        f"layers."
-    )
-
-
-def _suggestion(paths: Sequence[str]) -> str:
-    for path in paths:
-        for segment in path.split("/")[:-1]:
-            name = segment.rstrip("0123456789")
-            if name != segment:
-                pattern = re.escape(name) + r"(\d+)/"
-                return f"write `unrolled(r'{pattern}')` if {segment} is one layer"
-    return (
-        "write `unrolled(r'layers_(\\d+)/')` for one leaf per layer or "
-        "`scanned('blocks/', axis=0)` for stacked layers, with names of this tree"
-    )
-
-
-def _check_scans(grouping: Grouping) -> None:
-    """Leaves stacked by one scan hold equally many layers, or the axis is wrong."""
-    scans: dict[tuple, list[Member]] = {}
-    for group in grouping.groups:
-        for member in group.members:
-            if member.scan is not None:
-                # Of one position: a cycle may stop before its end.
-                first = int(member.layers.flat[0]) if member.layers.size else None
-                key = (member.scan, group.stack, first)
-                scans.setdefault(key, []).append(member)
-    for (scan, stack, _), members in scans.items():
-        sizes = Counter(member.layers.shape for member in members)
-        if len(sizes) > 1:
-            raise ValueError(_unequal_message(scan, stack, members, sizes, grouping))
-
-
-def _unequal_message(
-    scan: DepthSpec,
-    stack: Hashable,
-    members: list[Member],
-    sizes: Counter[tuple[int, ...]],
-    grouping: Grouping,
-) -> str:
-    usual = sizes.most_common(1)[0][0]
-    one = next(m for m in members if m.layers.shape == usual)
-    others = [m for m in members if m.layers.shape != usual]
-
-    def saying(member: Member) -> str:
-        shape = np.shape(grouping.leaves[member.leaf])
-        return f"{member.layers.size} in {show_path(member.path)} {shape}"
-
-    found = (
-        f"`depth` {scan!r} finds different numbers of layers in leaves of stack "
-        f"{stack!r}: {saying(one)}, but {some([saying(m) for m in others], 3)}. "
-        f"Leaves stacked by one scan hold equally many layers."
-    )
-    shapes = [np.shape(grouping.leaves[member.leaf]) for member in members]
-    right = [
-        axis
-        for axis in range(min(map(len, shapes)))
-        if len({shape[axis] for shape in shapes}) == 1
-    ]
-    if len(right) == len(one.axes) == 1:
-        return (
-            f"{found} Axis {right[0]} has size {shapes[0][right[0]]} in all of them: "
-            f"it is probably the one. To fix: write `axis={right[0]}`."
-        )
-    return (
-        f"{found} Probably the axis is another one, or the pattern takes leaves that "
-        f"are not stacked. To fix: pass the right `axis=`, let the pattern end in '/', "
-        f"or leave them out with `.only(lambda path, leaf: ...)`; `strict=False` "
-        f"takes them as they are."
-    )
-
-
-def _duplicate_message(group: Group) -> str:
-    layer = group.duplicates[0]
-    paths = group.paths_of(layer)
-    holders = [member for member in group.members if (member.layers == layer).any()]
-    given = f"`depth` gives layer {layer} of {name_of(group.stack, group.role)} to"
-    if len(paths) == 1:
-        return (
-            f"{given} several slices of leaf {paths[0]}: its strides overlap. Write "
-            f"the step along each axis, as in `axis=(0, 1), stride=(4, 1)`."
-        )
-    if len(set(paths)) == 1:
-        return (
-            f"{given} {len(paths)} leaves with the same path {paths[0]!r}: their "
-            f"container names its children by number only. Register it by "
-            f"`jax.tree_util.register_pytree_with_keys`, or leave them out with "
-            f"`.only(lambda path, leaf: ...)`."
-        )
-    if all(member.axes for member in holders):
-        return (
-            f"{given} {len(paths)} stacked leaves: {some(paths)}. They are probably "
-            f"positions in a cycle of layers, or parts of one chain. To fix: give the "
-            f"cycle's length, as in `scanned(r'layers_(\\d+)/', stride=6)`, shift one "
-            f"part with `start=`, or name another `stack=`."
-        )
-    return (
-        f"{given} {len(paths)} leaves: {some(paths)}. The pattern probably drops the "
-        f"part of the path that tells them apart. To fix: capture it, as in "
-        f"`(?P<stack>...)` or `(?P<role>...)`, or shift one part with `start=`."
-    )
-
-
-def _gap_message(group: Group, grouping: Grouping) -> str:
-    # Numbers may be far apart, as hashes are: never all of them.
-    num_missing = sum(map(len, group.missing))
-    missing = _first_missing(group)
-    paths = [path for layer in group.layers for path in group.paths_of(layer)]
-    found = f"matched layers {some(group.layers)} of {name_of(group.stack, group.role)}"
-    more = f" and {num_missing - len(missing)} more" * (num_missing > len(missing))
-    numbers = ", ".join(map(str, missing)) + more
-    are_missing = f"layer {numbers} is" if num_missing == 1 else f"layers {numbers} are"
-    elsewhere = _unmatched_leaves(group, grouping) + [
-        f"layer {layer} has shape {other.shape} and dtype {other.dtype} "
-        f"({other.paths_of(layer)[0]}) where the others have {group.shape} and "
-        f"{group.dtype}"
-        for other in grouping.groups
-        if other is not group and (other.stack, other.role) == (group.stack, group.role)
-        for layer in missing
-        if layer in other.layers
-    ]
-    reason = (
-        f"The reason: {'; '.join(elsewhere[:3])}."
-        if elsewhere
-        else "Probably masked or frozen, or numbered in steps, or a part of the chain "
-        "that `depth` does not match yet."
-    )
-    return (
-        f"`depth` {found} ({some(list(dict.fromkeys(paths)))}): "
-        f"{are_missing} missing. {reason} To fix: pass "
-        f"`strict=False` to treat the gap as a boundary, as for layers frozen on "
-        f"purpose, `ranked(...)` to close it, or let `depth` match the missing ones."
-    )
-
-
-def _first_missing(group: Group, limit: int = 6) -> list[int]:
-    return list(itertools.islice(itertools.chain.from_iterable(group.missing), limit))
-
-
-def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
-    """Untouched leaves whose paths read like those of the missing layers."""
-    untouched = {show_path(grouping.paths[i]) for i in grouping.untouched}
-    sayings = []
-    for layer in _first_missing(group):
-        for neighbor in group.members:
-            if not neighbor.layers.size:
-                continue
-            old, path = int(neighbor.layers.flat[0]), show_path(neighbor.path)
-            wanted = re.sub(rf"(?<!\d){old}(?!\d)", str(layer), path)
-            if wanted in untouched:
-                sayings.append(f"{wanted} is in the tree, but `depth` leaves it out")
-                break
-    return sayings
 
 
 def name_of(stack: Hashable, role: Hashable) -> str:

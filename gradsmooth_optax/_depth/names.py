@@ -59,7 +59,7 @@ def _argument(node: ast.expr, text: str, argument: str, calls: Mapping) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Call) and _name(node.func) in calls:
             return _value(node, text, argument, calls)
         raise ValueError(
             f"`{argument}`={text!r} holds {ast.unparse(node)!r}, which is no literal. "
@@ -69,12 +69,16 @@ def _argument(node: ast.expr, text: str, argument: str, calls: Mapping) -> Any:
 
 
 def _call(node: ast.expr, text: str, argument: str, calls: Mapping) -> Callable:
+    if (name := _name(node)) not in calls:
+        raise ValueError(_no_name(text, argument, calls))
+    return calls[name]
+
+
+def _name(node: ast.expr) -> str:
     name = ast.unparse(node)
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
-    if name not in calls:
-        raise ValueError(_no_name(text, argument, calls))
-    return calls[name]
+    return name
 
 
 def _no_name(text: str, argument: str, calls: Mapping) -> str:

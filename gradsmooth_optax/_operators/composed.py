@@ -1,9 +1,10 @@
-"""Operators made of operators: one matrix, whatever they are made of."""
+"""Operators made of operators: one matrix, where all of these have one."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -14,24 +15,26 @@ from jax import lax
 from gradsmooth_optax._arrays import num_bits
 from gradsmooth_optax._calls import shown_call
 from gradsmooth_optax._checks import positive_int
-from gradsmooth_optax._operators.operator import Matrix, Operator
+from gradsmooth_optax._coupling.layers import Layers
+from gradsmooth_optax._coupling.matmul import Matrix
+from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
 
 
 def compose(*operators: Any) -> Operator:
     """One operator after another: the first argument is applied first.
 
-    The matrices are multiplied, S = S_last ⋯ S_first, and the product is applied once.
+    Where all have a matrix, these are multiplied, S = S_last ⋯ S_first, and the product
+    is applied once. Else one is applied to what the one before it returned.
 
     Args:
-      *operators: operators.
+      *operators: operators, or strengths of the paper's window.
 
     Returns:
       An operator for `smooth_over_depth`.
 
     Raises:
-      TypeError: at construction, without an operator, or for one that depends on the
-        updates and so has no matrix.
+      TypeError: at construction, without an operator, or for something else.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -43,20 +46,38 @@ def compose(*operators: Any) -> Operator:
         raise TypeError(
             "`compose` needs at least one operator: `compose(ema(0.5), window(0.1))`."
         )
-    return Composed(tuple(with_matrix(op, "compose") for op in operators))
+    return Composed(tuple(map(as_operator, operators)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Composed(Operator):
     made_by: ClassVar[str] = "compose"
+    strengths: ClassVar[tuple[str, ...]] = ("operators",)
+
     operators: tuple[Operator, ...]
+
+    def couple(self, layers: Layers) -> Layers:
+        if self.has_matrix:
+            return super().couple(layers)
+        for operator in self.operators:
+            layers = operator.couple(layers.reaching(operator.radius))
+        return layers
 
     def __repr__(self) -> str:
         return shown_call(self.made_by, self.operators)
 
     def matrix(self, num_layers: int) -> Matrix:
+        check_have_matrices(self, self.operators)
         matrices = [operator.matrix(num_layers) for operator in self.operators]
         return functools.reduce(lambda product, after: matmul(after, product), matrices)
+
+    @property
+    def has_matrix(self) -> bool:
+        return all(operator.has_matrix for operator in self.operators)
+
+    def radius(self, num_layers: int) -> int:
+        radius = sum(operator.radius(num_layers) for operator in self.operators)
+        return min(radius, num_layers - 1)
 
     def offsets(self, num_layers: int) -> range:
         bands = [operator.offsets(num_layers) for operator in self.operators]
@@ -69,26 +90,24 @@ class Composed(Operator):
         return all(operator.is_identity for operator in self.operators)
 
     @property
-    def scheduled(self) -> bool:
-        return any(operator.scheduled for operator in self.operators)
-
-    def at(self, count: Any) -> Operator:
-        return Composed(tuple(operator.at(count) for operator in self.operators))
+    def scales_single_layers(self) -> bool:
+        return any(operator.scales_single_layers for operator in self.operators)
 
 
 def repeat(operator: Any, times: int) -> Operator:
     """The same operator several times: S to the power of `times`, applied once.
 
+    One that depends on the updates and so has no matrix is applied again and again.
+
     Args:
-      operator: an operator.
+      operator: an operator, or a strength of the paper's window.
       times: how often, an int ≥ 1.
 
     Returns:
       An operator for `smooth_over_depth`.
 
     Raises:
-      TypeError: at construction, for an operator that depends on the updates and so
-        has no matrix, or `times` of the wrong kind.
+      TypeError: at construction, for an argument of the wrong kind.
       ValueError: at construction, for `times` < 1.
 
     Example:
@@ -97,7 +116,7 @@ def repeat(operator: Any, times: int) -> Operator:
       array([[0.625, 0.375],
              [0.375, 0.625]])
     """
-    return Repeated(with_matrix(operator, "repeat"), positive_int("times", times))
+    return Repeated(as_operator(operator), positive_int("times", times))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -108,7 +127,22 @@ class Repeated(Operator):
     operator: Operator
     times: int
 
+    def couple(self, layers: Layers) -> Layers:
+        if self.has_matrix:
+            return super().couple(layers)
+        for _ in range(self.times):
+            layers = self.operator.couple(layers.reaching(self.operator.radius))
+        return layers
+
+    @property
+    def has_matrix(self) -> bool:
+        return self.operator.has_matrix
+
+    def radius(self, num_layers: int) -> int:
+        return min(self.times * self.operator.radius(num_layers), num_layers - 1)
+
     def matrix(self, num_layers: int) -> Matrix:
+        check_have_matrices(self, (self.operator,))
         square, power, left = self.operator.matrix(num_layers), None, self.times
         while left:
             if left % 2:
@@ -126,17 +160,32 @@ class Repeated(Operator):
     def is_identity(self) -> bool:
         return self.operator.is_identity
 
+    @property
+    def scales_single_layers(self) -> bool:
+        return self.operator.scales_single_layers
+
 
 def with_matrix(value: Any, caller: str) -> Operator:
     """The operator, or an error if it has no matrix."""
     operator = as_operator(value)
-    if not operator.is_linear:
+    if not operator.has_matrix:
         raise TypeError(
-            f"`{caller}` needs operators with a matrix, but {operator!r} depends on "
-            f"the updates. Apply it by a transformation of its own: "
-            f"`chain(smooth_over_depth(depth, first), smooth_over_depth(depth, second))`."
+            f"`{caller}` needs an operator with a matrix, but what a layer receives "
+            f"from {operator!r} depends on the updates. `compose`, `repeat` and "
+            f"`smooth_over_depth` take it."
         )
     return operator
+
+
+def check_have_matrices(whole: Operator, parts: Sequence[Operator]) -> None:
+    """Raises if a part of a composed operator has no matrix."""
+    for part in parts:
+        if not part.has_matrix:
+            raise TypeError(
+                f"{whole!r} has no matrix, since what a layer receives from {part!r} "
+                f"depends on the updates. Apply it to updates, by "
+                f"`smooth_over_depth(depth, operator)`."
+            )
 
 
 def matmul(a: Matrix, b: Matrix) -> Matrix:

@@ -1,31 +1,32 @@
-"""Depth operators: the (L, L) matrix S that mixes the layers of a run. No trees."""
+"""`Operator`: what is applied along depth, and the two that a user fills."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._arrays import is_traced
-from gradsmooth_optax._calls import reduce_by_name, shown_call
+from gradsmooth_optax._calls import reduce_by_name, shown_call, shown_value
 from gradsmooth_optax._checks import real_matrix
-
-Matrix: TypeAlias = np.ndarray | jax.Array
+from gradsmooth_optax._coupling.layers import Layers
+from gradsmooth_optax._coupling.matmul import Matrix
 
 
 class Operator:
-    """A linear operator along depth: row l of its matrix says what layer l receives.
+    """What is applied along depth: it says what every layer receives.
 
     Made by `window`, `dense`, `compose` and their likes. Frozen, hashable, equal by
     value and not callable (`optax.inject_hyperparams` takes a callable for a schedule).
 
     Subclass it for an operator of your own: a frozen dataclass (`eq=False`, equality is
-    by value here) with a `matrix`, and the names of fields that may be schedules in
-    `strengths`. For one without fields `operator_fn` is shorter.
+    by value here) with the names of fields that may be schedules in `strengths`, and
+    with a `matrix`, or, where the weights depend on the updates, with a `couple`. For a
+    matrix without fields `operator_fn` is shorter.
 
     Example:
       >>> import dataclasses
@@ -49,33 +50,51 @@ class Operator:
     # The function that makes it, in `gs`; "" for a user's own.
     made_by: ClassVar[str] = ""
 
+    def couple(self, layers: Layers) -> Layers:
+        """S u of all layers: by `matrix`, unless a subclass says otherwise.
+
+        Schedules are resolved. `layers` is the only thing that it may look at.
+        """
+        return layers.matmul(self.matrix, self.offsets)
+
     def matrix(self, num_layers: int) -> Matrix:
         """S of shape (L, L) for a run of L = `num_layers`; [[1.]] for one layer.
 
-        NumPy float64 where every strength is a Python or NumPy number, else a jax
-        array. Schedules must be resolved first, by `at(count)`.
+        Row l holds the weights with which layer l receives. NumPy float64 where every
+        strength is a Python or NumPy number, else a jax array. Schedules must be
+        resolved first, by `at(count)`.
         """
-        raise NotImplementedError
+        raise TypeError(
+            f"{self!r} has no matrix: what a layer receives depends on the updates. "
+            f"Apply it to updates, by `smooth_over_depth(depth, operator)`."
+        )
 
-    def side_weights(self) -> tuple[Any, ...] | None:
-        """Weights w_1, w_2, … of S u = u + Σ_j w_j (u_{l-j} - u_l + u_{l+j} - u_l).
+    def radius(self, num_layers: int) -> int:
+        """How many layers to each side it looks at, in a run of `num_layers`.
 
-        None for an operator that has no such form.
+        All of them, unless a subclass says otherwise: needed where layers couple across
+        the stages of a mesh axis.
         """
-        return None
+        return num_layers - 1
 
     def offsets(self, num_layers: int) -> range:
-        """The offsets d at which S[l, l+d] may be other than 0."""
-        return range(1 - num_layers, num_layers)
+        """The offsets d at which S[l, l+d] may be other than 0: up to the radius."""
+        radius = min(self.radius(num_layers), num_layers - 1)
+        return range(-radius, radius + 1)
 
     @property
-    def is_linear(self) -> bool:
+    def has_matrix(self) -> bool:
         """Whether it has a matrix; else it depends on the updates."""
-        return True
+        return type(self).matrix is not Operator.matrix
 
     @property
     def is_identity(self) -> bool:
         """Whether it is known, without looking at an array, to change nothing."""
+        return False
+
+    @property
+    def scales_single_layers(self) -> bool:
+        """Whether it also changes a layer that is alone: `matrix(1)` is not [[1.]]."""
         return False
 
     @property
@@ -89,7 +108,7 @@ class Operator:
             return self
         strengths = {name: getattr(self, name) for name in self.strengths}
         resolved = {
-            name: value.at(count) if isinstance(value, Operator) else value(count)
+            name: _resolved_at(name, value, count)
             for name, value in strengths.items()
             if _is_scheduled(value)
         }
@@ -104,7 +123,7 @@ class Operator:
             if i == 0:
                 args.append(value)
             else:
-                options[field.name] = value
+                options[field.metadata.get("argument", field.name)] = value
         if self.made_by:
             return shown_call(self.made_by, args, options)
         own = type(self).__qualname__
@@ -231,7 +250,37 @@ class OperatorFn(Operator):
 
 
 def _is_scheduled(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_is_scheduled, value))
     return value.scheduled if isinstance(value, Operator) else callable(value)
+
+
+def _resolved_at(name: str, value: Any, count: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_resolved_at(name, one, count) for one in value)
+    if isinstance(value, Operator):
+        return value.at(count)
+    if not callable(value):
+        return value
+    hint = (
+        f"Raised by {shown_value(value)}, the schedule of `{name}`, for a step count. "
+        f"A function in the place of a strength is always a schedule; wrap one of the "
+        f"number of layers: `operator_fn(function)`."
+    )
+    try:
+        strength = value(count)
+    except Exception as error:
+        error.add_note(hint)
+        raise
+    if np.ndim(strength) > 1:
+        raise TypeError(f"A matrix, where a number is needed. {hint}")
+    if isinstance(strength, Operator) or callable(strength):
+        raise TypeError(
+            f"{shown_value(value)}, the schedule of `{name}`, returned {strength!r}, "
+            f"where a number is needed. Call the function that makes an operator, as "
+            f"in `window(0.1)`, and pass what it returns."
+        )
+    return strength
 
 
 def resolved(value: Any) -> Any:
@@ -245,6 +294,13 @@ def resolved(value: Any) -> Any:
         # Rounded once, to the dtype of each leaf, which may be float64.
         return value.astype(jnp.result_type(float))
     return float(value)
+
+
+def resolved_factors(value: Any) -> Any:
+    """One number, or one for each layer of a run."""
+    if isinstance(value, np.ndarray):
+        return value
+    return resolved(value)
 
 
 def _by_value(value: Any) -> Hashable:

@@ -13,8 +13,16 @@ import optax
 from jax import lax
 
 from gradsmooth_optax._arrays import num_bits
-from gradsmooth_optax._checks import positive_int, strength_in
-from gradsmooth_optax._operators.operator import Matrix, Operator, resolved
+from gradsmooth_optax._checks import (
+    check_flag,
+    factors_in,
+    is_function,
+    positive_int,
+    strength_in,
+)
+from gradsmooth_optax._coupling.layers import Layers
+from gradsmooth_optax._coupling.matmul import Matrix
+from gradsmooth_optax._operators.operator import Operator, resolved, resolved_factors
 
 _NO_COUPLING = " For no coupling at all pass `alpha=0.0`."
 
@@ -67,11 +75,11 @@ def window(
 
 
 def as_operator(value: Any) -> Operator:
-    """The operator that `value`, an operator or a strength of the window, stands for."""
+    """The operator that `value`, an operator or a strength of the window, is."""
     if isinstance(value, Operator):
         return value
     is_strength = isinstance(value, int | float) and not isinstance(value, bool)
-    is_strength |= callable(value) and not isinstance(value, type)
+    is_strength |= is_function(value)
     if is_strength or (hasattr(value, "dtype") and np.shape(value) == ()):
         return Window(value)
     hint = "`0.1` or `window(0.1)`"
@@ -92,32 +100,43 @@ class Window(Operator):
     strengths: ClassVar[tuple[str, ...]] = ("alpha", "decay")
 
     alpha: optax.ScalarOrSchedule
-    radius: int = 1
+    width: int = dataclasses.field(default=1, metadata={"argument": "radius"})
     decay: optax.ScalarOrSchedule | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "alpha", strength_in("alpha", self.alpha, high=1.0))
-        object.__setattr__(
-            self, "radius", positive_int("radius", self.radius, _NO_COUPLING)
-        )
+        width = positive_int("radius", self.width, _NO_COUPLING)
+        object.__setattr__(self, "width", width)
         if self.decay is not None:
             object.__setattr__(self, "decay", strength_in("decay", self.decay))
 
-    def side_weights(self) -> tuple[Any, ...]:
+    def couple(self, layers: Layers) -> Layers:
+        if not layers.prefers_shifts(self.width):
+            return super().couple(layers)
+        # The difference form keeps a depth-constant update bit-exact.
+        out = layers
+        distances = range(1, layers.longest_run)
+        for distance, weight in zip(distances, self._side_weights(), strict=False):
+            before, after = layers.shifted(-distance), layers.shifted(distance)
+            out = out + ((before - layers) + (after - layers)).scaled(weight)
+        return out
+
+    def matrix(self, num_layers: int) -> Matrix:
+        return _symmetric(self._side_weights(), num_layers)
+
+    def radius(self, num_layers: int) -> int:
+        return min(self.width, num_layers - 1)
+
+    def _side_weights(self) -> tuple[Any, ...]:
+        """w_1, w_2, … of S u = u + Σ_j w_j (u_{l-j} - u_l + u_{l+j} - u_l)."""
         alpha = resolved(self.alpha)
         decay = 0.0 if self.decay is None else resolved(self.decay)
         if isinstance(alpha, jax.Array) and isinstance(decay, jax.Array):
             widest = max(alpha.dtype, decay.dtype, key=num_bits)
             alpha, decay = alpha.astype(widest), decay.astype(widest)
         # Relative to distance 1, so that a large decay cannot make all of them 0.
-        share = [_exp(-decay * (j - 1)) for j in range(1, self.radius + 1)]
+        share = [_exp(-decay * (j - 1)) for j in range(1, self.width + 1)]
         return tuple(alpha / 2 * (weight / sum(share)) for weight in share)
-
-    def matrix(self, num_layers: int) -> Matrix:
-        return _symmetric(self.side_weights(), num_layers)
-
-    def offsets(self, num_layers: int) -> range:
-        return _band(self.radius, num_layers)
 
     @property
     def is_identity(self) -> bool:
@@ -159,25 +178,31 @@ class Gaussian(Operator):
     strengths: ClassVar[tuple[str, ...]] = ("sigma",)
 
     sigma: optax.ScalarOrSchedule
-    radius: int | None = None
+    width: int | None = dataclasses.field(default=None, metadata={"argument": "radius"})
 
     def __post_init__(self):
         sigma = strength_in("sigma", self.sigma)
         object.__setattr__(self, "sigma", sigma)
-        if self.radius is None:
+        if self.width is None:
             if callable(sigma) or isinstance(sigma, jax.Array):
                 raise ValueError(
                     f"`radius` of `gaussian` is needed where `sigma` is a schedule or "
                     f"an array ({sigma!r}), since it decides what is compiled. Write "
                     f"`gaussian(sigma, radius=3)`, about three times the largest sigma."
                 )
-            radius = max(1, math.ceil(3 * sigma))
+            width = max(1, math.ceil(3 * sigma))
         else:
-            radius = positive_int("radius", self.radius)
-        object.__setattr__(self, "radius", radius)
+            width = positive_int("radius", self.width)
+        object.__setattr__(self, "width", width)
 
-    def side_weights(self) -> tuple[Any, ...]:
-        sigma, radius = resolved(self.sigma), range(1, (self.radius or 1) + 1)
+    def matrix(self, num_layers: int) -> Matrix:
+        return _symmetric(self._side_weights(), num_layers)
+
+    def radius(self, num_layers: int) -> int:
+        return min(self.width or 1, num_layers - 1)
+
+    def _side_weights(self) -> tuple[Any, ...]:
+        sigma, radius = resolved(self.sigma), range(1, (self.width or 1) + 1)
         if isinstance(sigma, float):
             distances = [min(j / sigma, 1e3) if sigma else 1e3 for j in radius]
             kernel = [math.exp(-0.5 * distance**2) for distance in distances]
@@ -189,12 +214,6 @@ class Gaussian(Operator):
             kernel = [jnp.where(zero, jnp.zeros_like(k), k) for k in kernel]
         total = 1 + 2 * sum(kernel)
         return tuple(weight / total for weight in kernel)
-
-    def matrix(self, num_layers: int) -> Matrix:
-        return _symmetric(self.side_weights(), num_layers)
-
-    def offsets(self, num_layers: int) -> range:
-        return _band(self.radius or 1, num_layers)
 
     @property
     def is_identity(self) -> bool:
@@ -293,10 +312,7 @@ class Ema(Operator):
 
     def __post_init__(self):
         object.__setattr__(self, "rho", strength_in("rho", self.rho, high=1.0))
-        if not isinstance(self.reverse, bool):
-            raise TypeError(
-                f"`reverse` of `ema` must be True or False, but is {self.reverse!r}."
-            )
+        check_flag("reverse", self.reverse)
 
     def matrix(self, num_layers: int) -> Matrix:
         layers = np.arange(num_layers)
@@ -373,8 +389,8 @@ class Laplacian(Operator):
         dtype = getattr(half, "dtype", np.float64)
         return np.eye(num_layers, dtype=dtype) - half * change.astype(dtype)
 
-    def offsets(self, num_layers: int) -> range:
-        return _band(1, num_layers)
+    def radius(self, num_layers: int) -> int:
+        return min(1, num_layers - 1)
 
     @property
     def is_identity(self) -> bool:
@@ -404,6 +420,79 @@ class MeanOverDepth(Operator):
         return np.full((num_layers, num_layers), 1 / num_layers)
 
 
+def layer_scale(factors: Any) -> Operator:
+    """Scales every layer by a factor of its own: a diagonal S, for `compose`.
+
+        u'_l = factors_l u_l
+
+    It acts by runs, as every operator does, but also on a run of one layer.
+
+    Args:
+      factors: a number for all layers, an array (L,) with one for each layer of a run,
+        or a schedule of either. 1 changes nothing.
+
+    Returns:
+      An operator for `smooth_over_depth`.
+
+    Raises:
+      TypeError, ValueError: at construction, for factors of the wrong kind, not finite,
+        or of more than one axis; at trace of `update`, for a run of another length.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> gs.layer_scale([0.25, 0.5, 1.0]).matrix(3)
+      array([[0.25, 0.  , 0.  ],
+             [0.  , 0.5 , 0.  ],
+             [0.  , 0.  , 1.  ]])
+    """
+    return LayerScale(factors)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerScale(Operator):
+    made_by: ClassVar[str] = "layer_scale"
+    strengths: ClassVar[tuple[str, ...]] = ("factors",)
+
+    factors: Any
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", factors_in("factors", self.factors))
+
+    def couple(self, layers: Layers) -> Layers:
+        return layers.scaled(self._of_run)
+
+    def matrix(self, num_layers: int) -> Matrix:
+        factors = self._of_run(num_layers)
+        return (
+            np.diag(factors) if isinstance(factors, np.ndarray) else jnp.diag(factors)
+        )
+
+    def radius(self, num_layers: int) -> int:
+        return 0
+
+    def _of_run(self, num_layers: int) -> Matrix:
+        factors = resolved_factors(self.factors)
+        if np.shape(factors) == ():
+            ones = np.ones(num_layers)
+            return factors * ones.astype(getattr(factors, "dtype", np.float64))
+        if np.shape(factors) != (num_layers,):
+            raise ValueError(
+                f"`layer_scale` holds factors for {np.shape(factors)[0]} layers, but "
+                f"is applied to a run of {num_layers}. Pass one number, or restrict "
+                f"`depth` to the stack of {np.shape(factors)[0]} layers with "
+                f"`.only(...)`."
+            )
+        return factors
+
+    @property
+    def is_identity(self) -> bool:
+        return isinstance(self.factors, float | int) and self.factors == 1
+
+    @property
+    def scales_single_layers(self) -> bool:
+        return True
+
+
 def _symmetric(weights: tuple[Any, ...], num_layers: int) -> Matrix:
     """I + Σ_j w_j (neighbors at distance j - their number): rows sum to 1."""
     dtype = getattr(weights[0], "dtype", np.float64)
@@ -413,11 +502,6 @@ def _symmetric(weights: tuple[Any, ...], num_layers: int) -> Matrix:
         difference = neighbors - np.diag(neighbors.sum(1))
         matrix = matrix + weight * difference.astype(dtype)
     return matrix
-
-
-def _band(radius: int, num_layers: int) -> range:
-    widest = min(radius, num_layers - 1)
-    return range(-widest, widest + 1)
 
 
 def _is_zero(strength: Any) -> bool:

@@ -12,6 +12,7 @@ import optax
 from optax import contrib
 
 from gradsmooth_optax._checks import transformation
+from gradsmooth_optax._depth.agreement import numbered_by
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.paths import plain_path
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec
@@ -147,10 +148,13 @@ def muon(
       Jordan, "Muon", https://github.com/KellerJordan/Muon; arXiv 2606.30813, section 5.
     """
     spec = as_spec(depth)
-    smoothing = transformation(
-        "smoothing",
-        smoothing,
-        "muon(learning_rate, depth, smooth_over_depth(depth, 0.1))",
+    smoothing = _agreeing(
+        spec,
+        transformation(
+            "smoothing",
+            smoothing,
+            "muon(learning_rate, depth, smooth_over_depth(depth, 0.1))",
+        ),
     )
 
     def dimension_numbers(tree):
@@ -207,6 +211,22 @@ def muon(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _agreeing(
+    spec: DepthSpec, smoothing: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """The smoothing, with an error where it numbers a leaf otherwise than the spec."""
+
+    def init_fn(params):
+        with numbered_by(spec):
+            return smoothing.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        with numbered_by(spec):
+            return smoothing.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _matrices_per_layer(spec: DepthSpec, tree: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -12,19 +11,14 @@ import optax
 
 from gradsmooth_optax._arrays import axis_size
 from gradsmooth_optax._checks import check_choice, check_flag, transformation
-from gradsmooth_optax._coupling.apply import Variant, apply_operator
-from gradsmooth_optax._coupling.norms import NormScope
-from gradsmooth_optax._coupling.stages import split_over
-from gradsmooth_optax._depth.groups import (
-    Group,
-    Grouping,
-    check_structure,
-    group_by_depth,
-)
-from gradsmooth_optax._depth.reading.doubts import warn_of_suspicions
+from gradsmooth_optax._coupling.layers import NormScope, layers_of, leaves_of
+from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.stages import DepthGroup, split_over
+from gradsmooth_optax._depth.structure import check_structure, coupled_groups
 from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
+from gradsmooth_optax._operators.variants import Variant, coupled
 
 Boundary: TypeAlias = Literal["couple", "stage"]
 
@@ -171,11 +165,10 @@ def smooth_over_depth(
 
     def init_fn(params):
         # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.
-        grouping = group_by_depth(spec, params)
-        # With an `axis_name` they may be those of one stage or of all.
-        check_structure(grouping, strict, gaps=axis_name is None)
-        if strict and axis_name is None:
-            warn_of_suspicions(grouping)
+        if axis_name is None:
+            coupled_groups(spec, params, strict, warn=True)
+        else:  # maybe those of one stage, maybe of all: gaps cannot be told
+            check_structure(group_by_depth(spec, params), strict, wholes=())
         if operator.scheduled:
             return DepthSmoothingState(jnp.zeros([], jnp.int32))
         return optax.EmptyState()
@@ -183,44 +176,35 @@ def smooth_over_depth(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         # Grouped anew: paths and masks may differ from those of the parameters.
-        grouping = group_by_depth(spec, updates)
-        groups = _groups_on_mesh(
-            grouping, strict, axis_name, axis_boundary, norm_axis_names
-        )
+        grouping, groups = _grouped(updates)
         resolved = operator
         if operator.scheduled:
             resolved = operator.at(state.count)
             state = DepthSmoothingState(optax.safe_increment(state.count))
-        if resolved.is_identity:
+        fewest = 1 if resolved.scales_single_layers else 2
+        groups = [g for g in groups if g.whole.run_lengths.max(initial=0) >= fewest]
+        if resolved.is_identity or not groups:
             return updates, state
-        new = apply_operator(groups, grouping.leaves, resolved, variant, norm_scope)
+        layers = layers_of(groups, grouping.leaves, norm_scope, norm_axis_names, fewest)
+        new = leaves_of(coupled(resolved, layers, variant), layers)
         return grouping.replaced(new), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _groups_on_mesh(
-    grouping: Grouping,
-    strict: bool,
-    axis_name: Hashable | None,
-    axis_boundary: Boundary,
-    norm_axis_names: tuple[Hashable, ...],
-) -> list[Group]:
-    """The groups that are coupled, as the mesh axes split them; structure errors."""
-    for name in norm_axis_names:
-        axis_size(name, "norm_axis_names")
-    over_stages = grouping
-    if axis_name is not None:
+    def _grouped(updates: Any) -> tuple[Grouping, Sequence[DepthGroup]]:
+        for name in norm_axis_names:
+            axis_size(name, "norm_axis_names")
+        if axis_name is None:
+            grouping = coupled_groups(spec, updates, strict)
+            return grouping, grouping.groups
         axis_size(axis_name, "axis_name")
+        grouping = group_by_depth(spec, updates)
+        groups: Sequence[DepthGroup] = grouping.groups
         # Without a coupling of stages their gaps matter only where they are errors.
         if grouping.groups and (strict or axis_boundary == "couple"):
-            over_stages = split_over(grouping, axis_name)
-    check_structure(over_stages, strict)
-    coupled = over_stages if axis_boundary == "couple" else grouping
-    return [
-        dataclasses.replace(group, norm_axes=tuple(norm_axis_names))
-        for group in coupled.groups
-    ]
+            groups = split_over(grouping, axis_name)
+        check_structure(grouping, strict, wholes=[group.whole for group in groups])
+        return grouping, groups if axis_boundary == "couple" else grouping.groups
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _check_mesh_axes(axis_name: Any, axis_boundary: Any, norm_axis_names: Any) -> None:

@@ -5,37 +5,20 @@ from __future__ import annotations
 from typing import Any, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from gradsmooth_optax._arrays import widened
-from gradsmooth_optax._checks import (
-    check_choice,
-    number_below_one,
-    number_in,
-    transformation,
-)
-from gradsmooth_optax._coupling.apply import arrays_of, coupled, rounded, with_neighbors
-from gradsmooth_optax._coupling.norms import Arrays, map_arrays
+from gradsmooth_optax._checks import check_choice, number_in, transformation
+from gradsmooth_optax._coupling.layers import Layers
 from gradsmooth_optax._coupling.units import Per, Units
-from gradsmooth_optax._depth.groups import check_structure, group_by_depth
-from gradsmooth_optax._depth.reading.doubts import warn_of_suspicions
-from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.specs import DepthLike
 from gradsmooth_optax._operators.smoothers import window
 from gradsmooth_optax.contrib._learning import (
-    Cosine,
     Direction,
+    Family,
+    Products,
     Signal,
-    arrays_in,
-    check_settings,
-    check_units,
-    cosine_of,
-    filled,
-    followed,
-    share_of,
-    tree_of,
-    without_rounding,
-    zeros_of,
+    Values,
+    learning,
 )
 
 
@@ -45,23 +28,23 @@ class LearnAlphaState(NamedTuple):
     Attributes:
       alpha: {unit: α}, float32 scalars, or one value per layer in ascending order.
       signal: {unit: running mean of the cosine that α follows}, shaped as `alpha`.
-      change: a tree as the parameters, with v of the last update (its part orthogonal
-        to that update for the signal "coupling"), and `optax.MaskedNode()` where
-        nothing is coupled.
+      update: a tree as the parameters, with the last update of `inner`, and
+        `optax.MaskedNode()` where nothing is coupled.
       inner_state: state of the wrapped transformation.
 
     Example:
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> tx = gs.contrib.learn_alpha(optax.scale_by_adam(), gs.scanned("blocks/"), per="layer")
+      >>> depth = gs.scanned("blocks/")
+      >>> tx = gs.contrib.learn_alpha(optax.scale_by_adam(), depth, per="layer")
       >>> tx.init({"blocks": {"w": jnp.ones((3, 2))}}).alpha["blocks"].shape
       (3,)
     """
 
     alpha: dict[str, jax.Array]
     signal: dict[str, jax.Array]
-    change: Any
+    update: Any
     inner_state: optax.OptState
 
 
@@ -126,8 +109,9 @@ def learn_alpha(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> params = {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> depth = gs.scanned("blocks/")
       >>> tx = optax.chain(
-      ...     gs.contrib.learn_alpha(optax.scale_by_adam(), gs.scanned("blocks/"), alpha=0.2),
+      ...     gs.contrib.learn_alpha(optax.scale_by_adam(), depth, alpha=0.2),
       ...     optax.scale_by_learning_rate(1e-3),
       ... )
       >>> print(optax.tree_utils.tree_get(tx.init(params), "alpha"))
@@ -138,99 +122,38 @@ def learn_alpha(
       "Online Learning Rate Adaptation with Hypergradient Descent", arXiv 1703.04782.
     """
     inner = transformation("inner", inner, "learn_alpha(optax.scale_by_adam(), depth)")
-    spec = as_spec(depth)
-    check_choice("direction", direction, get_args(Direction))
-    check_choice("signal", signal, get_args(Signal))
     check_choice("per", per, get_args(Per))
     alpha_max = number_in("alpha_max", alpha_max, high=1.0)
-    alpha = number_in("alpha", alpha, high=alpha_max)
-    learning_rate = number_in("learning_rate", learning_rate)
-    decay = number_below_one("decay", decay)
-    check_settings(strict, dtype)
-    sign = 1.0 if direction == "ascent" else -1.0
-
-    def init_fn(params):
-        grouping = group_by_depth(spec, params)
-        check_structure(grouping, strict)
-        if strict:
-            warn_of_suspicions(grouping)
-        groups = with_neighbors(grouping.groups)
-        units = Units.of(groups, per)
-        zeros = zeros_of(groups, grouping.leaves, dtype)
-        return LearnAlphaState(
-            filled(units.shapes, alpha, grouping),
-            filled(units.shapes, 0.0, grouping),
-            tree_of(grouping, groups, zeros),
-            inner.init(params),
-        )
-
-    def update_fn(updates, state, params=None, **extra_args):
-        grouping = group_by_depth(spec, updates)
-        check_structure(grouping, strict)
-        groups = with_neighbors(grouping.groups)
-        if not groups:
-            new, inner_state = inner.update(
-                updates, state.inner_state, params, **extra_args
-            )
-            return new, state._replace(inner_state=inner_state)
-        units = Units.of(groups, per)
-        check_units(units.shapes, state.alpha)
-        gradients = arrays_of(groups, grouping.leaves)
-        changes = arrays_in(state.change, groups)
-        alphas, means = {}, {}
-        for unit, cosine in _cosines(units, gradients, changes).items():
-            alphas[unit], means[unit] = followed(
-                state.alpha[unit],
-                state.signal[unit],
-                cosine,
-                sign,
-                decay,
-                learning_rate,
-                alpha_max,
-            )
-
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        grouping = group_by_depth(spec, updates)
-        groups = with_neighbors(grouping.groups)
-        units = Units.of(groups, per)
-        xs = arrays_of(groups, grouping.leaves)
-        us = [[widened(x) for x in of_group] for of_group in xs]
-        ends = coupled(window(1.0), groups, xs, [None] * len(groups), "param")
-        vs = map_arrays(lambda u, end: end - u, us, ends)
-        ys = map_arrays(
-            lambda u, v, a: u + a.astype(u.dtype) * v, us, vs, units.spread(alphas, us)
-        )
-        if signal == "coupling":
-            vs = _orthogonal(units, vs, ys)
-        change = tree_of(
-            grouping, groups, map_arrays(lambda v, c: v.astype(c.dtype), vs, changes)
-        )
-        updates = grouping.replaced(rounded(groups, xs, ys))
-        return updates, LearnAlphaState(alphas, means, change, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _cosines(units: Units, xs: Arrays, ys: Arrays) -> dict[str, Cosine]:
-    """cos(x, y) of every unit."""
-    products = units.inner_products(xs, ys)
-    of_x, of_y = (units.inner_products(arrays, arrays) for arrays in (xs, ys))
-    return {name: cosine_of(products[name], of_x[name], of_y[name]) for name in of_x}
-
-
-def _orthogonal(units: Units, vs: Arrays, ys: Arrays) -> Arrays:
-    """v without its component along y, in every unit."""
-    products, squares = units.inner_products(vs, ys), units.inner_products(ys, ys)
-    whole = units.inner_products(vs, vs)
-    share = {name: share_of(products[name], squares[name]) for name in squares}
-    keeps = {}
-    for name, part in share.items():
-        left = without_rounding(whole[name] - part * products[name], whole[name])
-        # 1 or 0, by a division: see `_norms.inverse_norm`.
-        keeps[name] = (1 / jnp.where(left > 0, 1.0, jnp.inf)).astype(part.dtype)
-    return map_arrays(
-        lambda v, y, b, keep: keep.astype(v.dtype) * (v - b.astype(y.dtype) * y),
-        *(vs, ys, units.spread(share, vs), units.spread(keeps, vs)),
+    return learning(
+        inner,
+        depth,
+        Family(per, lambda units: units.shapes, _coupled, _products),
+        LearnAlphaState,
+        start=number_in("alpha", alpha, high=alpha_max),
+        highest=alpha_max,
+        learning_rate=number_in("learning_rate", learning_rate),
+        direction=direction,
+        signal=signal,
+        decay=decay,
+        dtype=dtype,
+        strict=strict,
     )
+
+
+def _coupled(units: Units, alphas: Values, u: Layers) -> Layers:
+    return u + _change(u).scaled(units.spread(alphas))
+
+
+def _change(u: Layers) -> Layers:
+    """v = (dS/dα) u."""
+    return window(1.0).couple(u) - u
+
+
+def _products(
+    units: Units, alphas: Values, g: Layers, u: Layers
+) -> dict[str, Products]:
+    v = _change(u)
+    y = u + v.scaled(units.spread(alphas))
+    pairs = ((g, v), (v, v), (v, y), (g, g), (y, y), (g, y))
+    found = [units.inner_products(*pair) for pair in pairs]
+    return {unit: Products(*(of[unit] for of in found)) for unit in alphas}

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradsmooth_optax._arrays import widened
-from gradsmooth_optax._checks import (
-    check_choice,
-    number_below_one,
-    number_in,
-    positive_int,
-    transformation,
-)
-from gradsmooth_optax._coupling.apply import arrays_of, rounded, with_neighbors
-from gradsmooth_optax._coupling.norms import Arrays, inner_products, map_arrays
-from gradsmooth_optax._coupling.pairs import at_distance, coupled_by_pairs
+from gradsmooth_optax._checks import number_in, positive_int, transformation
+from gradsmooth_optax._coupling.layers import Layers
 from gradsmooth_optax._coupling.units import Units
-from gradsmooth_optax._depth.groups import Group, check_structure, group_by_depth
-from gradsmooth_optax._depth.reading.doubts import warn_of_suspicions
-from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.specs import DepthLike
 from gradsmooth_optax.contrib._learning import (
-    Cosine,
     Direction,
+    Family,
+    Products,
+    Shapes,
     Signal,
-    arrays_in,
-    check_settings,
-    check_units,
-    cosine_of,
-    filled,
-    followed,
-    share_of,
-    tree_of,
-    without_rounding,
-    zeros_of,
+    Values,
+    learning,
 )
 
 
@@ -148,146 +131,82 @@ def learn_operator(
     inner = transformation(
         "inner", inner, "learn_operator(optax.scale_by_adam(), depth)"
     )
-    spec = as_spec(depth)
     width = 1 if radius is None else positive_int("radius", radius)
-    check_choice("direction", direction, get_args(Direction))
-    check_choice("signal", signal, get_args(Signal))
     alpha_max = number_in("alpha_max", alpha_max, high=1.0)
-    alpha = number_in("alpha", alpha, high=alpha_max)
-    learning_rate = number_in("learning_rate", learning_rate)
-    decay = number_below_one("decay", decay)
-    check_settings(strict, dtype)
-    sign = 1.0 if direction == "ascent" else -1.0
-
-    def init_fn(params):
-        grouping = group_by_depth(spec, params)
-        check_structure(grouping, strict)
-        if strict:
-            warn_of_suspicions(grouping)
-        groups = with_neighbors(grouping.groups)
-        shapes = {
-            stack: (width, *shape)
-            for stack, shape in Units.of(groups, "layer").shapes.items()
-        }
-        zeros = zeros_of(groups, grouping.leaves, dtype)
-        return LearnOperatorState(
-            filled(shapes, alpha / (2 * width), grouping),
-            filled(shapes, 0.0, grouping),
-            tree_of(grouping, groups, zeros),
-            inner.init(params),
-        )
-
-    def update_fn(updates, state, params=None, **extra_args):
-        grouping = group_by_depth(spec, updates)
-        check_structure(grouping, strict)
-        groups = with_neighbors(grouping.groups)
-        if not groups:
-            new, inner_state = inner.update(
-                updates, state.inner_state, params, **extra_args
-            )
-            return new, state._replace(inner_state=inner_state)
-        units = Units.of(groups, "layer")
-        check_units({k: (width, *n) for k, n in units.shapes.items()}, state.weights)
-        gradients = [
-            [widened(x) for x in of_group]
-            for of_group in arrays_of(groups, grouping.leaves)
-        ]
-        kept = arrays_in(state.update, groups)
-        last = map_arrays(widened, kept)
-        cosines = _cosines(units, gradients, last, state.weights, width, signal)
-        weights, means = {}, {}
-        for stack, cosine in cosines.items():
-            weights[stack], means[stack] = followed(
-                state.weights[stack],
-                state.signal[stack],
-                cosine,
-                sign,
-                decay,
-                learning_rate / (2 * width),
-                alpha_max / (2 * width),
-            )
-
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
-        grouping = group_by_depth(spec, updates)
-        groups = with_neighbors(grouping.groups)
-        units = Units.of(groups, "layer")
-        xs = arrays_of(groups, grouping.leaves)
-        us = map_arrays(widened, xs)
-        ys = coupled_by_pairs(
-            groups, us, [None] * len(us), _spread(units, weights, us, width)
-        )
-        # Copies: donated twice, a buffer shared with `inner` would be an error.
-        kept = map_arrays(lambda x, old: jnp.array(x, old.dtype, copy=True), xs, kept)
-        updates = grouping.replaced(rounded(groups, xs, ys))
-        update = tree_of(grouping, groups, kept)
-        return updates, LearnOperatorState(weights, means, update, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # Of α = 2 · radius · w, which the settings are of.
+    return learning(
+        inner,
+        depth,
+        Family("layer", functools.partial(_shapes, width), _coupled, _products),
+        LearnOperatorState,
+        start=number_in("alpha", alpha, high=alpha_max) / (2 * width),
+        highest=alpha_max / (2 * width),
+        learning_rate=number_in("learning_rate", learning_rate) / (2 * width),
+        direction=direction,
+        signal=signal,
+        decay=decay,
+        dtype=dtype,
+        strict=strict,
+    )
 
 
-def _spread(
-    units: Units, weights: dict[str, jax.Array], like: Arrays, radius: int
-) -> list[Arrays]:
-    """The weights of every distance, for every slot."""
-    return [
-        units.spread({stack: w[d] for stack, w in weights.items()}, like)
-        for d in range(radius)
-    ]
+def _shapes(width: int, units: Units) -> Shapes:
+    return {stack: (width, *shape) for stack, shape in units.shapes.items()}
 
 
-def _cosines(
-    units: Units,
-    gradients: Arrays,
-    us: Arrays,
-    weights: dict[str, jax.Array],
-    radius: int,
-    signal: Signal,
-) -> dict[str, Cosine]:
-    """cos(g, (dS/dw) u) of every pair of layers, over these two; unknown without one.
+def _coupled(units: Units, weights: Values, u: Layers) -> Layers:
+    """u_l + Σ_d w_d,l (u_{l+d} - u_l) + w_d,l-d (u_{l-d} - u_l)."""
+    out = u
+    for distance in range(1, _width(weights) + 1):
+        # Held by the first layer of each pair.
+        pair = units.spread({stack: w[distance - 1] for stack, w in weights.items()})
+        out = out + (u.shifted(distance) - u).scaled(pair)
+        out = out + (u.shifted(-distance) - u).scaled(pair.shifted(-distance))
+    return out
+
+
+def _products(
+    units: Units, weights: Values, g: Layers, u: Layers
+) -> dict[str, Products]:
+    """Of every pair of layers, over these two.
 
     With D the difference of the second layer and the first, (dS/dw) u is Du in the
     first and -Du in the second.
     """
-    groups = units.groups
-    ys = coupled_by_pairs(
-        groups, us, [None] * len(us), _spread(units, weights, us, radius)
-    )
-    rows: dict[str, list[Cosine]] = {stack: [] for stack in weights}
-    for distance in range(1, radius + 1):
-        of_u, of_g, of_y = (
-            _difference(groups, arrays, distance) for arrays in (us, gradients, ys)
+    y = _coupled(units, weights, u)
+    rows = []
+    for distance in range(1, _width(weights) + 1):
+        d_g, d_u, d_y = (x.shifted(distance) - x for x in (g, u, y))
+
+        def differences(x: Layers, distance: int = distance, d_u: Layers = d_u):
+            return units.pair_totals(d_u.inner(x, "param"), distance)
+
+        def over_both(x: Layers, y: Layers, distance: int = distance):
+            one = x.inner(y, "param")
+            return units.pair_totals(one + one.shifted(distance), distance)
+
+        gu, uu, yu = map(differences, (d_g, d_u, d_y))
+        gg, yy, gy = over_both(g, g), over_both(y, y), over_both(g, y)
+        rows.append(
+            {
+                stack: Products(
+                    -gu[stack],
+                    2 * uu[stack],
+                    -yu[stack],
+                    gg[stack],
+                    yy[stack],
+                    gy[stack],
+                )
+                for stack in weights
+            }
         )
-        products, squares, along_y = (
-            units.pair_totals(inner_products(groups, of_u, other), distance)
-            for other in (of_g, of_u, of_y)
-        )
-        gg, yy, gy = (
-            _over_both(units, inner_products(groups, *two), distance)
-            for two in ((gradients, gradients), (ys, ys), (gradients, ys))
-        )
-        for stack, row in rows.items():
-            dot, square = -products[stack], 2 * squares[stack]
-            if signal == "coupling":
-                share = share_of(-along_y[stack], yy[stack])
-                dot = dot - share * gy[stack]
-                left = square + share * along_y[stack]
-                square = without_rounding(left, square)
-            row.append(cosine_of(dot, square, gg[stack]))
     return {
-        stack: Cosine(*(jnp.stack(part) for part in zip(*row, strict=True)))
-        for stack, row in rows.items()
+        stack: Products(
+            *map(jnp.stack, zip(*(row[stack] for row in rows), strict=True))
+        )
+        for stack in weights
     }
 
 
-def _difference(groups: Sequence[Group], arrays: Arrays, distance: int) -> Arrays:
-    """The layer at a distance minus this one; not used where there is none."""
-    there = at_distance(groups, arrays, distance)
-    return map_arrays(jnp.subtract, there, arrays)
-
-
-def _over_both(units: Units, numbers: Arrays, distance: int) -> dict[str, jax.Array]:
-    """Totals over the two layers of each pair."""
-    there = at_distance(units.groups, numbers, distance)
-    return units.pair_totals(map_arrays(jnp.add, numbers, there), distance)
+def _width(weights: Values) -> int:
+    return next(iter(weights.values())).shape[0]

@@ -1,9 +1,9 @@
-"""What the wrappers that learn an operator have in common."""
+"""S(θ), whose parameters θ follow the gradients: what the two learners share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,175 @@ import numpy as np
 import optax
 
 from gradsmooth_optax._arrays import in_dtype, inexact_dtype
-from gradsmooth_optax._checks import check_flag
-from gradsmooth_optax._coupling.norms import Arrays
+from gradsmooth_optax._checks import check_choice, check_flag, number_below_one
+from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
+from gradsmooth_optax._coupling.units import Per, Units
 from gradsmooth_optax._depth.groups import Group, Grouping
+from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.structure import coupled_groups
 
 Direction: TypeAlias = Literal["ascent", "descent"]
 Signal: TypeAlias = Literal["coupling", "full"]
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+Values: TypeAlias = Mapping[str, jax.Array]
 
 
-class Cosine(NamedTuple):
+class Products(NamedTuple):
+    """Inner products over the layers that a parameter reaches, one for each parameter.
+
+    With g the gradient, u the last update of the inner transformation, y = S(θ) u and
+    v = (dS/dθ) u: how y moves with the parameter.
+    """
+
+    gv: jax.Array
+    vv: jax.Array
+    vy: jax.Array
+    gg: jax.Array
+    yy: jax.Array
+    gy: jax.Array
+
+
+class Family(NamedTuple):
+    """A family of operators S(θ), linear in θ.
+
+    Attributes:
+      per: what has parameters of its own: a stack, a role or a layer.
+      shapes: of the parameters of every unit.
+      coupled: S(θ) u.
+      products: those of every parameter, given g, u and θ.
+    """
+
+    per: Per
+    shapes: Callable[[Units], Shapes]
+    coupled: Callable[[Units, Values, Layers], Layers]
+    products: Callable[[Units, Values, Layers, Layers], dict[str, Products]]
+
+
+def learning(
+    inner: optax.GradientTransformation,
+    depth: DepthLike,
+    family: Family,
+    state_of: type,
+    *,
+    start: Any,
+    highest: Any,
+    learning_rate: Any,
+    direction: Direction,
+    signal: Signal,
+    decay: Any,
+    dtype: Any,
+    strict: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Couples what `inner` produces by S(θ), and lets θ follow the gradients.
+
+    Args:
+      inner: whose updates are coupled.
+      depth: where depth is.
+      family: of operators.
+      state_of: the named tuple of θ, running means, last update and inner state.
+      start: θ of the first step.
+      highest: the largest θ, the smallest is 0.
+      learning_rate: change of θ per step at a cosine of 1.
+      direction, signal, decay, dtype, strict: as in `learn_alpha`.
+    """
+    spec = as_spec(depth)
+    check_choice("direction", direction, get_args(Direction))
+    check_choice("signal", signal, get_args(Signal))
+    decay = number_below_one("decay", decay)
+    check_flag("strict", strict)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"`dtype` must be a floating dtype or None, but is {dtype!r}.")
+    sign = 1.0 if direction == "ascent" else -1.0
+
+    def init_fn(params):
+        grouping = coupled_groups(spec, params, strict, warn=True)
+        groups = grouping.coupled
+        shapes = family.shapes(Units.of(groups, family.per))
+        kept = {
+            m.leaf: _zeros(grouping.leaves[m.leaf], dtype)
+            for group in groups
+            for m in group.members
+        }
+        return state_of(
+            _filled(shapes, start, grouping),
+            _filled(shapes, 0.0, grouping),
+            _only(grouping, kept),
+            inner.init(params),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        theta, means, kept, inner_state = state
+        gradients = coupled_groups(spec, updates, strict)
+        updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
+        groups = gradients.coupled
+        if not groups:
+            return updates, state._replace(inner_state=inner_state)
+        units = Units.of(groups, family.per)
+        _check_shapes(family.shapes(units), theta)
+        last = _arrays_in(kept, groups)
+        found = family.products(
+            units,
+            theta,
+            layers_of(groups, gradients.leaves),
+            layers_of(groups, last),
+        )
+        theta, means = dict(theta), dict(means)
+        for unit, products in found.items():
+            theta[unit], means[unit] = _followed(
+                theta[unit],
+                means[unit],
+                _cosine(products, signal),
+                sign,
+                decay,
+                learning_rate,
+                highest,
+            )
+
+        grouping = coupled_groups(spec, updates, strict)
+        groups = grouping.coupled
+        layers = layers_of(groups, grouping.leaves)
+        coupled = family.coupled(Units.of(groups, family.per), theta, layers)
+        # Copies: donated twice, a buffer shared with `inner` would be an error.
+        kept = {
+            i: jnp.array(grouping.leaves[i], old.dtype, copy=True)
+            for i, old in last.items()
+        }
+        new = grouping.replaced(leaves_of(coupled, layers))
+        return new, state_of(theta, means, _only(grouping, kept), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# -- One step of θ ---------------------------------------------------------------------
+
+
+class _Cosine(NamedTuple):
     """Cosines, and where there is one: elsewhere nothing can be learned."""
 
     value: jax.Array
     known: jax.Array
 
 
-def followed(
+def _cosine(products: Products, signal: Signal) -> _Cosine:
+    """cos(g, v), for the signal "coupling" of the part of v orthogonal to y."""
+    gv, vv, vy, gg, yy, gy = products
+    if signal == "coupling":
+        share = vy / jnp.where(yy == 0, jnp.inf, yy)  # 0 where y is 0
+        left = vv - share * vy
+        # Where v lies along y, what rounding leaves of it is no direction.
+        vv = jnp.where(left <= 1e-6 * vv, jnp.zeros_like(left), left)
+        gv = gv - share * gy
+    known = (gg > 0) & (vv > 0) & jnp.isfinite(gg) & jnp.isfinite(vv)
+    # A division comes last: see `_coupling.norms`. Not by NaN where nothing is known,
+    # which would stop `jax.debug_nans`.
+    cosine = gv / jnp.where(known, jnp.sqrt(gg) * jnp.sqrt(vv), jnp.inf)
+    return _Cosine(cosine, known & jnp.isfinite(cosine))
+
+
+def _followed(
     value: jax.Array,
     mean: jax.Array,
-    cosine: Cosine,
+    cosine: _Cosine,
     sign: float,
     decay: Any,
     learning_rate: Any,
@@ -50,31 +200,10 @@ def followed(
     return jnp.where(cosine.known, new, value), jnp.where(cosine.known, new_mean, mean)
 
 
-def cosine_of(product: jax.Array, of_x: jax.Array, of_y: jax.Array) -> Cosine:
-    """⟨x, y⟩ / ‖x‖‖y‖ from the squared norms, known if both are finite and not 0."""
-    known = (of_x > 0) & (of_y > 0) & jnp.isfinite(of_x) & jnp.isfinite(of_y)
-    # A division comes last, here and below: see `_norms.inverse_norm`. Not by NaN where
-    # nothing is known, which would stop `jax.debug_nans`.
-    norms = jnp.sqrt(of_x) * jnp.sqrt(of_y)
-    cosine = product / jnp.where(known, norms, jnp.inf)
-    return Cosine(cosine, known & jnp.isfinite(cosine))
+# -- The state -------------------------------------------------------------------------
 
 
-def without_rounding(square: jax.Array, whole: jax.Array) -> jax.Array:
-    """The squared norm of a component of v, and 0 where rounding made it.
-
-    Where v lies along y, what is left of it after a projection is no direction.
-    """
-    return jnp.where(square <= 1e-6 * whole, jnp.zeros_like(square), square)
-
-
-def share_of(product: jax.Array, square: jax.Array) -> jax.Array:
-    """⟨v, y⟩ / ⟨y, y⟩, and 0 where y is 0."""
-    zero = square == 0
-    return product / jnp.where(zero, jnp.inf, square)
-
-
-def filled(shapes: dict[str, tuple[int, ...]], value: Any, grouping: Grouping) -> Any:
+def _filled(shapes: Shapes, value: Any, grouping: Grouping) -> Any:
     """A float32 array for every unit; a scalar in their place for a leafless tree.
 
     `optax.tree_map_params` compares the state with that of a leafless placeholder, in
@@ -85,30 +214,23 @@ def filled(shapes: dict[str, tuple[int, ...]], value: Any, grouping: Grouping) -
     return {unit: jnp.full(shape, value, jnp.float32) for unit, shape in shapes.items()}
 
 
-def zeros_of(groups: Sequence[Group], leaves: Sequence[Any], dtype: Any) -> Arrays:
-    """Zeros for the leaves of every group, in `dtype` if that can hold them."""
-
-    def zeros(leaf: Any) -> jax.Array:
-        own = inexact_dtype(leaf)
-        loses = jnp.issubdtype(own, jnp.complexfloating) and not jnp.issubdtype(
-            dtype or own, jnp.complexfloating
-        )
-        return jnp.zeros_like(leaf, own if loses else dtype)
-
-    return [[zeros(leaves[m.leaf]) for m in group.members] for group in groups]
+def _zeros(leaf: Any, dtype: Any) -> jax.Array:
+    """Zeros like a leaf, in `dtype` if that can hold it."""
+    own = inexact_dtype(leaf)
+    loses = jnp.issubdtype(own, jnp.complexfloating) and not jnp.issubdtype(
+        dtype or own, jnp.complexfloating
+    )
+    return jnp.zeros_like(leaf, own if loses else dtype)
 
 
-def tree_of(grouping: Grouping, groups: Sequence[Group], arrays: Arrays) -> Any:
+def _only(grouping: Grouping, arrays: Mapping[int, Any]) -> Any:
     """The arrays in the places of their leaves, and `MaskedNode` in the others."""
-    leaves: list[Any] = [optax.MaskedNode()] * len(grouping.leaves)
-    for group, of_group in zip(groups, arrays, strict=True):
-        for member, array in zip(group.members, of_group, strict=True):
-            leaves[member.leaf] = array
+    leaves = [arrays.get(i, optax.MaskedNode()) for i in range(len(grouping.leaves))]
     return jax.tree.unflatten(grouping.treedef, leaves)
 
 
-def arrays_in(tree: Any, groups: Sequence[Group]) -> Arrays:
-    """What `tree_of` put into a tree."""
+def _arrays_in(tree: Any, groups: Sequence[Group]) -> dict[int, Any]:
+    """What `_only` put into a tree."""
     leaves = jax.tree.leaves(tree)
     places = sorted(member.leaf for group in groups for member in group.members)
     if len(leaves) != len(places):
@@ -117,18 +239,10 @@ def arrays_in(tree: Any, groups: Sequence[Group]) -> Arrays:
             f"but {len(places)} leaves are coupled now. It was probably made for other "
             f"parameters or another `depth`: make it anew by `init(params)`."
         )
-    at = dict(zip(places, leaves, strict=True))
-    return [[at[member.leaf] for member in group.members] for group in groups]
+    return dict(zip(places, leaves, strict=True))
 
 
-def check_settings(strict: Any, dtype: Any) -> None:
-    """Raises for a `strict` that is no bool and a `dtype` that is no inexact one."""
-    check_flag("strict", strict)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"`dtype` must be a floating dtype or None, but is {dtype!r}.")
-
-
-def check_units(shapes: dict[str, tuple[int, ...]], learned: Any) -> None:
+def _check_shapes(shapes: Shapes, learned: Any) -> None:
     """Raises if a state holds other units than the updates have."""
     found = {unit: np.shape(value) for unit, value in learned.items()}
     if found != shapes:

@@ -12,10 +12,10 @@ from jax import lax
 
 from gradsmooth_optax._arrays import num_bits, whole_along, widened
 from gradsmooth_optax._checks import check_flag
-from gradsmooth_optax._coupling.apply import with_neighbors
 from gradsmooth_optax._coupling.norms import cosine
-from gradsmooth_optax._depth.groups import Group, check_structure, group_by_depth
+from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.structure import coupled_groups
 from gradsmooth_optax.diagnostics._statistics import texts_of
 
 
@@ -57,10 +57,9 @@ def cosine_matrix(
     """
     spec = as_spec(depth)
     check_flag("strict", strict)
-    grouping = group_by_depth(spec, updates)
-    check_structure(grouping, strict)
+    grouping = coupled_groups(spec, updates, strict)
     stacks: dict[Hashable, list[Group]] = {}
-    for group in with_neighbors(grouping.groups):
+    for group in grouping.coupled:
         stacks.setdefault(group.stack, []).append(group)
     texts = texts_of("stacks", stacks)
     return {

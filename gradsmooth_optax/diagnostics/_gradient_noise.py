@@ -10,11 +10,11 @@ import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype, widened
 from gradsmooth_optax._checks import check_flag
-from gradsmooth_optax._coupling.apply import with_neighbors
+from gradsmooth_optax._coupling.layers import layers_of
 from gradsmooth_optax._coupling.units import Units
-from gradsmooth_optax._depth.groups import check_structure, group_by_depth
 from gradsmooth_optax._depth.paths import plain_path, show_path
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.structure import coupled_groups
 
 
 class GradientNoise(NamedTuple):
@@ -95,16 +95,14 @@ def gradient_noise(
     check_flag("strict", strict)
     num_microbatches = _num_microbatches(per_microbatch_updates)
     one = jax.tree.map(_of_one_microbatch, per_microbatch_updates)
-    grouping = group_by_depth(spec, one)
-    check_structure(grouping, strict)
-    groups = with_neighbors(grouping.groups)
+    groups = coupled_groups(spec, one, strict).coupled
     if not groups:
         return {}
     units = Units.of(groups, "layer")
 
     def squared_norms(leaves: dict[int, jax.Array]) -> dict[str, jax.Array]:
-        arrays = [[leaves[m.leaf] for m in group.members] for group in groups]
-        return units.inner_products(arrays, arrays)
+        layers = layers_of(groups, leaves)
+        return units.inner_products(layers, layers)
 
     leaves = jax.tree.leaves(per_microbatch_updates)
     positions = [m.leaf for group in groups for m in group.members]

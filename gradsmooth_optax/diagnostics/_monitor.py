@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._checks import check_flag, positive_int, transformation
-from gradsmooth_optax._coupling.apply import with_neighbors
-from gradsmooth_optax._depth.groups import Group, check_structure, group_by_depth
+from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.structure import coupled_groups
 from gradsmooth_optax.diagnostics._statistics import DepthStatistics, statistics_of
 
 _LAST_COUNT = 2**31 - 1  # counts are int32
@@ -135,9 +136,8 @@ def monitor_depth(
     check_flag("strict", strict)
 
     def coupled_in(updates: Any) -> _Coupled:
-        grouping = group_by_depth(spec, updates)
-        check_structure(grouping, strict)
-        groups = with_neighbors(grouping.groups)
+        grouping = coupled_groups(spec, updates, strict)
+        groups = grouping.coupled
         places = {member.leaf for group in groups for member in group.members}
         # Not the whole tree: a leaf that is no array would stop `jax.eval_shape`.
         arrays = {place: grouping.leaves[place] for place in sorted(places)}
@@ -203,7 +203,7 @@ class _Coupled(NamedTuple):
       is_leafless: whether the tree has no leaves at all.
     """
 
-    groups: list[Group]
+    groups: Sequence[Group]
     arrays: dict[int, Any]
     is_leafless: bool
 

@@ -13,17 +13,12 @@ import numpy as np
 
 from gradsmooth_optax._arrays import num_bits, replicated
 from gradsmooth_optax._checks import check_flag
-from gradsmooth_optax._coupling.apply import arrays_of, with_neighbors
-from gradsmooth_optax._coupling.neighbors import scaled_arrays
-from gradsmooth_optax._coupling.norms import cosine, inner_products
-from gradsmooth_optax._coupling.pairs import next_layers
-from gradsmooth_optax._depth.groups import (
-    Group,
-    check_structure,
-    group_by_depth,
-    text_of,
-)
+from gradsmooth_optax._coupling.layers import layers_of
+from gradsmooth_optax._coupling.norms import cosine
+from gradsmooth_optax._coupling.values import LayerValues
+from gradsmooth_optax._depth.groups import Group, text_of
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._depth.structure import coupled_groups
 
 
 class RoleStatistics(NamedTuple):
@@ -134,9 +129,8 @@ def depth_statistics(
     """
     spec = as_spec(depth)
     check_flag("strict", strict)
-    grouping = group_by_depth(spec, updates)
-    check_structure(grouping, strict)
-    return statistics_of(with_neighbors(grouping.groups), grouping.leaves)
+    grouping = coupled_groups(spec, updates, strict)
+    return statistics_of(grouping.coupled, grouping.leaves)
 
 
 def statistics_of(
@@ -194,29 +188,30 @@ def _statistics(sums: _Sums) -> RoleStatistics:
 
 def _sums_of(group: Group, leaves: Sequence[Any] | Mapping[int, Any]) -> _Sums:
     """The sums of one group, over its layers that have a neighbor."""
-    xs, unscaled = arrays_of([group], leaves), [None]
-    us, others = scaled_arrays(xs, unscaled), next_layers([group], xs, unscaled)
+    layers = layers_of([group], leaves)
+    after = layers.shifted(1)
     # From differences, not from norms and dots: those cancel where layers agree. Where
-    # there is no next layer it is meaningless, and left out.
-    steps = [[other - u for u, other in zip(us[0], others[0], strict=True)]]
+    # there is no next layer they are left out.
+    steps = after - layers
     squares, dots, differences = (
-        _in_depth_order(group, inner_products([group], x, y)[0])
-        for x, y in ((us, us), (us, others), (steps, steps))
+        _in_depth_order(group, x.inner(y, "param"))
+        for x, y in ((layers, layers), (layers, after), (steps, steps))
     )
     in_run = np.flatnonzero(group.run_lengths > 1)
     first = np.flatnonzero(np.diff(group.run_starts) == 0)  # of a pair
-    layers = np.array(group.layers)
-    pairs = zip(layers[first].tolist(), layers[first + 1].tolist(), strict=True)
+    numbers = np.array(group.layers)
+    pairs = zip(numbers[first].tolist(), numbers[first + 1].tolist(), strict=True)
     # Gathered and not sliced: XLA:CPU computes a sum anew for each slice of it.
     of_pairs = [dots[first], differences[first], squares[first], squares[first + 1]]
     return _Sums(
-        layers[in_run].tolist(), squares[in_run], list(pairs), jnp.stack(of_pairs)
+        numbers[in_run].tolist(), squares[in_run], list(pairs), jnp.stack(of_pairs)
     )
 
 
-def _in_depth_order(group: Group, numbers: Sequence[jax.Array]) -> jax.Array:
-    """A number for every slot of every member, as one vector."""
-    vector = jnp.concatenate([replicated(x).reshape(-1) for x in numbers])
+def _in_depth_order(group: Group, numbers: LayerValues) -> jax.Array:
+    """A number for every layer, as one vector."""
+    (of_members,) = numbers._arrays
+    vector = jnp.concatenate([replicated(x).reshape(-1) for x in of_members])
     ranks = np.concatenate([of_member.ravel() for of_member in group.ranks])
     return vector[np.argsort(ranks)]
 

@@ -1,0 +1,576 @@
+"""`Layers`: the updates of every group in depth order, as an operator sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gradsmooth_optax._arrays import in_dtype, summed_over, widened
+from gradsmooth_optax._checks import check_choice, integer, is_function
+from gradsmooth_optax._coupling.halos import width_of, with_halos
+from gradsmooth_optax._coupling.matmul import (
+    MatrixOf,
+    OffsetsOf,
+    coupled_by_matrix,
+    weights_per_layer,
+    widest_shifted_band,
+)
+from gradsmooth_optax._coupling.neighbors import neighbor
+from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
+from gradsmooth_optax._coupling.values import (
+    LayerValues,
+    Names,
+    masked,
+    slot_values,
+    summed_by_name,
+)
+from gradsmooth_optax._depth.groups import Group
+from gradsmooth_optax._depth.stages import DepthGroup, Stage
+
+NormScope: TypeAlias = Literal["param", "block"]
+
+
+class _Zero(NamedTuple):
+    """Known to be 0, and of the shape, dtype and sharding of an array."""
+
+    like: jax.Array
+
+
+class _Halo(NamedTuple):
+    """A group with the layers of the stages beside, and its arrays and their scales."""
+
+    radius: int
+    group: Group
+    arrays: Sequence[jax.Array]
+    scales: Sequence[jax.Array] | None
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers:
+    """The updates of all coupled layers, which know their neighbors in depth.
+
+    An operator's `couple` gets one and returns one. Each layer is that of one role of
+    one stack, as `depth` groups them, in whatever leaf and axis it lies; runs end where
+    a layer is missing. Values are those of the dtype of the arithmetic: float32,
+    float64 for float64 updates. `a + b` and `a - b` add layer by layer, `-a` negates.
+    Inside `jax.shard_map` the same calls exchange layers with the stages beside, and
+    sum over mesh axes. A pytree.
+
+    Example:
+      >>> import dataclasses
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> @dataclasses.dataclass(frozen=True, eq=False)
+      ... class Downwards(gs.Operator):  # a half of what the layer above received
+      ...     def couple(self, layers):
+      ...         return layers + layers.shifted(1, missing="zero").scaled(0.5)
+      >>> tx = gs.smooth_over_depth(gs.scanned("blocks/"), Downwards())
+      >>> updates = {"blocks": {"w": jnp.array([[1.0], [2.0], [4.0]])}}
+      >>> tx.update(updates, tx.init(updates))[0]["blocks"]["w"].ravel().tolist()
+      [2.0, 4.0, 4.0]
+    """
+
+    _groups: tuple[DepthGroup, ...]
+    _arrays: tuple[tuple[jax.Array | _Zero, ...], ...]  # per group, per member
+    _scales: tuple[tuple[jax.Array, ...] | None, ...]  # of arrays, not yet applied
+    norm_scope: NormScope = "param"
+    _norm_axes: tuple[Hashable, ...] = ()
+    _fewest: int = 2  # layers of a run that is coupled
+    _halos: tuple[_Halo | None, ...] | None = None
+    _of: Layers | None = None  # whose layers at `_offset` these are
+    _offset: int = 0
+
+    # -- Where a layer is --------------------------------------------------------------
+
+    def exists(self, offset: int) -> LayerValues:
+        """1 where the run of a layer has one at `offset`, else 0."""
+        return slot_values(
+            self._groups, lambda group: lambda g, m: g.has_neighbor(m, offset)
+        )
+
+    def positions(self) -> tuple[LayerValues, LayerValues]:
+        """(l, n): where in its run a layer is, from 0, and how many layers that has."""
+        position, length = (
+            slot_values(self._groups, lambda group, i=i: lambda g, m: g.positions(m)[i])
+            for i in (0, 1)
+        )
+        return position, length
+
+    @property
+    def longest_run(self) -> int:
+        """How many layers the longest run has, over all stages."""
+        return max(int(g.whole.run_lengths.max()) for g in self._groups)
+
+    def prefers_shifts(self, radius: int) -> bool:
+        """Whether shifted copies this far are cheaper than a product with a matrix."""
+        return all(
+            min(radius, int(group.whole.run_lengths.max()) - 1)
+            <= widest_shifted_band(group)
+            for group in self._groups
+        )
+
+    # -- Other layers ------------------------------------------------------------------
+
+    def shifted(self, offset: int, missing: Literal["self", "zero"] = "self") -> Layers:
+        """u_{l+offset} in the place of u_l.
+
+        Args:
+          offset: how many layers on, negative for layers before.
+          missing: what stands where the run has no such layer: u_l "self", so that the
+            share of a neighbor that does not exist stays home, or "zero".
+        """
+        offset = integer("offset", offset)
+        check_choice("missing", missing, ("self", "zero"))
+        if offset == 0:
+            return self
+        arrays = []
+        for g, group in enumerate(self._groups):
+            source, xs, scales = self._beside(g, abs(offset))
+            own = self._arrays[g]
+            arrays.append([])
+            for m in range(len(own)):
+                other: Any = neighbor(source, m, offset, xs, scales)
+                if other is None:
+                    raw = own[m] if self._scales[g] is None else self._value(g, m)
+                    other = raw if missing == "self" else _zero_like(raw)
+                elif missing == "self":
+                    has = group.per_slot(m, lambda g, m: g.has_neighbor(m, offset))
+                    if isinstance(has, jax.Array) or not has.all():
+                        mask = group.members[m].along(has, other.ndim)
+                        other = jnp.where(mask, other, self._value(g, m))
+                arrays[-1].append(other)
+        return dataclasses.replace(
+            self._with(arrays), _of=self._of or self, _offset=self._offset + offset
+        )
+
+    def reaching(self, radius_of: Callable[[int], int]) -> Layers:
+        """The same, with all layers that an operator of this radius looks at.
+
+        Across stages they come in one message, and without it in one for each
+        `shifted`.
+
+        Args:
+          radius_of: num_layers of a run -> how many layers to each side.
+        """
+        halos: list[_Halo | None] = []
+        for g, group in enumerate(self._groups):
+            halo = None
+            if isinstance(group, Stage):
+                radius = radius_of(int(group.whole.run_lengths.max()))
+                if 0 < radius <= width_of(group):
+                    halo = _Halo(radius, *self._exchanged(g, radius))
+            halos.append(halo)
+        return dataclasses.replace(self, _halos=tuple(halos))
+
+    def matmul(
+        self, matrix_of: MatrixOf, offsets_of: OffsetsOf | None = None
+    ) -> Layers:
+        """S u of every run, with the matrix S for its number of layers.
+
+        Shifted copies where S is a narrow band, else one product.
+
+        Args:
+          matrix_of: num_layers -> (L, L), a NumPy array where its values are known.
+          offsets_of: num_layers -> the offsets d at which S[l, l+d] may be other than
+            0, for matrices whose values are not known; None for all.
+        """
+        matrices: dict[int, Any] = {}
+
+        def once(num_layers: int) -> Any:
+            if num_layers not in matrices:
+                matrices[num_layers] = matrix_of(num_layers)
+            return matrices[num_layers]
+
+        return self._with(
+            [
+                coupled_by_matrix(
+                    group,
+                    self._materialized(g),
+                    self._scales[g],
+                    once,
+                    offsets_of or (lambda n: range(1 - n, n)),
+                    self._fewest,
+                )
+                for g, group in enumerate(self._groups)
+            ]
+        )
+
+    # -- Arithmetic --------------------------------------------------------------------
+
+    def scaled(self, weights: Any) -> Layers:
+        """weight · u.
+
+        Args:
+          weights: a number, a scalar array, `LayerValues`, or a function of the number
+            of layers of a run to the weights (L,) of these.
+        """
+        if isinstance(weights, LayerValues):
+            return self._scaled_by_values(weights)
+        if is_function(weights):
+            groups = self._groups
+            arrays = tuple(
+                tuple(
+                    weights_per_layer(group, m, weights)
+                    for m in range(len(group.members))
+                )
+                for group in groups
+            )
+            return self._scaled_by_values(LayerValues(groups, arrays))
+
+        def times(u: jax.Array) -> jax.Array:
+            return in_dtype(weights, u.dtype) * u
+
+        return self._with(
+            [
+                [
+                    x if isinstance(x, _Zero) else times(self._value(g, m))
+                    for m, x in enumerate(of_group)
+                ]
+                for g, of_group in enumerate(self._arrays)
+            ]
+        )
+
+    def _scaled_by_values(self, weights: LayerValues) -> Layers:
+        # Not applied yet where neighbors are copied: what crosses devices then is u in
+        # its own dtype and a number per layer.
+        arrays, scales = [], []
+        for g, group in enumerate(self._groups):
+            own, of_group = self._arrays[g], tuple(weights._arrays[g])
+            waits = isinstance(group, Stage) or group.is_stacked
+            if waits and self._scales[g] is None and not _has_zero(own):
+                arrays.append(own)
+                scales.append(of_group)
+                continue
+            scales.append(None)
+            arrays.append(
+                [
+                    x if isinstance(x, _Zero) else _times(weight, self._value(g, m))
+                    for m, (x, weight) in enumerate(zip(own, of_group, strict=True))
+                ]
+            )
+        return self._with(arrays, scales)
+
+    def map(self, function: Callable[..., jax.Array], *others: Layers) -> Layers:
+        """`function` of these layers and of the `others`.
+
+        Args:
+          function: of arrays of equal shape, elementwise, to an array of that shape.
+          *others: further layers, for its further arguments.
+        """
+        return self._with(
+            [
+                [
+                    function(*(layers._value(g, m) for layers in (self, *others)))
+                    for m in range(len(of_group))
+                ]
+                for g, of_group in enumerate(self._arrays)
+            ]
+        )
+
+    def where(self, condition: LayerValues, other: Layers) -> Layers:
+        """These layers where the condition is not 0, and those of `other` elsewhere."""
+        chosen = iter([x for of_group in condition._arrays for x in of_group])
+        return self.map(lambda u, v: jnp.where(next(chosen) != 0, u, v), other)
+
+    def __add__(self, other: Layers) -> Layers:
+        return self._combined(other, jnp.add)
+
+    def __sub__(self, other: Layers) -> Layers:
+        return self._combined(other, jnp.subtract)
+
+    def __neg__(self) -> Layers:
+        return self.map(jnp.negative)
+
+    def _combined(self, other: Layers, operation: Callable) -> Layers:
+        if not isinstance(other, Layers):
+            return NotImplemented
+        difference = operation is jnp.subtract
+
+        def one(g: int, m: int) -> Any:
+            x, y = self._arrays[g][m], other._arrays[g][m]
+            if isinstance(y, _Zero):
+                return x if self._scales[g] is None else self._value(g, m)
+            if isinstance(x, _Zero):
+                return -other._value(g, m) if difference else other._value(g, m)
+            if difference and x is y and self._scales[g] is other._scales[g]:
+                return _zero_like(x)
+            return operation(self._value(g, m), other._value(g, m))
+
+        return self._with(
+            [
+                [one(g, m) for m in range(len(of_group))]
+                for g, of_group in enumerate(self._arrays)
+            ]
+        )
+
+    # -- Numbers per layer -------------------------------------------------------------
+
+    def norms(self, scope: NormScope | None = None) -> LayerValues:
+        """‖u_l‖ of every layer.
+
+        Args:
+          scope: of one "param", or of the "block": all roles of the stack that the
+            layer has. None for the `norm_scope` of the transformation.
+        """
+        return self.squared_norms(scope).map(jnp.sqrt)
+
+    def inner(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
+        """Re⟨u_l, v_l⟩ of every layer.
+
+        Where one of the two is `shifted`, over the roles in which both layers are: 0
+        where there is none.
+
+        Args:
+          other: v.
+          scope: as in `norms`.
+        """
+        return self._summed(self._products(other), other, scope)
+
+    def cosine(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
+        """Cosine of u_l and v_l, with norms over the roles in which both layers are.
+
+        0 where there is none, and where one of the norms is 0.
+
+        Args:
+          other: v, such as `layers.shifted(1)`.
+          scope: as in `norms`.
+        """
+        own = self._products(self)
+        if other._of is self and self._of is None:
+            there = own.shifted(other._offset)  # without looking at the layers again
+        else:
+            there = other._products(other)
+        dots, own, there = (
+            self._summed(products, other, scope)
+            for products in (self._products(other), own, there)
+        )
+        return dots.map(
+            lambda dot, x, y: jnp.clip(
+                dot * inverse_norm(x) * inverse_norm(y), -1.0, 1.0
+            ),
+            own,
+            there,
+        )
+
+    def with_norms_of(self, other: Layers, scope: NormScope | None = None) -> Layers:
+        """u_l ‖v_l‖ / ‖u_l‖: these layers at the norms of others, 0 where one is 0.
+
+        Args:
+          other: v.
+          scope: as in `norms`.
+        """
+        ratios = other.squared_norms(scope).map(
+            marked_norm_ratio, self.squared_norms(scope)
+        )
+        zero = self - self
+        return zero.where(ratios < 0, self.scaled(ratios))
+
+    def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
+        """‖u_l‖² of every layer: see `norms`."""
+        return self._summed(self._products(self), self, scope)
+
+    def _products(self, other: Layers) -> LayerValues:
+        """Re⟨u, v⟩ of every layer of every role."""
+        return LayerValues(
+            self._groups,
+            tuple(
+                tuple(
+                    summed_over(
+                        self._norm_axes,
+                        _inner_product(
+                            self._value(g, m),
+                            other._value(g, m),
+                            group.members[m].axes,
+                            keepdims=group.is_stacked,
+                        ),
+                    )
+                    for m in range(len(group.members))
+                )
+                for g, group in enumerate(self._groups)
+            ),
+        )
+
+    def _summed(
+        self, products: LayerValues, other: Layers, scope: NormScope | None
+    ) -> LayerValues:
+        """Sums over the roles of a block, of what is there at both offsets."""
+        scope = self.norm_scope if scope is None else scope
+        check_choice("scope", scope, ("param", "block"))
+        groups, arrays = self._groups, products._arrays
+        offsets = (self._offset, other._offset)
+        if offsets == (0, 0):
+            if scope == "block":  # a layer without neighbors is in no block
+                arrays = masked(
+                    arrays, groups, lambda g, m: g.positions(m)[1] >= self._fewest
+                )
+        else:
+            arrays = masked(
+                arrays,
+                groups,
+                lambda g, m: (
+                    g.has_neighbor(m, offsets[0]) & g.has_neighbor(m, offsets[1])
+                ),
+            )
+        if scope == "param":
+            return LayerValues(groups, tuple(map(tuple, arrays)))
+        names = [
+            [_names(group, m, offsets) for m in range(len(group.members))]
+            for group in groups
+        ]
+        return LayerValues(groups, summed_by_name(groups, arrays, names))
+
+    # -- Arrays ------------------------------------------------------------------------
+
+    def _value(self, g: int, m: int) -> jax.Array:
+        """scale · u of one member, in the dtype of the arithmetic."""
+        x = self._arrays[g][m]
+        if isinstance(x, _Zero):
+            return jnp.zeros_like(widened(x.like))
+        scales = self._scales[g]
+        return widened(x) if scales is None else _times(scales[m], widened(x))
+
+    def _materialized(self, g: int) -> list[jax.Array]:
+        return [
+            self._value(g, m) if isinstance(x, _Zero) else x
+            for m, x in enumerate(self._arrays[g])
+        ]
+
+    def _exchanged(self, g: int, radius: int) -> tuple[Group, Any, Any]:
+        xs, scales = self._materialized(g), self._scales[g]
+        group, (xs, scales) = with_halos(self._groups[g], radius, xs, scales)
+        return group, xs, scales
+
+    def _beside(self, g: int, radius: int) -> tuple[Group, Any, Any]:
+        """The layers of a group and those beside, up to a radius."""
+        halo = self._halos[g] if self._halos else None
+        if halo is not None and radius <= halo.radius:
+            return halo.group, halo.arrays, halo.scales
+        return self._exchanged(g, radius)
+
+    def _with(self, arrays: Any, scales: Any = None) -> Layers:
+        return dataclasses.replace(
+            self,
+            _arrays=tuple(map(tuple, arrays)),
+            _scales=tuple(scales or [None] * len(self._groups)),
+            _halos=None,
+            _of=None,
+            _offset=0,
+        )
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        """For `jax.tree_util`."""
+        static = (self._groups, self.norm_scope, self._norm_axes, self._fewest)
+        return (self._arrays, self._scales), static
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple, children: tuple) -> Layers:
+        """For `jax.tree_util`."""
+        groups, *rest = static
+        return cls(groups, *children, *rest)
+
+
+def _times(weight: Any, u: jax.Array) -> jax.Array:
+    return weight.astype(u.dtype) * u
+
+
+def _zero_like(x: Any) -> _Zero:
+    return x if isinstance(x, _Zero) else _Zero(x)
+
+
+def _has_zero(arrays: Sequence[Any]) -> bool:
+    return any(isinstance(x, _Zero) for x in arrays)
+
+
+def _inner_product(
+    x: jax.Array, y: jax.Array, depth_axes: Sequence[int], keepdims: bool
+) -> jax.Array:
+    """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
+    product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
+    other = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
+    return jnp.sum(product, axis=other, keepdims=keepdims)
+
+
+def _names(group: DepthGroup, m: int, offsets: tuple[int, int]) -> Names:
+    """The layers at these offsets from every slot of member m; None where one is not.
+
+    Relative to the stage, in which names have to be the same as in all others.
+    """
+    if offsets == (0, 0):
+        return tuple(group.members[m].layers.ravel().tolist())
+    whole, members, width = group.whole, [m], 0
+    if isinstance(group, Stage):
+        members, width = group.members_of_whole(m), group.width
+    names: list[tuple[int, int] | None] = [None] * group.members[m].layers.size
+    for stage, i in enumerate(members):
+        has = np.logical_and(*(whole.has_neighbor(i, d) for d in offsets)).ravel()
+        for slot, rank in enumerate(whole.ranks[i].ravel()):
+            if has[slot] and names[slot] is None:
+                first, second = (
+                    whole.layers[rank + d] - stage * width for d in offsets
+                )
+                names[slot] = first, second
+    return tuple(names)
+
+
+# -- From a tree and back --------------------------------------------------------------
+
+
+def layers_of(
+    groups: Sequence[DepthGroup],
+    leaves: Sequence[Any] | Mapping[int, Any],
+    norm_scope: NormScope = "param",
+    norm_axes: Sequence[Hashable] = (),
+    fewest: int = 2,
+) -> Layers:
+    """The leaves of every group's members, those that are stacked behind a barrier.
+
+    Behind it an update is computed once and not again for each shifted copy. And the
+    partitioner is free to split it as the result is: it computes wrong numbers for the
+    negative padding of an array that has to be replicated where the result is split.
+
+    Args:
+      groups: of the tree.
+      leaves: of the tree, by position.
+      norm_scope: of the transformation.
+      norm_axes: names of mesh axes that other axes of the leaves are split over.
+      fewest: layers of a run that is coupled.
+    """
+    arrays = tuple(
+        tuple(
+            lax.optimization_barrier(x) if member.axes else x
+            for member in group.members
+            for x in [jnp.asarray(leaves[member.leaf])]
+        )
+        for group in groups
+    )
+    scales = (None,) * len(groups)
+    axes = tuple(norm_axes)
+    return Layers(tuple(groups), arrays, scales, norm_scope, axes, fewest)
+
+
+def leaves_of(new: Layers, old: Layers) -> dict[int, jax.Array]:
+    """{position of leaf: new leaf}, in the dtype of the old.
+
+    Slots that nothing is coupled to keep what they had, and leaves of nothing but such
+    slots are left out.
+    """
+    found = {}
+    for g, group in enumerate(new._groups):
+        for m, member in enumerate(group.members):
+            is_in = group.per_slot(m, lambda g, m: g.positions(m)[1] >= new._fewest)
+            known = isinstance(is_in, np.ndarray)
+            if known and not is_in.any():
+                continue
+            x: Any = old._arrays[g][m]
+            y = new._value(g, m).astype(x.dtype)
+            if not (known and is_in.all()):
+                y = jnp.where(member.along(is_in, x.ndim), y, x)
+            found[member.leaf] = y
+    return found

@@ -1,0 +1,292 @@
+"""`LayerValues`: a number for every layer, such as its norm."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradsmooth_optax._arrays import in_dtype, num_bits, replicated
+from gradsmooth_optax._coupling.halos import with_halos
+from gradsmooth_optax._coupling.neighbors import at_offset
+from gradsmooth_optax._depth.groups import SlotValues
+from gradsmooth_optax._depth.stages import DepthGroup
+
+Arrays: TypeAlias = Sequence[Sequence[Any]]  # one per member, per group
+Names: TypeAlias = tuple[Hashable | None, ...]  # one per slot of a member, in order
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerValues:
+    """One number for every layer of every role, as `Layers.norms` gives it.
+
+    With scope "param" each role has its own; with scope "block" all roles of a stack
+    have the same. Numbers are of the dtype of the arithmetic: float32, float64 for
+    float64 updates. `+`, `-`, `*`, `/`, `**` and `<`, `<=`, `>`, `>=` take numbers,
+    scalar arrays and other values of the same layers; a comparison is 1 where it holds,
+    else 0. A pytree.
+
+    Example:
+      >>> import dataclasses
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> @dataclasses.dataclass(frozen=True, eq=False)
+      ... class AtMost(gs.Operator):  # clips the norm of every layer
+      ...     norm: float
+      ...     def couple(self, layers):
+      ...         clip = lambda norm: jnp.minimum(1.0, self.norm / norm)
+      ...         return layers.scaled(layers.norms().map(clip))
+      >>> tx = gs.smooth_over_depth(gs.scanned("blocks/"), AtMost(1.0))
+      >>> updates = {"blocks": {"w": jnp.array([[3.0, 4.0], [0.0, 1.0]])}}
+      >>> tx.update(updates, tx.init(updates))[0]["blocks"]["w"].round(3).tolist()
+      [[0.6000000238418579, 0.800000011920929], [0.0, 1.0]]
+    """
+
+    _groups: tuple[DepthGroup, ...]
+    _arrays: Arrays  # of size 1 on all axes but those over depth; () of lone layers
+
+    def map(self, function: Callable[..., Any], *others: LayerValues) -> LayerValues:
+        """`function` of these numbers and of the `others`, layer by layer.
+
+        Args:
+          function: of arrays of equal shape, elementwise, to an array of that shape.
+          *others: further values of the same layers, for its further arguments.
+        """
+        # Once where the arrays are the same ones: all roles of a block share theirs.
+        found: dict[tuple[int, ...], Any] = {}
+
+        def once(*of_member: Any) -> Any:
+            key = tuple(map(id, of_member))
+            if key not in found:
+                found[key] = function(*of_member)
+            return found[key]
+
+        arrays = [values._arrays for values in (self, *others)]
+        return LayerValues(
+            self._groups,
+            tuple(
+                tuple(once(*of_member) for of_member in zip(*of_group, strict=True))
+                for of_group in zip(*arrays, strict=True)
+            ),
+        )
+
+    def shifted(self, offset: int) -> LayerValues:
+        """The number of the layer at `offset`; 0 where the run has no such layer.
+
+        Args:
+          offset: how many layers on, negative for layers before.
+        """
+        found = []
+        for group, of_group in zip(self._groups, self._arrays, strict=True):
+            arrays = list(map(jnp.asarray, of_group))
+            beside, (held,) = with_halos(group, abs(offset), arrays)
+            members = range(len(arrays))
+            found.append(tuple(at_offset(beside, m, offset, held) for m in members))
+        return LayerValues(self._groups, tuple(found))
+
+    def _with(self, operation: Callable, other: Any, swap: bool = False) -> LayerValues:
+        if isinstance(other, LayerValues):
+            return self.map(operation, other)
+
+        def applied(x: Any) -> Any:
+            number = in_dtype(other, x.dtype)
+            return operation(number, x) if swap else operation(x, number)
+
+        return self.map(applied)
+
+    def _compared(self, comparison: Callable, other: Any) -> LayerValues:
+        return self._with(lambda x, y: comparison(x, y).astype(x.dtype), other)
+
+    def __add__(self, other: Any) -> LayerValues:
+        return self._with(operator.add, other)
+
+    def __sub__(self, other: Any) -> LayerValues:
+        return self._with(operator.sub, other)
+
+    def __mul__(self, other: Any) -> LayerValues:
+        return self._with(operator.mul, other)
+
+    def __truediv__(self, other: Any) -> LayerValues:
+        return self._with(operator.truediv, other)
+
+    def __pow__(self, other: Any) -> LayerValues:
+        return self._with(operator.pow, other)
+
+    def __radd__(self, other: Any) -> LayerValues:
+        return self._with(operator.add, other, swap=True)
+
+    def __rsub__(self, other: Any) -> LayerValues:
+        return self._with(operator.sub, other, swap=True)
+
+    def __rmul__(self, other: Any) -> LayerValues:
+        return self._with(operator.mul, other, swap=True)
+
+    def __rtruediv__(self, other: Any) -> LayerValues:
+        return self._with(operator.truediv, other, swap=True)
+
+    def __neg__(self) -> LayerValues:
+        return self.map(operator.neg)
+
+    def __lt__(self, other: Any) -> LayerValues:
+        return self._compared(operator.lt, other)
+
+    def __le__(self, other: Any) -> LayerValues:
+        return self._compared(operator.le, other)
+
+    def __gt__(self, other: Any) -> LayerValues:
+        return self._compared(operator.gt, other)
+
+    def __ge__(self, other: Any) -> LayerValues:
+        return self._compared(operator.ge, other)
+
+    # NumPy's and jax's scalars would else take the values for an object to broadcast.
+    __array_priority__ = 1000
+    __array_ufunc__ = None
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        """For `jax.tree_util`."""
+        return (self._arrays,), (self._groups,)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple, arrays: tuple) -> LayerValues:
+        """For `jax.tree_util`."""
+        return cls(*static, *arrays)
+
+
+def real_dtype(group: DepthGroup) -> Any:
+    """The dtype of norms and of other numbers of a group's layers."""
+    return jnp.float64 if num_bits(group.dtype) > 32 else jnp.float32
+
+
+def along_depth(group: DepthGroup, m: int, values: Any) -> Any:
+    """An array over the slots of member m as `LayerValues` has it."""
+    member = group.members[m]
+    rank = len(group.shape) + len(member.axes)
+    return member.along(values, rank if group.is_stacked else 0)
+
+
+def slot_values(
+    groups: tuple[DepthGroup, ...], values_of: Callable[[DepthGroup], SlotValues]
+) -> LayerValues:
+    """Values that follow from where a layer is.
+
+    Args:
+      groups: that they are of.
+      values_of: for each group, the values of the slots of a member.
+    """
+    return LayerValues(
+        groups,
+        tuple(
+            tuple(
+                along_depth(group, m, group.per_slot(m, values_of(group))).astype(
+                    real_dtype(group)
+                )
+                for m in range(len(group.members))
+            )
+            for group in groups
+        ),
+    )
+
+
+def masked(
+    arrays: Arrays, groups: Sequence[DepthGroup], is_in: SlotValues
+) -> list[list[jax.Array]]:
+    """Numbers per slot, with 0 for the slots that are not in."""
+    found = []
+    for group, of_group in zip(groups, arrays, strict=True):
+        found.append([])
+        for m, array in enumerate(of_group):
+            chosen = group.per_slot(m, is_in)
+            if isinstance(chosen, jax.Array) or not chosen.all():
+                mask = along_depth(group, m, chosen)
+                array = jnp.where(mask, array, jnp.zeros_like(array))
+            found[-1].append(array)
+    return found
+
+
+# -- Sums over the roles of a block ----------------------------------------------------
+
+
+def summed_by_name(
+    groups: Sequence[DepthGroup], arrays: Arrays, names: Sequence[Sequence[Names]]
+) -> tuple[tuple[jax.Array, ...], ...]:
+    """Sums over the slots of all roles of a stack that have the same name.
+
+    Two roles of a stack, of which the second is not in layer 2, by the number of the
+    layer:
+
+        role   names     arrays       sums
+        w      (0, 1, 2) [a, b, c]    [a + d, b + e, c]
+        b      (0, 1)    [d, e]       [a + d, b + e]
+
+    Args:
+      groups: with neighbors.
+      arrays: a number for every slot, with size 1 on all axes but those over depth.
+      names: for every member, the names of its slots in order, such as the layer; None
+        for a slot that is in no sum.
+    """
+    widest = max((array.dtype for row in arrays for array in row), key=num_bits)
+    totals: dict[tuple[Hashable, Names], jax.Array] = {}
+    for group, of_group, named in zip(groups, arrays, names, strict=True):
+        for array, of_member in zip(of_group, named, strict=True):
+            vector = replicated(array).astype(widest)
+            if vector.ndim:
+                vector = vector.reshape(len(of_member))
+            is_in = np.array([name is not None for name in of_member])
+            if not is_in.all():
+                vector = jnp.where(is_in, vector, jnp.zeros_like(vector))
+            key = (group.stack, of_member)
+            totals[key] = totals[key] + vector if key in totals else vector
+    totals = _with_overlaps(totals)
+    placed: dict[tuple, jax.Array] = {}
+
+    def place(key: tuple[Hashable, Names], like: jax.Array) -> jax.Array:
+        # Before and after the sum, and for each stacked leaf anew: or all leaves would
+        # be split as one of them is.
+        of_kind = (*key, like.shape, like.dtype) if like.size == 1 else (id(like),)
+        if of_kind not in placed:
+            spread = replicated(totals[key].reshape(like.shape))
+            placed[of_kind] = spread.astype(like.dtype)
+        return placed[of_kind]
+
+    return tuple(
+        tuple(
+            place((group.stack, of_member), array)
+            for array, of_member in zip(of_group, named, strict=True)
+        )
+        for group, of_group, named in zip(groups, arrays, names, strict=True)
+    )
+
+
+def _with_overlaps(
+    totals: dict[tuple[Hashable, Names], jax.Array],
+) -> dict[tuple[Hashable, Names], jax.Array]:
+    """Adds to each vector what others of the stack hold under the same names.
+
+    Nothing to do where all roles are laid out alike, the usual case.
+    """
+    holders: dict[tuple[Hashable, Hashable], list] = defaultdict(list)
+    for stack, names in totals:
+        for i, name in enumerate(names):
+            if name is not None:
+                holders[stack, name].append((names, i))
+    joined = {}
+    for (stack, names), total in totals.items():
+        shared: dict[Names, list[tuple[int, int]]] = defaultdict(list)
+        for i, name in enumerate(names):
+            for other, j in holders[stack, name]:
+                if other != names:
+                    shared[other].append((i, j))
+        for other, pairs in shared.items():
+            here, there = np.array(pairs).T
+            added = totals[stack, other].reshape(len(other))[there]
+            total = total.reshape(len(names)).at[here].add(added)
+        joined[stack, names] = total
+    return joined
