@@ -37,10 +37,10 @@ def save(
     """Saves `run` under its step.
 
     Args:
-        manager: from `open_checkpoints`.
-        run: all arms after the same step.
-        options: what the run's numbers depend on, as JSON values.
-        notes: what else to keep, as JSON values.
+      manager: from `open_checkpoints`.
+      run: all arms after the same step.
+      options: what the run's numbers depend on, as JSON values.
+      notes: what else to keep, as JSON values.
     """
     manager.save(
         run.step,
@@ -55,7 +55,7 @@ def check_options(manager: ocp.CheckpointManager, options: Mapping[str, Any]) ->
     """Checks that what is saved, if anything, is of a run with these options.
 
     Raises:
-        CheckpointMismatch: if the saved run had other options.
+      CheckpointMismatch: if the saved run had other options.
     """
     step = manager.latest_step()
     if step is None:
@@ -73,8 +73,8 @@ def restore(
     """Returns the newest saved run and its notes, or None where there is none.
 
     Args:
-        manager: from `open_checkpoints`.
-        like: a run of the same options, such as a new one.
+      manager: from `open_checkpoints`.
+      like: a run of the same options, such as a new one.
     """
     step = manager.latest_step()
     if step is None:

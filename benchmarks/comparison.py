@@ -12,11 +12,11 @@ class PairedDifference(NamedTuple):
     """What one arm's metric is minus the base's, over paired seeds.
 
     Attributes:
-        mean: mean of the differences; negative where a lower metric is better means
-            that the arm is better.
-        half_width: of the two-sided t-interval around `mean`; NaN for a single seed.
-        wins: seeds in which the arm is lower; a diverged run loses to a finite one.
-        num_seeds: number of pairs.
+      mean: mean of the differences; negative where a lower metric is better means
+        that the arm is better.
+      half_width: of the two-sided t-interval around `mean`; NaN for a single seed.
+      wins: seeds in which the arm is lower; a diverged run loses to a finite one.
+      num_seeds: number of pairs.
     """
 
     mean: float
@@ -34,9 +34,9 @@ def paired_difference(
     interval NaN, since no number describes such a difference.
 
     Args:
-        arm: metric of every seed, lower is better, shape `(S,)`.
-        base: the same of the base arm, in the same order of seeds.
-        confidence: coverage of the interval.
+      arm: metric of every seed, lower is better, shape `(S,)`.
+      base: the same of the base arm, in the same order of seeds.
+      confidence: coverage of the interval.
     """
     arm, base = np.asarray(arm, np.float64), np.asarray(base, np.float64)
     num_seeds = arm.size
@@ -60,8 +60,8 @@ def relative_time(arm: np.ndarray, base: np.ndarray) -> float:
     for a while slows both and cancels in their ratio.
 
     Args:
-        arm: seconds of every round, shape `(rounds,)`.
-        base: the same of the base arm.
+      arm: seconds of every round, shape `(rounds,)`.
+      base: the same of the base arm.
     """
     return float(np.median(arm / base))
 

@@ -27,10 +27,10 @@ class Corpus(NamedTuple):
     """Text in two parts that share no file.
 
     Attributes:
-        train: bytes to train on, uint8 of shape `(train_bytes,)`.
-        validation: held-out bytes, uint8 of shape `(validation_bytes,)`.
-        num_files: how many distinct files they come from.
-        sha256: digest of both parts; equal digests mean equal corpora.
+      train: bytes to train on, uint8 of shape `(train_bytes,)`.
+      validation: held-out bytes, uint8 of shape `(validation_bytes,)`.
+      num_files: how many distinct files they come from.
+      sha256: digest of both parts; equal digests mean equal corpora.
     """
 
     train: np.ndarray
@@ -55,7 +55,7 @@ def read_files(paths: Iterable[Path]) -> list[bytes]:
     """Returns the contents of the text files at `paths`.
 
     Raises:
-        CorpusError: if a path is missing, a directory or not readable.
+      CorpusError: if a path is missing, a directory or not readable.
     """
     return [_read(path) for path in paths]
 
@@ -89,11 +89,11 @@ def split_by_file(
     file cannot be split by file: its last bytes are held out.
 
     Args:
-        texts: contents of the files.
-        validation_share: share of all bytes to hold out, in (0, 1).
+      texts: contents of the files.
+      validation_share: share of all bytes to hold out, in (0, 1).
 
     Returns:
-        The contents of the training files and of the validation files.
+      The contents of the training files and of the validation files.
     """
     distinct = {hashlib.sha256(text).digest(): text for text in texts if text}
     ordered = [distinct[digest] for digest in sorted(distinct)]
@@ -114,11 +114,11 @@ def load_corpus(paths: Sequence[Path] | None, shortest: int) -> Corpus:
     """Reads a corpus and splits it by file.
 
     Args:
-        paths: text files, or None for the standard library's source.
-        shortest: how many bytes either part must have at least.
+      paths: text files, or None for the standard library's source.
+      shortest: how many bytes either part must have at least.
 
     Raises:
-        CorpusError: if a file cannot be read, or a part is shorter than `shortest`.
+      CorpusError: if a file cannot be read, or a part is shorter than `shortest`.
     """
     texts = read_files(standard_library_files() if paths is None else paths)
     train, validation = (b"".join(part) for part in split_by_file(texts))
@@ -145,7 +145,7 @@ def unigram_entropy(text: np.ndarray) -> float:
     No model that ignores context can have a lower loss on `text`.
 
     Args:
-        text: uint8 array of shape `(num_bytes,)`.
+      text: uint8 array of shape `(num_bytes,)`.
     """
     counts = np.bincount(text, minlength=VOCABULARY)
     frequencies = counts[counts > 0] / text.size
@@ -161,15 +161,15 @@ def sample_windows(
     run needs no data state.
 
     Args:
-        text: uint8 array of shape `(num_bytes,)`.
-        key: the random key of one seed.
-        step: the step's number, a scalar.
-        batch: number of windows.
-        context: number of predicted bytes per window.
+      text: uint8 array of shape `(num_bytes,)`.
+      key: the random key of one seed.
+      step: the step's number, a scalar.
+      batch: number of windows.
+      context: number of predicted bytes per window.
 
     Returns:
-        int32 array of shape `(batch, context + 1)`: inputs are all but the last byte of
-        a window, targets all but the first.
+      int32 array of shape `(batch, context + 1)`: inputs are all but the last byte of
+      a window, targets all but the first.
     """
     last = text.shape[0] - (context + 1)
     starts = jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, last + 1)
@@ -180,12 +180,12 @@ def spread_windows(text: np.ndarray, num_windows: int, context: int) -> np.ndarr
     """Returns fixed windows spread evenly over `text`, for validation.
 
     Args:
-        text: uint8 array of shape `(num_bytes,)`.
-        num_windows: number of windows; they overlap where `text` is too short for all.
-        context: number of predicted bytes per window.
+      text: uint8 array of shape `(num_bytes,)`.
+      num_windows: number of windows; they overlap where `text` is too short for all.
+      context: number of predicted bytes per window.
 
     Returns:
-        int32 array of shape `(num_windows, context + 1)`.
+      int32 array of shape `(num_windows, context + 1)`.
     """
     starts = np.linspace(0, text.size - (context + 1), num_windows).astype(int)
     return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)

@@ -74,15 +74,15 @@ class GPT(nn.Module):
     Parameters are float32; activations and products are in `dtype`, logits in float32.
 
     Attributes:
-        vocabulary: number of token values.
-        layers: L, the depth.
-        width: size of the residual stream; a multiple of `heads`.
-        heads: attention heads per layer; with `rotary`, `width / heads` must be even.
-        context: longest sequence (read by learned positions only).
-        rotary: rotary positions inside attention, else a learned table at the input.
-        tied: the head is the transposed embedding, else a matrix of its own.
-        remat: recompute each layer's activations in the backward pass.
-        dtype: of activations and products.
+      vocabulary: number of token values.
+      layers: L, the depth.
+      width: size of the residual stream; a multiple of `heads`.
+      heads: attention heads per layer; with `rotary`, `width / heads` must be even.
+      context: longest sequence (read by learned positions only).
+      rotary: rotary positions inside attention, else a learned table at the input.
+      tied: the head is the transposed embedding, else a matrix of its own.
+      remat: recompute each layer's activations in the backward pass.
+      dtype: of activations and products.
     """
 
     vocabulary: int

@@ -23,9 +23,9 @@ class Plan(NamedTuple):
     """When the arms take turns and when they are evaluated, in steps.
 
     Attributes:
-        steps: all steps of a run.
-        chunk: the longest turn of an arm.
-        eval_every: steps between evaluations; the last step always has one.
+      steps: all steps of a run.
+      chunk: the longest turn of an arm.
+      eval_every: steps between evaluations; the last step always has one.
     """
 
     steps: int
@@ -48,9 +48,9 @@ class Curves(NamedTuple):
     """What was measured, NaN where a run has not come yet.
 
     Attributes:
-        train_loss: float32 of shape `(arms, steps, S)`.
-        validation_loss: float32 of shape `(arms, evaluations, S)`.
-        seconds: of every turn, all seeds together, float64 of shape `(arms, rounds)`.
+      train_loss: float32 of shape `(arms, steps, S)`.
+      validation_loss: float32 of shape `(arms, evaluations, S)`.
+      seconds: of every turn, all seeds together, float64 of shape `(arms, rounds)`.
     """
 
     train_loss: np.ndarray
@@ -96,15 +96,15 @@ def train_in_turns(
     """Trains every arm to the end and yields the run after every round.
 
     Args:
-        run: where to start; its states and curves are used up.
-        plan: of the whole run.
-        trainers: what trains each arm, compiled, so that no turn's time has compilation
-            in it; the names and their order are those of `run.states`.
-        evaluate: the validation losses of one arm's parameters.
-        after_turn: called with the arm, its steps of this turn and their mean loss.
+      run: where to start; its states and curves are used up.
+      plan: of the whole run.
+      trainers: what trains each arm, compiled, so that no turn's time has compilation
+        in it; the names and their order are those of `run.states`.
+      evaluate: the validation losses of one arm's parameters.
+      after_turn: called with the arm, its steps of this turn and their mean loss.
 
     Yields:
-        The run, valid until the next one is asked for.
+      The run, valid until the next one is asked for.
     """
     names = list(trainers)
     states, curves = dict(run.states), run.curves

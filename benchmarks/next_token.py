@@ -12,9 +12,9 @@ def next_token_loss(model: nn.Module, params: Any, tokens: jax.Array) -> jax.Arr
     """Returns the mean cross-entropy of next tokens, in nats per token.
 
     Args:
-        model: maps tokens `(batch, time)` to logits `(batch, time, vocabulary)`.
-        params: its parameters.
-        tokens: integers of shape `(batch, context + 1)`.
+      model: maps tokens `(batch, time)` to logits `(batch, time, vocabulary)`.
+      params: its parameters.
+      tokens: integers of shape `(batch, context + 1)`.
     """
     logits = cast(jax.Array, model.apply({"params": params}, tokens[:, :-1]))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -27,10 +27,10 @@ def mean_loss(
     """Returns the mean loss over all windows, in nats per token.
 
     Args:
-        model: as in `next_token_loss`.
-        params: its parameters.
-        windows: tokens of shape `(num_windows, context + 1)`.
-        at_once: windows per forward pass, which bounds the memory.
+      model: as in `next_token_loss`.
+      params: its parameters.
+      windows: tokens of shape `(num_windows, context + 1)`.
+      at_once: windows per forward pass, which bounds the memory.
     """
 
     def loss(window: jax.Array) -> jax.Array:

@@ -20,9 +20,9 @@ def warmup_cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
     """Returns a schedule that rises linearly for `warmup` steps, then falls to 10 %.
 
     Args:
-        peak: the highest learning rate.
-        warmup: steps of the rise; the first step already has `peak / warmup`.
-        steps: all steps of the run.
+      peak: the highest learning rate.
+      warmup: steps of the rise; the first step already has `peak / warmup`.
+      steps: all steps of the run.
     """
     decay = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=0.1)
     if warmup == 0:
@@ -35,8 +35,8 @@ def depth_spec(scope: str) -> Any:
     """Returns where depth is in the models here, whose blocks are scanned.
 
     Args:
-        scope: "full" couples all parameters of the blocks, "proj" only the linear
-            projections.
+      scope: "full" couples all parameters of the blocks, "proj" only the linear
+        projections.
     """
     blocks = gs.scanned("blocks/")
     return blocks if scope == "full" else blocks.only_projections()
@@ -67,9 +67,9 @@ def muon_numbers(hidden: Callable[[Any], Any], params: Any) -> Any:
     """Returns Muon's dimension numbers, None for what is Adam's.
 
     Args:
-        hidden: says which leaves are Muon's, a tree of bools; the last two axes of
-            these are inputs and outputs.
-        params: parameters.
+      hidden: says which leaves are Muon's, a tree of bools; the last two axes of
+        these are inputs and outputs.
+      params: parameters.
     """
     numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return jax.tree.map(
@@ -87,10 +87,10 @@ def preconditioner(
     """Returns what a base optimizer does before smoothing, decay and learning rate.
 
     Args:
-        name: "adamw", "sgd" or "muon", as in `smoothed_optimizer`.
-        depth: where the parameters of the blocks are, a depth spec.
-        hidden: says which leaves are Muon's, a tree of bools.
-        b2: Adam's decay of squared gradients, in Muon of what it leaves to Adam.
+      name: "adamw", "sgd" or "muon", as in `smoothed_optimizer`.
+      depth: where the parameters of the blocks are, a depth spec.
+      hidden: says which leaves are Muon's, a tree of bools.
+      b2: Adam's decay of squared gradients, in Muon of what it leaves to Adam.
     """
     if name == "adamw":
         return optax.scale_by_adam(b2=b2)
@@ -98,7 +98,7 @@ def preconditioner(
         return optax.trace(0.9)
     if name == "muon":
         # At this rate its updates are those of the partition inside.
-        return gs.muon(-1.0, depth, 0.0, adam_b2=b2, **_muon(hidden))
+        return gs.muon(-1.0, depth, optax.identity(), adam_b2=b2, **_muon(hidden))
     raise _unknown(name)
 
 
@@ -108,8 +108,8 @@ def smoothed_optimizer(
     alpha: float,
     *,
     scope: str = "full",
-    variant: str = "standard",
-    norm_scope: str = "param",
+    variant: Any = "standard",
+    norm_scope: Any = "param",
     weight_decay: float = 0.0,
     clip: float | None = None,
 ) -> optax.GradientTransformation:
@@ -118,34 +118,37 @@ def smoothed_optimizer(
     With `alpha=0.0` smoothing leaves every update untouched: the base arm.
 
     Args:
-        name: "adamw", "sgd" (momentum 0.9) or "muon" (the matrices of the blocks;
-            everything else by Adam).
-        learning_rate: scalar or schedule.
-        alpha: strength of the window, in [0, 1].
-        scope: "full" or "proj", see `depth_spec`.
-        variant: "standard", "norm_preserving" or "directional".
-        norm_scope: "param" or "block", the granularity of the variant's norms.
-        weight_decay: decoupled, on matrices only, outside the smoothing.
-        clip: largest global norm of the gradient, or None.
+      name: "adamw", "sgd" (momentum 0.9) or "muon" (the matrices of the blocks;
+        everything else by Adam).
+      learning_rate: scalar or schedule.
+      alpha: strength of the window, in [0, 1].
+      scope: "full" or "proj", see `depth_spec`.
+      variant: "standard", "norm_preserving" or "directional".
+      norm_scope: "param" or "block", the granularity of the variant's norms.
+      weight_decay: decoupled, on matrices only, outside the smoothing.
+      clip: largest global norm of the gradient, or None.
     """
-    depth = depth_spec(scope)
-    smoothing = {"alpha": alpha, "variant": variant, "norm_scope": norm_scope}
+    smoothing = gs.smooth_over_depth(
+        depth_spec(scope), alpha, variant=variant, norm_scope=norm_scope
+    )
     if name == "adamw":
         optimizer = gs.adamw(
             learning_rate,
-            depth,
-            **smoothing,
+            smoothing,
             b2=0.95,
             weight_decay=weight_decay,
             mask=matrices,
         )
     elif name == "sgd":
-        optimizer = gs.sgd(learning_rate, depth, **smoothing, momentum=0.9)
+        optimizer = optax.chain(
+            gs.with_depth_smoothing(optax.trace(0.9), smoothing),
+            optax.scale_by_learning_rate(learning_rate),
+        )
     elif name == "muon":
         optimizer = gs.muon(
             learning_rate,
-            depth,
-            **smoothing,
+            depth_spec("full"),
+            smoothing,
             adam_b2=0.95,
             **_muon(hidden_matrices),
             weight_decay=weight_decay,

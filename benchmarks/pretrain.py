@@ -83,9 +83,9 @@ def run_benchmark(config: Config, places: Places) -> int:
     """Trains all arms, prints the table, writes JSON and PNG; returns the exit status.
 
     Raises:
-        CorpusError: if the corpus cannot be trained on.
-        CheckpointMismatch: if the checkpoints are of a run with other options.
-        UnusableDirectory: if a directory in `places` cannot be made.
+      CorpusError: if the corpus cannot be trained on.
+      CheckpointMismatch: if the checkpoints are of a run with other options.
+      UnusableDirectory: if a directory in `places` cannot be made.
     """
     began = time.perf_counter()
     paths = None if config.corpus is None else [Path(path) for path in config.corpus]
@@ -336,15 +336,15 @@ def train(
     """Trains to the end, or until Ctrl-C, behind a progress bar.
 
     Args:
-        run: where to start.
-        plan: of the whole run.
-        trainers: from `compile_arms`.
-        evaluate: the validation losses of one arm's parameters.
-        save: keeps a run, if anything does.
-        save_every: steps between calls of `save`; the last run is always saved.
+      run: where to start.
+      plan: of the whole run.
+      trainers: from `compile_arms`.
+      evaluate: the validation losses of one arm's parameters.
+      save: keeps a run, if anything does.
+      save_every: steps between calls of `save`; the last run is always saved.
 
     Returns:
-        The run as far as it came.
+      The run as far as it came.
     """
     total = plan.steps * len(trainers)
     done = run.step * len(trainers)

@@ -23,10 +23,10 @@ def learning_curves(
     """Draws validation curves, and beside them the paired differences to the base.
 
     Args:
-        arms: from `pretrain_report.arm_results`, also as read back from JSON; the
-            first is the base.
-        title: of the figure.
-        unigram_entropy: what a model without context cannot beat, in bits per byte.
+      arms: from `pretrain_report.arm_results`, also as read back from JSON; the
+        first is the base.
+      title: of the figure.
+      unigram_entropy: what a model without context cannot beat, in bits per byte.
     """
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=10)

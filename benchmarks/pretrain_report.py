@@ -24,10 +24,10 @@ def arm_results(
     """Returns what was measured of every arm; the first one is the base.
 
     Args:
-        names: of the arms, in the order of `curves`.
-        curves: of a finished run.
-        plan: of the run.
-        points: how many points of the training loss to keep.
+      names: of the arms, in the order of `curves`.
+      curves: of a finished run.
+      plan: of the run.
+      points: how many points of the training loss to keep.
     """
     return [
         _arm_result(index, name, curves, plan, points)
@@ -66,11 +66,11 @@ def thinned(curve: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a curve with at most `points` points, each the mean of what it replaces.
 
     Args:
-        curve: one value per step, shape `(steps, S)`.
-        points: the most points to keep.
+      curve: one value per step, shape `(steps, S)`.
+      points: the most points to keep.
 
     Returns:
-        The last step of each point, shape `(points,)`, and means, `(points, S)`.
+      The last step of each point, shape `(points,)`, and means, `(points, S)`.
     """
     parts = np.array_split(np.asarray(curve, np.float64), min(points, len(curve)))
     ends = np.cumsum([len(part) for part in parts])

@@ -18,29 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import format_table
-from benchmarks.json_files import RESULTS
+from benchmarks.cost.cpu.peers import HOOK, OURS
+from benchmarks.cost.cpu.updates import LAYOUTS
+from benchmarks.json_files import COST, RESULTS
 from benchmarks.report.grid import LEGEND, grid
 from benchmarks.report.headline import in_short
 from benchmarks.report.records import Source, read_sources
 from benchmarks.report.verdicts import outcomes
-from benchmarks.speed.peers import HOOK, OURS
 
 ROOT = Path(__file__).parent.parent
 
-# The rows of the table of operators, by their names in the results.
-OPERATORS = (
-    "window(0.2)",
-    "gaussian(1.0)",
-    "tikhonov(1.0)",
-    "ema(0.5)",
-    "laplacian(0.2)",
-    "mean_over_depth()",
-    "similarity_window(0.2)",
-    "repeat(window(0.2), 8)",
-    "controls.norm_matched(window(0.2))",
-    "controls.shuffled(window(0.2), 0)",
-)
-_COST = re.compile(r"\d+\.\d× / \d+\.\d×")
+NOT_MEASURED = "not measured"
+# A row of the table of operators, `| `gs.window(alpha)` | … | 1.3× / 1.2× | … |`.
+_ROW = re.compile(r"^\| `gs\.([\w.]+)\(.*$", re.MULTILINE)
+_COST = re.compile(rf"\d+\.\d× / \d+\.\d×|{NOT_MEASURED}")
 _PARTS = {
     part: re.compile(f"(<!-- {part} -->\n).*?(<!-- end of {part} -->)", re.DOTALL)
     for part in ("speed", "evidence")
@@ -73,11 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     path = ROOT / "README.md"
     old = path.read_text()
-    reports = {
-        name: json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("speed", "tpu_compile", "gpu_compile")
-    }
-    new = written(old, reports, read_sources(RESULTS))
+    new = written(old, read_reports(), read_sources(RESULTS))
     if new == old:
         print("README.md says what the results say")
         return 0
@@ -87,18 +74,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if options.check else 0
 
 
+def read_reports() -> dict[str, Any]:
+    """Returns {device: the committed report of `python -m benchmarks.cost`}."""
+    return {
+        device: json.loads((COST / f"{device}.json").read_text())
+        for device in ("cpu", "tpu", "gpu")
+    }
+
+
 def written(
     readme: str, reports: Mapping[str, Mapping[str, Any]], sources: Sequence[Source]
 ) -> str:
-    """Returns the README with what the reports and sources say in its places."""
-    found = costs(reports["speed"])
-    before, heading, rest = readme.partition("## Which operator\n")
-    section, next_heading, after = rest.partition("\n## ")
-    cells = iter(found[name] for name in OPERATORS)
-    section = _COST.sub(lambda _: next(cells), section)
-    if next(cells, None) is not None:
-        raise ValueError("README.md has fewer rows with a cost than there should be")
-    readme = before + heading + section + next_heading + after
+    """Returns the README with what the reports and sources say in its places.
+
+    A row of the table of operators gets the first cost of an operator of that name, or
+    what says that there is none yet.
+    """
+    found: dict[str, str] = {}
+    for name, cost in costs(reports["cpu"]).items():
+        found.setdefault(name.partition("(")[0], cost)
+
+    def with_cost(row: re.Match) -> str:
+        return _COST.sub(found.get(row[1], NOT_MEASURED), row[0], count=1)
+
+    if not any(_COST.search(row[0]) for row in _ROW.finditer(readme)):
+        raise ValueError("README.md has no table of operators with their cost")
+    readme = _ROW.sub(with_cost, readme)
     texts = {"speed": speed_text(reports), "evidence": evidence_text(sources)}
     for part, text in texts.items():
         readme = _PARTS[part].sub(
@@ -107,12 +108,14 @@ def written(
     return readme
 
 
-def costs(speed: Mapping[str, Any]) -> dict[str, str]:
+def costs(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns the cost of every operator, stacked / one leaf per layer."""
-    stacked, unrolled = speed["operators"]["64 MB float32"].values()
+    layouts = report.get("operators", {}).get("64 MB float32", {})
+    stacked, unrolled = (layouts.get(layout, {}) for layout in LAYOUTS)
     return {
         name: f"{of['median']:.1f}× / {unrolled[name]['median']:.1f}×"
         for name, of in stacked.items()
+        if name in unrolled
     }
 
 
@@ -125,18 +128,18 @@ def evidence_text(sources: Sequence[Source]) -> str:
 
 def speed_text(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns both tables, each with what it depends on."""
-    tpu, gpu, cpu = (reports[k] for k in ("tpu_compile", "gpu_compile", "speed"))
+    tpu, gpu, cpu = (reports[device] for device in ("tpu", "gpu", "cpu"))
     return "\n\n".join(
         [
             compiled_table(tpu, gpu),
             f"TPU: {_first(tpu)['device']}, {_versions(tpu, 'jax', 'libtpu')}; "
-            f"`python -m benchmarks.tpu_compile`. GPU: {_first(gpu)['device']}, "
+            f"`python -m benchmarks.cost tpu`. GPU: {_first(gpu)['device']}, "
             f"{_versions(gpu, 'jax', 'nvidia-cuda-nvcc-cu12')}; "
-            f"`python -m benchmarks.gpu_compile`.",
+            f"`python -m benchmarks.cost gpu`.",
             cpu_table(cpu),
             f"{cpu['machine']['cpus']} cores, {cpu['machine']['platform']}, "
             f"{_versions(cpu, 'jax', 'optax')}, load {cpu['load_before'][0]:.1f} "
-            f"before; `python -m benchmarks.speed`.",
+            f"before; `python -m benchmarks.cost cpu`.",
         ]
     )
 
@@ -145,7 +148,10 @@ def compiled_table(tpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
     """Returns what the TPU and the GPU compiler make of the main cases."""
 
     def cells(report: Mapping[str, Any], case: str) -> list[str]:
-        measures = _first(report)["cases"][case]["measures"]
+        result = _first(report)["cases"].get(case)
+        if result is None or not result["measures"]:
+            return [NOT_MEASURED if result is None else "refused", "", ""]
+        measures = result["measures"]
         collectives = measures["collectives"]
         return [
             f"{measures['traffic']:.2f}",
@@ -163,49 +169,65 @@ def compiled_table(tpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
     )
 
 
-def cpu_table(speed: Mapping[str, Any]) -> str:
+def cpu_table(report: Mapping[str, Any]) -> str:
     """Returns the measured times on CPU that a user asks for first."""
-    small, large = (speed["operators"][f"{size} MB float32"] for size in (64, 512))
-    half = speed["operators"]["64 MB bfloat16"]["stacked"]
-    chains, steps = speed["chains"]["stacked"], speed["steps"]["default GPT"]
-    peers = speed["peers"]["225 MB"]["unrolled"]
-    deepest = max(speed["compile"], key=int)
-    compiled = speed["compile"][deepest]
-    preserving = "window(0.2), norm_preserving"
-    training, noise = speed["training"], speed["training"]["base again"]
 
-    def times(*figures: Mapping[str, Any]) -> str:
-        return ", ".join(f"{figure['median']:.2f}×" for figure in figures)
+    def times(section: str, *places: Sequence[str], digits: int = 2) -> list[str]:
+        return [_time(report, (section, *place), digits) for place in places]
 
-    both = [size[k] for size in (small, large) for k in ("stacked", "unrolled")]
+    def of_operators(size: str, layouts: Sequence[str], name: str) -> list[str]:
+        return times("operators", *((size, layout, name) for layout in layouts))
+
+    def at_both_sizes(name: str) -> list[str]:
+        sizes = ("64 MB float32", "512 MB float32")
+        return [time for size in sizes for time in of_operators(size, LAYOUTS, name)]
+
+    peers = (
+        *(f"{OURS}: window", "optax: trace"),
+        *(f"{HOOK}: window", f"{HOOK}, compiled: window"),
+    )
+    chains = ("scale_by_adam(), S, lr", "adamw(), S", "lion(), S", "rmsprop(), S")
+    deepest = max(report.get("compile", ()), key=int, default="96")
+    compiled = ("window", "norm_preserving", "directional, per block")
+    (training,) = times("training", ["window"], digits=3)
+    (noise,) = times("training", ["base again"], digits=3)
     rows = {
-        "window, 64 MB stacked, unrolled, 512 MB stacked, unrolled / `0.9 u`": times(
-            *(layout["window(0.2)"] for layout in both)
+        "window, 64 MB stacked, unrolled, 512 MB stacked, unrolled / `0.9 u`": (
+            at_both_sizes("window(0.2)")
         ),
-        "norm-preserving, the same": times(*(layout[preserving] for layout in both)),
-        "window, 64 MB bf16 stacked / `0.9 u`": times(half["window(0.2)"]),
+        "norm-preserving, the same": at_both_sizes("window(0.2), norm_preserving"),
+        "window, 64 MB bf16 stacked / `0.9 u`": of_operators(
+            "64 MB bfloat16", ["stacked"], "window(0.2)"
+        ),
         "smoothing after Adam, `adamw()`, `lion()`, `rmsprop()` / without": times(
-            *(chains[k] for k in ("scale_by_adam(), S, lr", "adamw(), S")),
-            *(chains[k] for k in ("lion(), S", "rmsprop(), S")),
+            "chains", *(("stacked", chain) for chain in chains)
         ),
         "window, 225 MB, one leaf per layer: here, `optax.trace`, a PyTorch hook (in "
         "place), the same under `torch.compile` / `0.9 u`": times(
-            *(peers[who] for who in (f"{OURS}: window", "optax: trace")),
-            *(peers[who] for who in (f"{HOOK}: window", f"{HOOK}, compiled: window")),
+            "peers", *(("225 MB", "unrolled", who) for who in peers)
         ),
         "update of AdamW, SGD, Muon on the default GPT / without": times(
-            *(steps[k]["window"] for k in ("adamw", "sgd", "muon"))
+            "steps",
+            *(("default GPT", name, "window") for name in ("adamw", "sgd", "muon")),
         ),
-        "training step of the default GPT / without (noise)": (
-            f"{training['window']['median']:.3f}× ({noise['median']:.3f}×)"
-        ),
+        "training step of the default GPT / without (noise)": [f"{training} ({noise})"],
         f"trace and compile, {deepest} unrolled layers: window, norm-preserving, "
         "directional per block / AdamW": times(
-            *(compiled[k] for k in ("window", "norm_preserving")),
-            compiled["directional, per block"],
+            "compile", *((deepest, name) for name in compiled)
         ),
     }
-    return format_table(["time on CPU, as ratio", "median"], list(rows.items()))
+    return format_table(
+        ["time on CPU, as ratio", "median"],
+        [[what, ", ".join(found)] for what, found in rows.items()],
+    )
+
+
+def _time(report: Any, place: Sequence[str], digits: int) -> str:
+    for key in place:
+        if key not in report:
+            return NOT_MEASURED
+        report = report[key]
+    return f"{report['median']:.{digits}f}×"
 
 
 def _first(report: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -70,8 +70,8 @@ def images_of(path: Path, optimizer: str) -> dict[str, np.ndarray]:
     """Returns `COLUMNS` real images, and as many of every arm, by what they are.
 
     Args:
-        path: a result file of the task.
-        optimizer: its base.
+      path: a result file of the task.
+      optimizer: its base.
     """
     *_, setting = read_source(path).settings
     of_arms = zip(

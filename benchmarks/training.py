@@ -39,8 +39,8 @@ def init_params(init: Init, seeds: jax.Array) -> Any:
     """Returns the initial parameters of every seed, leaves of shape `(S, ...)`.
 
     Args:
-        init: makes those of one seed; hashable.
-        seeds: integers of shape `(S,)`.
+      init: makes those of one seed; hashable.
+      seeds: integers of shape `(S,)`.
     """
     return jax.vmap(lambda seed: init(jax.random.fold_in(jax.random.key(seed), _INIT)))(
         seeds
@@ -56,8 +56,8 @@ def init_state(optimizer: optax.GradientTransformation, params: Any) -> TrainSta
     """Returns the initial state of an arm; `params` is copied and so serves every arm.
 
     Args:
-        optimizer: any optax optimizer.
-        params: from `init_params`.
+      optimizer: any optax optimizer.
+      params: from `init_params`.
     """
     return TrainState(
         # Training donates its state: arms must not share memory.
@@ -79,17 +79,17 @@ def train_steps(
     run is cut into calls, say by an interruption, cannot change its numbers.
 
     Args:
-        loss: of one batch.
-        optimizer: any optax optimizer.
-        draw: the batch of one step and one seed.
-        most_steps: the largest number of steps of one call.
-        rollout: makes of what was drawn and of the parameters before the step the
-            batches of its updates; None for one update, with what was drawn.
+      loss: of one batch.
+      optimizer: any optax optimizer.
+      draw: the batch of one step and one seed.
+      most_steps: the largest number of steps of one call.
+      rollout: makes of what was drawn and of the parameters before the step the
+        batches of its updates; None for one update, with what was drawn.
 
     Returns:
-        A function `(state, seeds, data, start, num_steps) -> (state, losses)` with
-        `losses` of shape `(most_steps, S)`, NaN after `num_steps`. It takes over the
-        memory of the state it is given.
+      A function `(state, seeds, data, start, num_steps) -> (state, losses)` with
+      `losses` of shape `(most_steps, S)`, NaN after `num_steps`. It takes over the
+      memory of the state it is given.
     """
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:

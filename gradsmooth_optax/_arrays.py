@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # -- The dtype of the arithmetic: float32 at least, whatever that of the updates -------
@@ -26,7 +25,7 @@ def num_bits(dtype: Any) -> int:
 
 def in_dtype(number: Any, dtype: Any) -> Any:
     """An array in this dtype; a Python number stays weakly typed."""
-    return number.astype(dtype) if isinstance(number, jax.Array) else number
+    return number.astype(dtype) if hasattr(number, "dtype") else number
 
 
 def inexact_dtype(leaf: Any) -> Any:
@@ -127,14 +126,6 @@ def summed_over(axis_names: Sequence[Hashable], number: jax.Array) -> jax.Array:
 
 
 def _varying_axes(x: Any) -> frozenset:
-    of_x: Any = jax.typeof(x)
+    aval: Any = jax.typeof(x)
     # Its name before jax 0.10 was `vma`.
-    return of_x.vma if hasattr(of_x, "vma") else of_x.manual_axis_type.varying
-
-
-# -- Traced arrays ---------------------------------------------------------------------
-
-
-def is_traced(x: Any) -> bool:
-    """Whether it is an array without a value, while a program is being traced."""
-    return isinstance(x, Tracer)
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying

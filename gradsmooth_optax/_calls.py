@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gradsmooth_optax._arrays import is_traced
+from gradsmooth_optax._checks import is_traced
 
 
 def shown_call(

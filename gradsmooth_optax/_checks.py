@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-from gradsmooth_optax._arrays import is_traced
+NormScope: TypeAlias = Literal["param", "block"]
+Matrix: TypeAlias = np.ndarray | jax.Array
+
+LARGEST_LAYER = 2**31 - 1
+
+
+def is_traced(x: Any) -> bool:
+    """Whether it is an array without a value, while a program is being traced."""
+    return isinstance(x, Tracer)
+
 
 # -- Words, flags and names ------------------------------------------------------------
 
@@ -159,7 +169,7 @@ def number_below_one(argument: str, value: Any) -> Any:
     return value
 
 
-def real_matrix(value: Any, source: str) -> np.ndarray | jax.Array:
+def real_matrix(value: Any, source: str) -> Matrix:
     """A read-only float64 copy, or the array itself where it is traced."""
     if jnp.issubdtype(getattr(value, "dtype", np.float64), jnp.complexfloating):
         raise TypeError(f"{source} must hold real numbers, but is complex.")

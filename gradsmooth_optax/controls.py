@@ -18,15 +18,17 @@ coupling did it, but hardly that of neighbors.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.matmul import Matrix
+from gradsmooth_optax._checks import Matrix
 from gradsmooth_optax._operators.composed import with_matrix
 from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
+
+if TYPE_CHECKING:
+    from gradsmooth_optax._coupling.layers import Layers
 
 
 def norm_matched(operator: Any) -> Operator:

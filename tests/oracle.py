@@ -323,3 +323,19 @@ def similarity_window(blocks, alpha, norm_scope="block", sharpness=1.0, ranked=F
         result[a][role] = result[a][role] + weight * difference
         result[b][role] = result[b][role] - weight * difference
     return result
+
+
+def alike_window(blocks, alpha, factor, ranked=False):
+    """u + Σ_k α/2 (u_k - u) over the neighbors k of a block norm alike."""
+    blocks = [{role: _double(x) for role, x in block.items()} for block in blocks]
+    norms = layer_norms(blocks, "block", ranked)
+    result = [dict(block) for block in blocks]
+    for role in sorted({role for block in blocks for role in block}):
+        for run in runs_of(blocks, role, ranked):
+            for a, b in itertools.pairwise(run):
+                x, y = norms[a, role], norms[b, role]
+                if x <= factor * y and y <= factor * x:
+                    difference = alpha / 2 * (blocks[b][role] - blocks[a][role])
+                    result[a][role] = result[a][role] + difference
+                    result[b][role] = result[b][role] - difference
+    return result

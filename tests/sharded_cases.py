@@ -24,6 +24,7 @@ import oracle
 import test_operators
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from own_operators import AlikeWindow
 
 import gradsmooth_optax as gs
 
@@ -134,6 +135,12 @@ def banded():
         ),
         "similarity per block": (gs.similarity_window, similarity("block", 1.0)),
         "norm_matched": at_the_norm_of(gs.window, window),
+        "a user's own that looks at norms": (
+            lambda a: AlikeWindow(a, 1.25),
+            lambda blocks, alpha, ranked: oracle.alike_window(
+                blocks, alpha, 1.25, ranked
+            ),
+        ),
     }
 
 
@@ -262,6 +269,9 @@ def spec_of(rank, axis, split=None):
     return P(*names)
 
 
+BLOCKWISE = ("similarity per block", "a user's own that looks at norms")
+
+
 def operators(mesh):
     """Every banded operator in every variant, on one of the meshes."""
     num_layers = {"line": 24, "grid": 12}[mesh]  # Three per stage.
@@ -273,7 +283,7 @@ def operators(mesh):
         axis, dtype, check_vma, traced = rest[(7 * k + k // 24) % len(rest)]
         blocks, specs = make_blocks(num_layers, dtype, {"kernel": (2, 4)}), {}
         specs["kernel"] = spec_of(3, axis, "model" if mesh == "grid" else None)
-        if norm_scope == "block" or name == "similarity per block":
+        if norm_scope == "block" or name in BLOCKWISE:
             # With check_vma=False it cannot be told that a leaf is not split.
             whole = mesh == "line" or check_vma
             more = make_blocks(num_layers, dtype, {"bias": (4,)}, seed=1)

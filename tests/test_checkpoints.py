@@ -70,15 +70,23 @@ def tree_of(layout, seed):
 def optimizers(name, layout, alpha):
     """The plain optimizer and the smoothing one."""
     depth = LAYOUTS[layout][1]
+    smoothing = gs.smooth_over_depth(depth, alpha)
     if name == "adamw":
         return (
             optax.adamw(RATE, weight_decay=0.2),
-            gs.adamw(RATE, depth, alpha, weight_decay=0.2),
+            gs.adamw(RATE, smoothing, weight_decay=0.2),
         )
     if name == "sgd":
-        return optax.sgd(RATE, momentum=0.9), gs.sgd(RATE, depth, alpha, momentum=0.9)
+        momentum = gs.with_depth_smoothing(optax.trace(0.9), smoothing)
+        return (
+            optax.sgd(RATE, momentum=0.9),
+            optax.chain(momentum, optax.scale_by_learning_rate(RATE)),
+        )
     # The state of optax's muon is another one: its chain is inside of its partition.
-    return tuple(gs.muon(RATE, depth, a, ns_steps=1) for a in (0.0, alpha))
+    return tuple(
+        gs.muon(RATE, depth, S, ns_steps=1)
+        for S in (gs.smooth_over_depth(depth, 0.0), smoothing)
+    )
 
 
 DECAY = {"adamw": 0.2, "sgd": 0.0, "muon": 0.0}
@@ -142,7 +150,8 @@ def test_a_plain_checkpoint_resumes_with_a_schedule_once_its_count_is_added(tmp_
     params = tree_of("scanned", 100)
     _, state = plain.update(tree_of("scanned", 0), plain.init(params), params)
     adam, *others = round_trip(tmp_path, state, plain.init(params))
-    state = (gs.WithDepthSmoothingState(jnp.int32(5), adam), *others)
+    count = gs.DepthSmoothingState(jnp.int32(5))
+    state = (gs.WithDepthSmoothingState(adam, count), *others)
     schedule = optax.linear_schedule(0.0, 0.5, 10)
     _, scheduled = optimizers("adamw", "scanned", schedule)
     assert jax.tree.structure(state) == jax.tree.structure(scheduled.init(params))
@@ -150,7 +159,7 @@ def test_a_plain_checkpoint_resumes_with_a_schedule_once_its_count_is_added(tmp_
     _, constant = optimizers("adamw", "scanned", 0.25)
     expected, _ = constant.update(params, (adam, *others), params)
     chex.assert_trees_all_close(got, expected, rtol=1e-6)
-    assert state[0].count == 6
+    assert state[0].smoothing_state.count == 6
 
 
 # A run that is killed.
@@ -160,7 +169,7 @@ SAVE_EVERY = 3
 SCHEDULE = optax.linear_schedule(0.0, 0.5, STEPS)
 SCANNED = LAYOUTS["scanned"][1]
 SCHEDULED = {
-    "adamw": gs.adamw(0.05, SCANNED, SCHEDULE, weight_decay=0.1),
+    "adamw": gs.adamw(0.05, gs.smooth_over_depth(SCANNED, SCHEDULE), weight_decay=0.1),
     "chain": optax.chain(
         optax.trace(0.9),
         gs.smooth_over_depth(SCANNED, SCHEDULE, variant="directional"),
@@ -238,7 +247,7 @@ def test_a_run_killed_and_resumed_with_a_schedule_of_alpha_is_bit_identical(tmp_
     expected, got = final_run(whole), final_run(parts)
     chex.assert_trees_all_equal(got, expected)
     # The schedules went on where they were.
-    assert got["adamw"][1][0].count == STEPS
+    assert got["adamw"][1][0].smoothing_state.count == STEPS
     assert got["chain"][1][1].count == STEPS
 
 

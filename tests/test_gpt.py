@@ -61,7 +61,7 @@ def test_all_layers_of_all_roles_are_coupled_and_nothing_else():
     updates = jax.tree.map(
         lambda leaf: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape), params
     )
-    smooth = gs.smooth_over_depth(gs.scanned("blocks/"), alpha=0.5)
+    smooth = gs.smooth_over_depth(gs.scanned("blocks/"), 0.5)
     smoothed, _ = jax.jit(smooth.update)(updates, smooth.init(params))
     changed = {
         path[0].key

@@ -134,10 +134,10 @@ def run(
     """Runs all trials that are not in the result file yet, and adds them to it.
 
     Args:
-        cell: names of task, optimizer and preset.
-        options: of the run.
-        path: of the result file.
-        minutes: after which no trial is begun.
+      cell: names of task, optimizer and preset.
+      options: of the run.
+      path: of the result file.
+      minutes: after which no trial is begun.
     """
     name, optimizer, preset = cell
     job, module = presets.job_of(optimizer, options), TASKS[name]

@@ -18,13 +18,13 @@ class Arm:
     """One way to couple the updates of a base optimizer.
 
     Attributes:
-        name: as in tables; no two arms share one.
-        operator: the operator along depth; "none" is the base.
-        alpha: its strength, of the learned ones the one they start at.
-        variant: of `apply_over_depth`; its norms are per parameter.
-        scope: "full" couples all parameters of the blocks, "proj" the projections;
-            others are the task's own, see `Task.scopes`.
-        control: what the arm is a control of, or None.
+      name: as in tables; no two arms share one.
+      operator: the operator along depth; "none" is the base.
+      alpha: its strength, of the learned ones the one they start at.
+      variant: of `smooth_over_depth`; its norms are per parameter.
+      scope: "full" couples all parameters of the blocks, "proj" the projections;
+        others are the task's own, see `Task.scopes`.
+      control: what the arm is a control of, or None.
     """
 
     name: str
@@ -85,9 +85,9 @@ class Plan(NamedTuple):
     """Which arms there are beside the base.
 
     Attributes:
-        screened: the arms of which the best is confirmed.
-        confirmed: those of them that are confirmed in any case.
-        controlled: whether there are controls and the mean over depth.
+      screened: the arms of which the best is confirmed.
+      confirmed: those of them that are confirmed in any case.
+      controlled: whether there are controls and the mean over depth.
     """
 
     screened: tuple[Arm, ...]
@@ -120,9 +120,9 @@ class Coupled(NamedTuple):
     """An optimizer's preconditioner with an arm's coupling.
 
     Attributes:
-        transformation: both.
-        inner: `(gradient, state, params) -> updates` of the preconditioner alone, with
-            the state of `transformation`.
+      transformation: both.
+      inner: `(gradient, state, params) -> updates` of the preconditioner alone, with
+        the state of `transformation`.
     """
 
     transformation: optax.GradientTransformationExtraArgs
@@ -133,19 +133,19 @@ def coupled(arm: Arm, inner: optax.GradientTransformation, depth: Any) -> Couple
     """Returns a preconditioner with an arm's coupling.
 
     Args:
-        arm: says how to couple.
-        inner: the preconditioner.
-        depth: what to couple, see `scope_of`.
+      arm: says how to couple.
+      inner: the preconditioner.
+      depth: what to couple, see `scope_of`.
     """
     if arm.operator == "learn_alpha":
-        learned = gs.learn_alpha(inner, depth, alpha=arm.alpha)
+        learned = gs.contrib.learn_alpha(inner, depth, alpha=arm.alpha)
         return Coupled(
             learned, lambda g, state, p: inner.update(g, state.inner_state, p)[0]
         )
     smooth = (
         optax.identity()
         if arm.operator == "none"
-        else gs.apply_over_depth(depth, _operator(arm), variant=arm.variant)
+        else gs.smooth_over_depth(depth, _operator(arm), variant=arm.variant)
     )
     return Coupled(
         optax.chain(inner, smooth), lambda g, state, p: inner.update(g, state[0], p)[0]

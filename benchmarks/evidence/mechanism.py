@@ -23,14 +23,14 @@ def model_probe(
     """Returns what measures a model on the batch of a step; the same for all arms.
 
     Args:
-        task: what is trained.
-        micro_batches: M, the parts that a batch is cut into; it divides the batch.
+      task: what is trained.
+      micro_batches: M, the parts that a batch is cut into; it divides the batch.
 
     Returns:
-        A function `(params, seed, data, step) -> (gradient, measures)`:
-        `line_shape_score` and `residual_alignment` of the residual stream, and
-        `gradient_noise`, the variance of a micro-batch's gradient of the blocks over
-        the squared norm of the mean gradient.
+      A function `(params, seed, data, step) -> (gradient, measures)`:
+      `line_shape_score` and `residual_alignment` of the residual stream, and
+      `gradient_noise`, the variance of a micro-batch's gradient of the blocks over
+      the squared norm of the mean gradient.
     """
 
     def probe(params: Any, seed: jax.Array, data: Any, step: jax.Array) -> Any:
@@ -58,10 +58,10 @@ def before_and_after(coupled: Coupled) -> Callable[[Any, Any, Any], dict[str, An
     """Returns what computes an arm's update before and after coupling.
 
     Args:
-        coupled: of the arm.
+      coupled: of the arm.
 
     Returns:
-        A function `(gradient, state, params) -> {"before": updates, "after": updates}`.
+      A function `(gradient, state, params) -> {"before": updates, "after": updates}`.
     """
 
     def updates(gradient: Any, state: Any, params: Any) -> dict[str, Any]:

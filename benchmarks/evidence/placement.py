@@ -19,7 +19,7 @@ def shardings(state: Any) -> Any:
     devices do not divide it, and for vectors, every device holds all of it.
 
     Args:
-        state: arrays or `jax.ShapeDtypeStruct`s.
+      state: arrays or `jax.ShapeDtypeStruct`s.
     """
     mesh = _mesh()
 

@@ -174,13 +174,13 @@ def options_of(
     """Returns the options of a run.
 
     Args:
-        task: its name.
-        optimizer: the base's name.
-        preset: its name.
-        changes: options that differ from the preset's.
+      task: its name.
+      optimizer: the base's name.
+      preset: its name.
+      changes: options that differ from the preset's.
 
     Raises:
-        OptionError: for a preset that the task does not have, or an unknown option.
+      OptionError: for a preset that the task does not have, or an unknown option.
     """
     if preset not in _PRESETS[task]:
         raise OptionError(

@@ -27,7 +27,7 @@ def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from the result file at `path`, whatever ends this one.
 
     Raises:
-        ResultsMismatch: if another process has it.
+      ResultsMismatch: if another process has it.
     """
     if path.is_dir():
         raise ResultsMismatch(f"{str(path)!r} is a directory: name a file with --out")
@@ -55,8 +55,8 @@ def read_finished(
     """Returns the arms and the sittings of a result file, none where there is no file.
 
     Raises:
-        ResultsMismatch: if they are of another task, optimizer, preset or other
-            options than those in `header`.
+      ResultsMismatch: if they are of another task, optimizer, preset or other
+        options than those in `header`.
     """
     if not path.exists():
         return [], []
@@ -100,11 +100,11 @@ def arm_result(
     """Returns what a result file says of a trial, as JSON values.
 
     Args:
-        trial: what ran.
-        seeds: its seeds.
-        job: how it was trained.
-        measured: what was measured.
-        metrics: their names, the one that arms are judged by first.
+      trial: what ran.
+      seeds: its seeds.
+      job: how it was trained.
+      measured: what was measured.
+      metrics: their names, the one that arms are judged by first.
     """
     arm = trial.arm
     first, *others = metrics

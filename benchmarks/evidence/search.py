@@ -51,15 +51,15 @@ def next_trial(
     """Returns the trial that comes next, or None where all are finished.
 
     Args:
-        finished: the arms of a result file.
-        depths: the numbers of layers, in order.
-        start: the learning rate at which the search of the first base begins.
-        lower_is_better: of the metric.
-        also: arms and rates to confirm in any case.
-        plan: which arms there are.
+      finished: the arms of a result file.
+      depths: the numbers of layers, in order.
+      start: the learning rate at which the search of the first base begins.
+      lower_is_better: of the metric.
+      also: arms and rates to confirm in any case.
+      plan: which arms there are.
 
     Raises:
-        NoOptimum: if an arm is best at an end of all rates in reach.
+      NoOptimum: if an arm is best at an end of all rates in reach.
     """
     for layers in depths:
         here = [arm for arm in finished if arm["layers"] == layers]
@@ -163,11 +163,11 @@ def next_rate(costs: Mapping[float, float], start: float) -> float | None:
     The rates are `start` times powers of two.
 
     Args:
-        costs: {rate: cost} of those that were tried.
-        start: the rate to begin at.
+      costs: {rate: cost} of those that were tried.
+      start: the rate to begin at.
 
     Raises:
-        NoOptimum: if the best rate is at an end, 2⁸ from `start`.
+      NoOptimum: if the best rate is at an end, 2⁸ from `start`.
     """
     for rate in (start, start / 2, start * 2):
         if rate not in costs:

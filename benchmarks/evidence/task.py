@@ -18,9 +18,9 @@ class Metric(NamedTuple):
     """What arms are compared by.
 
     Attributes:
-        name: as in a table's header.
-        unit: of its values, or "".
-        lower_is_better: whether a smaller value is a better one.
+      name: as in a table's header.
+      unit: of its values, or "".
+      lower_is_better: whether a smaller value is a better one.
     """
 
     name: str
@@ -32,22 +32,22 @@ class Task(NamedTuple):
     """One model on one kind of data, at one depth. All functions are of one seed.
 
     Attributes:
-        depth: where the parameters of the blocks are, a depth spec; an arm of the
-            scope "full" couples all of it.
-        data: arrays to train on, handed to `draw`.
-        init: makes parameters from a key.
-        draw: the batch of a step, a tree of arrays with a leading axis of examples; a
-            function of key and step alone, so that all arms see the same.
-        loss: the mean over a batch's examples.
-        evaluate: {name of a metric: its value} of parameters, on held-out data that all
-            seeds share.
-        states: the residual stream before the first and after every block, for a
-            batch, of shape `(L + 1, ..., width)`.
-        decayed: which leaves of the parameters have weight decay, a tree of bools.
-        hidden: which are matrices of the blocks, and so Muon's, a tree of bools.
-        scopes: {name: depth spec} of other things that an arm may couple.
-        rollout: what a policy makes of a drawn batch, or None where the batch itself is
-            trained on; see `benchmarks.training`.
+      depth: where the parameters of the blocks are, a depth spec; an arm of the
+        scope "full" couples all of it.
+      data: arrays to train on, handed to `draw`.
+      init: makes parameters from a key.
+      draw: the batch of a step, a tree of arrays with a leading axis of examples; a
+        function of key and step alone, so that all arms see the same.
+      loss: the mean over a batch's examples.
+      evaluate: {name of a metric: its value} of parameters, on held-out data that all
+        seeds share.
+      states: the residual stream before the first and after every block, for a
+        batch, of shape `(L + 1, ..., width)`.
+      decayed: which leaves of the parameters have weight decay, a tree of bools.
+      hidden: which are matrices of the blocks, and so Muon's, a tree of bools.
+      scopes: {name: depth spec} of other things that an arm may couple.
+      rollout: what a policy makes of a drawn batch, or None where the batch itself is
+        trained on; see `benchmarks.training`.
     """
 
     depth: Any
@@ -79,8 +79,8 @@ def parts_of(depth: Any, *parts: str) -> dict[str, Any]:
     projections.
 
     Args:
-        depth: where the parameters of the blocks are.
-        parts: those that there are, if not all.
+      depth: where the parameters of the blocks are.
+      parts: those that there are, if not all.
     """
 
     def only(pattern: str) -> Any:

@@ -29,15 +29,15 @@ class Job:
     """How a task is trained, the same for all arms.
 
     Attributes:
-        optimizer: the base, see `benchmarks.optimizers`.
-        steps: of a run.
-        warmup: steps of linear rise before the cosine decay to a tenth; None for a
-            constant learning rate.
-        weight_decay: decoupled.
-        b2: of Adam.
-        clip: largest global norm of the gradient, or None.
-        lanes: seeds that train at once.
-        micro_batches: parts of a batch whose gradients are compared.
+      optimizer: the base, see `benchmarks.optimizers`.
+      steps: of a run.
+      warmup: steps of linear rise before the cosine decay to a tenth; None for a
+        constant learning rate.
+      weight_decay: decoupled.
+      b2: of Adam.
+      clip: largest global norm of the gradient, or None.
+      lanes: seeds that train at once.
+      micro_batches: parts of a batch whose gradients are compared.
     """
 
     optimizer: str
@@ -67,12 +67,12 @@ class Measured(NamedTuple):
     """What a trial measured, of S seeds.
 
     Attributes:
-        metrics: {name: values} of the last parameters, of shape `(S,)`.
-        train_loss: of every step, shape `(steps, S)`.
-        mechanism: {name: values or {"before", "after": values}}, of shape
-            `(len(job.probed), S)`.
-        before: what of the metrics is there before training, of the base; else empty.
-        seconds_per_step: of as many seeds as there are lanes, the median over calls.
+      metrics: {name: values} of the last parameters, of shape `(S,)`.
+      train_loss: of every step, shape `(steps, S)`.
+      mechanism: {name: values or {"before", "after": values}}, of shape
+        `(len(job.probed), S)`.
+      before: what of the metrics is there before training, of the base; else empty.
+      seconds_per_step: of as many seeds as there are lanes, the median over calls.
     """
 
     metrics: dict[str, np.ndarray]
@@ -116,10 +116,10 @@ class Measures(NamedTuple):
     """The compiled functions that all arms of a job and task share.
 
     Attributes:
-        init: seeds -> parameters stacked over them.
-        evaluate: such parameters -> {metric: `(S,)`}.
-        probe: (parameters, seeds, data, step) -> gradients and measures of the model.
-        statistics: updates -> measures of them.
+      init: seeds -> parameters stacked over them.
+      evaluate: such parameters -> {metric: `(S,)`}.
+      probe: (parameters, seeds, data, step) -> gradients and measures of the model.
+      statistics: updates -> measures of them.
     """
 
     init: Any

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.json_files import COST
+
 # The paper's regimes in its order, then the one replication.
 _TASKS = ("lm", "vit", "diffusion", "rl", "reverse")
 
@@ -15,10 +17,10 @@ class Metric(NamedTuple):
     """What is compared.
 
     Attributes:
-        name: such as "validation loss".
-        unit: such as "nats/byte", or "".
-        sign: 1 where lower is better, -1 where higher is. `Arm.losses` is the metric
-            times the sign, and what is shown is the loss times the sign.
+      name: such as "validation loss".
+      unit: such as "nats/byte", or "".
+      sign: 1 where lower is better, -1 where higher is. `Arm.losses` is the metric
+        times the sign, and what is shown is the loss times the sign.
     """
 
     name: str
@@ -41,15 +43,15 @@ class Arm(NamedTuple):
     """One kind at one learning rate.
 
     Attributes:
-        kind: what it does.
-        learning_rate: its rate.
-        seeds: the seeds it ran with.
-        losses: one per seed, lower is better; NaN where the run diverged.
-        others: the same by other metrics, {name: losses}.
-        before: {name of a metric: its mean before training, None if not finite}, of a
-            base; else empty.
-        mechanism: quantity, such as "roughness, after", to its values over training,
-            with "steps" among them; empty if nothing was recorded.
+      kind: what it does.
+      learning_rate: its rate.
+      seeds: the seeds it ran with.
+      losses: one per seed, lower is better; NaN where the run diverged.
+      others: the same by other metrics, {name: losses}.
+      before: {name of a metric: its mean before training, None if not finite}, of a
+        base; else empty.
+      mechanism: quantity, such as "roughness, after", to its values over training,
+        with "steps" among them; empty if nothing was recorded.
     """
 
     kind: Kind
@@ -95,7 +97,11 @@ class Source(NamedTuple):
 
 def read_sources(results: Path) -> list[Source]:
     """Reads all `<task>/*.json` below `results`, full runs before other presets."""
-    sources = [read_source(path) for path in results.glob("*/*.json")]
+    sources = [
+        read_source(path)
+        for path in results.glob("*/*.json")
+        if path.parent.name != COST.name  # a cost is no task
+    ]
     return sorted(sources, key=_place)
 
 
@@ -103,7 +109,7 @@ def read_source(path: Path) -> Source:
     """Reads one result file.
 
     Raises:
-        ValueError: if two arms of one stage and depth are the same.
+      ValueError: if two arms of one stage and depth are the same.
     """
     value = json.loads(path.read_text("utf-8"))
     # Depths that a run has not come to yet are settings too, unfinished ones.

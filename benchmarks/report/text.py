@@ -42,8 +42,8 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
     """Returns the text of the report.
 
     Args:
-        sources: the results.
-        figures: file names of the figures there are.
+      sources: the results.
+      figures: file names of the figures there are.
     """
     settings = [s for source in sources for s in source.settings]
     judged = [setting for setting in settings if not setting.is_of_parts]

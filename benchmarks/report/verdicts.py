@@ -44,10 +44,10 @@ class Judgment(NamedTuple):
     """The verdict on one smoothed arm.
 
     Attributes:
-        kind: the arm, or None if it has not run.
-        verdict: on it.
-        untuned: names of the arms under the verdict whose best rate is at an end of
-            the rates tried.
+      kind: the arm, or None if it has not run.
+      verdict: on it.
+      untuned: names of the arms under the verdict whose best rate is at an end of
+        the rates tried.
     """
 
     kind: Kind | None
@@ -59,13 +59,13 @@ class Outcome(NamedTuple):
     """A setting with what its comparisons say.
 
     Attributes:
-        setting: the setting.
-        window: the judgment on the window(0.2).
-        best: the judgment on the best screened arm, which can be the same.
-        differences: to the base, best against best, of every kind that the summary has
-            a column for; None where a run is missing.
-        survivors: the kinds whose difference survives Holm's correction over all
-            differences of all settings.
+      setting: the setting.
+      window: the judgment on the window(0.2).
+      best: the judgment on the best screened arm, which can be the same.
+      differences: to the base, best against best, of every kind that the summary has
+        a column for; None where a run is missing.
+      survivors: the kinds whose difference survives Holm's correction over all
+        differences of all settings.
     """
 
     setting: Setting

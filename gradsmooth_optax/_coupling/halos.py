@@ -72,7 +72,9 @@ def with_halos(
     room = width + 2 * radius + 1  # so that no halo of one round meets the next round
     numbers = [r * room + i for r, i in zip(rounds, places, strict=True)]
     members = [_numbered(m, n) for m, n in zip(own.members, numbers, strict=True)]
-    held = [None if of_group is None else list(of_group) for of_group in arrays]
+    held = [
+        None if group_arrays is None else list(group_arrays) for group_arrays in arrays
+    ]
     for side in (-1, 1):
         # Of the stage on the left its last layers, of that on the right its first.
         edges = [
@@ -86,9 +88,9 @@ def with_halos(
             for box in _boxes(i >= width - radius if side < 0 else i < radius)
         ]
         members += [_numbered(own.members[e.member], e.places) for e in edges]
-        for received, of_group in zip(held, arrays, strict=True):
-            if received is not None and of_group is not None:
-                received += _received(stage, edges, of_group, side)
+        for received, group_arrays in zip(held, arrays, strict=True):
+            if received is not None and group_arrays is not None:
+                received += _received(stage, edges, group_arrays, side)
     return _alone(own, members), held
 
 

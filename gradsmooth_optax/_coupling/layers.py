@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._arrays import in_dtype, summed_over, widened
-from gradsmooth_optax._checks import check_choice, integer, is_function
+from gradsmooth_optax._checks import NormScope, check_choice, integer, is_function
 from gradsmooth_optax._coupling.halos import width_of, with_halos
 from gradsmooth_optax._coupling.matmul import (
     MatrixOf,
@@ -26,14 +26,14 @@ from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
 from gradsmooth_optax._coupling.values import (
     LayerValues,
     Names,
+    along_depth,
     masked,
     slot_values,
     summed_by_name,
+    values_of,
 )
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
-
-NormScope: TypeAlias = Literal["param", "block"]
 
 
 class _Zero(NamedTuple):
@@ -91,17 +91,12 @@ class Layers:
 
     def exists(self, offset: int) -> LayerValues:
         """1 where the run of a layer has one at `offset`, else 0."""
-        return slot_values(
-            self._groups, lambda group: lambda g, m: g.has_neighbor(m, offset)
-        )
+        return slot_values(self._groups, lambda g, m: g.has_neighbor(m, offset))
 
     def positions(self) -> tuple[LayerValues, LayerValues]:
         """(l, n): where in its run a layer is, from 0, and how many layers that has."""
-        position, length = (
-            slot_values(self._groups, lambda group, i=i: lambda g, m: g.positions(m)[i])
-            for i in (0, 1)
-        )
-        return position, length
+        position = slot_values(self._groups, lambda g, m: g.positions(m)[0])
+        return position, slot_values(self._groups, lambda g, m: g.positions(m)[1])
 
     @property
     def longest_run(self) -> int:
@@ -214,48 +209,35 @@ class Layers:
         if isinstance(weights, LayerValues):
             return self._scaled_by_values(weights)
         if is_function(weights):
-            groups = self._groups
-            arrays = tuple(
-                tuple(
-                    weights_per_layer(group, m, weights)
-                    for m in range(len(group.members))
-                )
-                for group in groups
-            )
-            return self._scaled_by_values(LayerValues(groups, arrays))
 
-        def times(u: jax.Array) -> jax.Array:
-            return in_dtype(weights, u.dtype) * u
+            def of_layers(group: DepthGroup, m: int) -> Any:
+                return along_depth(group, m, weights_per_layer(group, m, weights))
 
-        return self._with(
-            [
-                [
-                    x if isinstance(x, _Zero) else times(self._value(g, m))
-                    for m, x in enumerate(of_group)
-                ]
-                for g, of_group in enumerate(self._arrays)
-            ]
-        )
+            return self._scaled_by_values(values_of(self._groups, of_layers))
+        return self._each(lambda g, m: self._times(weights, g, m))
 
     def _scaled_by_values(self, weights: LayerValues) -> Layers:
         # Not applied yet where neighbors are copied: what crosses devices then is u in
         # its own dtype and a number per layer.
-        arrays, scales = [], []
-        for g, group in enumerate(self._groups):
-            own, of_group = self._arrays[g], tuple(weights._arrays[g])
-            waits = isinstance(group, Stage) or group.is_stacked
-            if waits and self._scales[g] is None and not _has_zero(own):
-                arrays.append(own)
-                scales.append(of_group)
-                continue
-            scales.append(None)
-            arrays.append(
-                [
-                    x if isinstance(x, _Zero) else _times(weight, self._value(g, m))
-                    for m, (x, weight) in enumerate(zip(own, of_group, strict=True))
-                ]
-            )
-        return self._with(arrays, scales)
+        waits = [
+            (isinstance(group, Stage) or group.is_stacked)
+            and self._scales[g] is None
+            and not any(isinstance(x, _Zero) for x in self._arrays[g])
+            for g, group in enumerate(self._groups)
+        ]
+
+        def applied(g: int, m: int) -> Any:
+            if waits[g]:
+                return self._arrays[g][m]
+            return self._times(weights._arrays[g][m], g, m)
+
+        pairs = zip(waits, weights._arrays, strict=True)
+        scales = [tuple(group_arrays) if wait else None for wait, group_arrays in pairs]
+        return self._with(self._each(applied)._arrays, scales)
+
+    def _times(self, weight: Any, g: int, m: int) -> Any:
+        x = self._arrays[g][m]
+        return x if isinstance(x, _Zero) else _times(weight, self._value(g, m))
 
     def map(self, function: Callable[..., jax.Array], *others: Layers) -> Layers:
         """`function` of these layers and of the `others`.
@@ -264,20 +246,17 @@ class Layers:
           function: of arrays of equal shape, elementwise, to an array of that shape.
           *others: further layers, for its further arguments.
         """
-        return self._with(
-            [
-                [
-                    function(*(layers._value(g, m) for layers in (self, *others)))
-                    for m in range(len(of_group))
-                ]
-                for g, of_group in enumerate(self._arrays)
-            ]
-        )
+        every = (self, *others)
+        return self._each(lambda g, m: function(*(x._value(g, m) for x in every)))
 
     def where(self, condition: LayerValues, other: Layers) -> Layers:
         """These layers where the condition is not 0, and those of `other` elsewhere."""
-        chosen = iter([x for of_group in condition._arrays for x in of_group])
-        return self.map(lambda u, v: jnp.where(next(chosen) != 0, u, v), other)
+
+        def chosen(g: int, m: int) -> jax.Array:
+            holds = condition._arrays[g][m] != 0
+            return jnp.where(holds, self._value(g, m), other._value(g, m))
+
+        return self._each(chosen)
 
     def __add__(self, other: Layers) -> Layers:
         return self._combined(other, jnp.add)
@@ -303,12 +282,7 @@ class Layers:
                 return _zero_like(x)
             return operation(self._value(g, m), other._value(g, m))
 
-        return self._with(
-            [
-                [one(g, m) for m in range(len(of_group))]
-                for g, of_group in enumerate(self._arrays)
-            ]
-        )
+        return self._each(one)
 
     # -- Numbers per layer -------------------------------------------------------------
 
@@ -378,24 +352,15 @@ class Layers:
 
     def _products(self, other: Layers) -> LayerValues:
         """Re⟨u, v⟩ of every layer of every role."""
-        return LayerValues(
-            self._groups,
-            tuple(
-                tuple(
-                    summed_over(
-                        self._norm_axes,
-                        _inner_product(
-                            self._value(g, m),
-                            other._value(g, m),
-                            group.members[m].axes,
-                            keepdims=group.is_stacked,
-                        ),
-                    )
-                    for m in range(len(group.members))
-                )
-                for g, group in enumerate(self._groups)
-            ),
-        )
+        place = {group: g for g, group in enumerate(self._groups)}
+
+        def product(group: DepthGroup, m: int) -> jax.Array:
+            x, y = (of._value(place[group], m) for of in (self, other))
+            axes = group.members[m].axes
+            sums = _inner_product(x, y, axes, keepdims=group.is_stacked)
+            return summed_over(self._norm_axes, sums)
+
+        return values_of(self._groups, product)
 
     def _summed(
         self, products: LayerValues, other: Layers, scope: NormScope | None
@@ -403,28 +368,17 @@ class Layers:
         """Sums over the roles of a block, of what is there at both offsets."""
         scope = self.norm_scope if scope is None else scope
         check_choice("scope", scope, ("param", "block"))
-        groups, arrays = self._groups, products._arrays
-        offsets = (self._offset, other._offset)
-        if offsets == (0, 0):
-            if scope == "block":  # a layer without neighbors is in no block
-                arrays = masked(
-                    arrays, groups, lambda g, m: g.positions(m)[1] >= self._fewest
-                )
-        else:
-            arrays = masked(
-                arrays,
-                groups,
-                lambda g, m: (
-                    g.has_neighbor(m, offsets[0]) & g.has_neighbor(m, offsets[1])
-                ),
+        first, second = self._offset, other._offset
+        if first or second:
+            products = masked(
+                products,
+                lambda g, m: g.has_neighbor(m, first) & g.has_neighbor(m, second),
             )
+        elif scope == "block":  # a layer without neighbors is in no block
+            products = masked(products, lambda g, m: g.positions(m)[1] >= self._fewest)
         if scope == "param":
-            return LayerValues(groups, tuple(map(tuple, arrays)))
-        names = [
-            [_names(group, m, offsets) for m in range(len(group.members))]
-            for group in groups
-        ]
-        return LayerValues(groups, summed_by_name(groups, arrays, names))
+            return products
+        return summed_by_name(products, lambda g, m: _names(g, m, (first, second)))
 
     # -- Arrays ------------------------------------------------------------------------
 
@@ -454,6 +408,15 @@ class Layers:
             return halo.group, halo.arrays, halo.scales
         return self._exchanged(g, radius)
 
+    def _each(self, function: Callable[[int, int], Any]) -> Layers:
+        """`function(g, m)` in the place of every array, with no scale to be applied."""
+        return self._with(
+            [
+                [function(g, m) for m in range(len(group_arrays))]
+                for g, group_arrays in enumerate(self._arrays)
+            ]
+        )
+
     def _with(self, arrays: Any, scales: Any = None) -> Layers:
         return dataclasses.replace(
             self,
@@ -477,15 +440,11 @@ class Layers:
 
 
 def _times(weight: Any, u: jax.Array) -> jax.Array:
-    return weight.astype(u.dtype) * u
+    return in_dtype(weight, u.dtype) * u
 
 
 def _zero_like(x: Any) -> _Zero:
     return x if isinstance(x, _Zero) else _Zero(x)
-
-
-def _has_zero(arrays: Sequence[Any]) -> bool:
-    return any(isinstance(x, _Zero) for x in arrays)
 
 
 def _inner_product(

@@ -11,13 +11,12 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._arrays import anchored, like, whole_along
+from gradsmooth_optax._checks import Matrix
 from gradsmooth_optax._coupling.halos import with_halos
 from gradsmooth_optax._coupling.neighbors import neighbor, scaled
-from gradsmooth_optax._coupling.values import along_depth
 from gradsmooth_optax._depth.groups import Group, Member, name_of
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
 
-Matrix: TypeAlias = np.ndarray | jax.Array
 MatrixOf: TypeAlias = Callable[[int], Matrix]  # num_layers -> (L, L)
 OffsetsOf: TypeAlias = Callable[[int], Sequence[int]]  # num_layers -> d of S[l, l+d]
 
@@ -83,7 +82,7 @@ def coupled_by_matrix(
 def weights_per_layer(
     group: DepthGroup, m: int, weights_of: Callable[[int], Matrix]
 ) -> Matrix:
-    """For every slot of member m the weight of its layer, as `LayerValues` has it.
+    """For every slot of member m the weight of its layer.
 
     Args:
       group: that it is of.
@@ -99,12 +98,12 @@ def weights_per_layer(
         position, length = whole.positions(i)
         found = []
         for n, row in rows.items():
-            of_this = length == n
-            taken = row[np.where(of_this, position, 0)]
-            found.append(jnp.where(of_this, taken, jnp.zeros_like(taken)))
+            has_length = length == n
+            taken = row[np.where(has_length, position, 0)]
+            found.append(jnp.where(has_length, taken, jnp.zeros_like(taken)))
         return sum(found[1:], found[0])  # each slot is in one run
 
-    return along_depth(group, m, group.per_slot(m, weights))
+    return group.per_slot(m, weights)
 
 
 def _weights_at(
@@ -117,11 +116,11 @@ def _weights_at(
         has = whole.has_neighbor(i, offset)
         found = []
         for n, matrix in matrices.items():
-            of_this = has & (length == n)
-            if of_this.any():
-                row = np.where(of_this, position, 0)
-                at = matrix[row, np.where(of_this, position + offset, 0)]
-                found.append(of_this.astype(at.dtype) * at)
+            has_length = has & (length == n)
+            if has_length.any():
+                row = np.where(has_length, position, 0)
+                at = matrix[row, np.where(has_length, position + offset, 0)]
+                found.append(has_length.astype(at.dtype) * at)
         # Each slot is in one run, so the others add 0.
         return sum(found[1:], found[0]) if found else np.zeros(position.shape)
 
@@ -144,7 +143,7 @@ def _matmul(
         out = jnp.tensordot(s, us[0], contracted, precision=lax.Precision.HIGHEST)
         return [anchored(jnp.moveaxis(out, tuple(range(k)), member.axes), us[0])]
     layers = [_layers_first(u, m) for u, m in zip(us, group.members, strict=True)]
-    stacked = jnp.concatenate([like(of_leaf, layers[0]) for of_leaf in layers])
+    stacked = jnp.concatenate([like(leaf_layers, layers[0]) for leaf_layers in layers])
     # The barriers keep the compiler from making a product of its own for each leaf,
     # which reads all of them again.
     stacked = lax.optimization_barrier(stacked)

@@ -1,8 +1,14 @@
 """What the layers of one leaf receive from the layers at an offset in depth.
 
-It is an array of that leaf's own shape: slices of the group's leaves, placed by
+It is an array of that leaf's own shape: pieces of the group's leaves, placed by
 `lax.pad`. So one rule serves a stacked leaf (a shifted copy of itself, which fuses),
-one leaf per layer (the next leaf as it is, never stacked) and any mixture.
+one leaf per layer (the next leaf as it is, never stacked) and any mixture. At offset
+-1, with 0 for a dot:
+
+    leaf holds   piece    receives
+    0 1 2        0 1 2    . 0 1        padded by (1, -1)
+    3            2        2            cut out of the first leaf
+    4            3        3            the leaf before it
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from gradsmooth_optax._coupling.values import (
     along_depth,
     masked,
     real_dtype,
+    values_of,
 )
 from gradsmooth_optax._depth.groups import Group, SlotValues, text_of
 
@@ -54,10 +55,10 @@ class Units:
         for group, name in zip(groups, names, strict=True):
             for run in group.runs:
                 layers[name].update(run if len(run) > 1 else ())
-        ordered = {name: sorted(of_name) for name, of_name in layers.items()}
+        ordered = {name: sorted(unit_layers) for name, unit_layers in layers.items()}
         shapes: dict[str, tuple[int, ...]] = {
-            name: (len(of_name),) if per == "layer" else ()
-            for name, of_name in ordered.items()
+            name: (len(unit_layers),) if per == "layer" else ()
+            for name, unit_layers in ordered.items()
         }
         return cls(tuple(groups), names, shapes, ordered)
 
@@ -71,12 +72,14 @@ class Units:
 
     def _totals(self, numbers: LayerValues, is_in: SlotValues) -> dict[str, jax.Array]:
         # In the widest dtype; a sum of its own for each layout of slots.
-        arrays = masked(numbers._arrays, self.groups, is_in)
+        arrays = masked(numbers, is_in)._arrays
         dtype = max((x.dtype for row in arrays for x in row), key=num_bits)
         scalars: dict[str, list[jax.Array]] = {name: [] for name in self.shapes}
         vectors = {n: jnp.zeros(s, dtype) for n, s in self.shapes.items() if s}
-        for group, name, of_group in zip(self.groups, self.names, arrays, strict=True):
-            for m, number in enumerate(of_group):
+        for group, name, group_numbers in zip(
+            self.groups, self.names, arrays, strict=True
+        ):
+            for m, number in enumerate(group_numbers):
                 slots = replicated(number).astype(dtype)
                 if self.shapes[name]:
                     index = self._index(name, group, m)
@@ -90,23 +93,17 @@ class Units:
 
     def spread(self, values: Mapping[str, jax.Array]) -> LayerValues:
         """The unit's value for every layer."""
-        return LayerValues(
-            self.groups,
-            tuple(
-                tuple(
-                    self._at(values[name], name, group, m)
-                    for m in range(len(group.members))
-                )
-                for group, name in zip(self.groups, self.names, strict=True)
-            ),
-        )
+        names = dict(zip(self.groups, self.names, strict=True))
 
-    def _at(self, value: jax.Array, name: str, group: Group, m: int) -> jax.Array:
-        if self.shapes[name]:
-            value = value[self._index(name, group, m)]
-            shape = group.members[m].layers.shape
-            value = along_depth(group, m, value.reshape(shape))
-        return value.astype(real_dtype(group))
+        def at(group: Group, m: int) -> jax.Array:
+            value = values[names[group]]
+            if self.shapes[names[group]]:
+                value = value[self._index(names[group], group, m)]
+                shape = group.members[m].layers.shape
+                value = along_depth(group, m, value.reshape(shape))
+            return value.astype(real_dtype(group))
+
+        return values_of(self.groups, at)
 
     def _index(self, name: str, group: Group, m: int) -> np.ndarray:
         """Positions of a member's slots among the unit's layers."""

@@ -22,6 +22,17 @@ Arrays: TypeAlias = Sequence[Sequence[Any]]  # one per member, per group
 Names: TypeAlias = tuple[Hashable | None, ...]  # one per slot of a member, in order
 
 
+def _elementwise(operation: Callable[[Any, Any], Any]) -> Any:
+    """A method that takes other values of the same layers, or one number for all."""
+
+    def method(self: LayerValues, other: Any) -> LayerValues:
+        if isinstance(other, LayerValues):
+            return self.map(operation, other)
+        return self.map(lambda x: operation(x, in_dtype(other, x.dtype)))
+
+    return method
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerValues:
@@ -62,18 +73,21 @@ class LayerValues:
         # Once where the arrays are the same ones: all roles of a block share theirs.
         found: dict[tuple[int, ...], Any] = {}
 
-        def once(*of_member: Any) -> Any:
-            key = tuple(map(id, of_member))
+        def once(*member_arrays: Any) -> Any:
+            key = tuple(map(id, member_arrays))
             if key not in found:
-                found[key] = function(*of_member)
+                found[key] = function(*member_arrays)
             return found[key]
 
         arrays = [values._arrays for values in (self, *others)]
         return LayerValues(
             self._groups,
             tuple(
-                tuple(once(*of_member) for of_member in zip(*of_group, strict=True))
-                for of_group in zip(*arrays, strict=True)
+                tuple(
+                    once(*member_arrays)
+                    for member_arrays in zip(*group_arrays, strict=True)
+                )
+                for group_arrays in zip(*arrays, strict=True)
             ),
         )
 
@@ -83,68 +97,31 @@ class LayerValues:
         Args:
           offset: how many layers on, negative for layers before.
         """
-        found = []
-        for group, of_group in zip(self._groups, self._arrays, strict=True):
-            arrays = list(map(jnp.asarray, of_group))
-            beside, (held,) = with_halos(group, abs(offset), arrays)
-            members = range(len(arrays))
-            found.append(tuple(at_offset(beside, m, offset, held) for m in members))
-        return LayerValues(self._groups, tuple(found))
+        beside = {
+            group: with_halos(group, abs(offset), list(map(jnp.asarray, group_arrays)))
+            for group, group_arrays in zip(self._groups, self._arrays, strict=True)
+        }
 
-    def _with(self, operation: Callable, other: Any, swap: bool = False) -> LayerValues:
-        if isinstance(other, LayerValues):
-            return self.map(operation, other)
+        def there(group: DepthGroup, m: int) -> jax.Array:
+            source, (held,) = beside[group]
+            return at_offset(source, m, offset, held)
 
-        def applied(x: Any) -> Any:
-            number = in_dtype(other, x.dtype)
-            return operation(number, x) if swap else operation(x, number)
+        return values_of(self._groups, there)
 
-        return self.map(applied)
-
-    def _compared(self, comparison: Callable, other: Any) -> LayerValues:
-        return self._with(lambda x, y: comparison(x, y).astype(x.dtype), other)
-
-    def __add__(self, other: Any) -> LayerValues:
-        return self._with(operator.add, other)
-
-    def __sub__(self, other: Any) -> LayerValues:
-        return self._with(operator.sub, other)
-
-    def __mul__(self, other: Any) -> LayerValues:
-        return self._with(operator.mul, other)
-
-    def __truediv__(self, other: Any) -> LayerValues:
-        return self._with(operator.truediv, other)
-
-    def __pow__(self, other: Any) -> LayerValues:
-        return self._with(operator.pow, other)
-
-    def __radd__(self, other: Any) -> LayerValues:
-        return self._with(operator.add, other, swap=True)
-
-    def __rsub__(self, other: Any) -> LayerValues:
-        return self._with(operator.sub, other, swap=True)
-
-    def __rmul__(self, other: Any) -> LayerValues:
-        return self._with(operator.mul, other, swap=True)
-
-    def __rtruediv__(self, other: Any) -> LayerValues:
-        return self._with(operator.truediv, other, swap=True)
+    __add__ = __radd__ = _elementwise(operator.add)
+    __mul__ = __rmul__ = _elementwise(operator.mul)
+    __sub__ = _elementwise(operator.sub)
+    __rsub__ = _elementwise(lambda x, y: y - x)
+    __truediv__ = _elementwise(operator.truediv)
+    __rtruediv__ = _elementwise(lambda x, y: y / x)
+    __pow__ = _elementwise(operator.pow)
+    __lt__ = _elementwise(lambda x, y: (x < y).astype(x.dtype))
+    __le__ = _elementwise(lambda x, y: (x <= y).astype(x.dtype))
+    __gt__ = _elementwise(lambda x, y: (x > y).astype(x.dtype))
+    __ge__ = _elementwise(lambda x, y: (x >= y).astype(x.dtype))
 
     def __neg__(self) -> LayerValues:
         return self.map(operator.neg)
-
-    def __lt__(self, other: Any) -> LayerValues:
-        return self._compared(operator.lt, other)
-
-    def __le__(self, other: Any) -> LayerValues:
-        return self._compared(operator.le, other)
-
-    def __gt__(self, other: Any) -> LayerValues:
-        return self._compared(operator.gt, other)
-
-    def __ge__(self, other: Any) -> LayerValues:
-        return self._compared(operator.ge, other)
 
     # NumPy's and jax's scalars would else take the values for an object to broadcast.
     __array_priority__ = 1000
@@ -172,51 +149,53 @@ def along_depth(group: DepthGroup, m: int, values: Any) -> Any:
     return member.along(values, rank if group.is_stacked else 0)
 
 
-def slot_values(
-    groups: tuple[DepthGroup, ...], values_of: Callable[[DepthGroup], SlotValues]
+def values_of(
+    groups: Sequence[DepthGroup], function: Callable[[DepthGroup, int], Any]
 ) -> LayerValues:
-    """Values that follow from where a layer is.
-
-    Args:
-      groups: that they are of.
-      values_of: for each group, the values of the slots of a member.
-    """
+    """The arrays that `function(group, m)` gives for every member."""
     return LayerValues(
-        groups,
+        tuple(groups),
         tuple(
-            tuple(
-                along_depth(group, m, group.per_slot(m, values_of(group))).astype(
-                    real_dtype(group)
-                )
-                for m in range(len(group.members))
-            )
+            tuple(function(group, m) for m in range(len(group.members)))
             for group in groups
         ),
     )
 
 
-def masked(
-    arrays: Arrays, groups: Sequence[DepthGroup], is_in: SlotValues
-) -> list[list[jax.Array]]:
-    """Numbers per slot, with 0 for the slots that are not in."""
-    found = []
-    for group, of_group in zip(groups, arrays, strict=True):
-        found.append([])
-        for m, array in enumerate(of_group):
-            chosen = group.per_slot(m, is_in)
-            if isinstance(chosen, jax.Array) or not chosen.all():
-                mask = along_depth(group, m, chosen)
-                array = jnp.where(mask, array, jnp.zeros_like(array))
-            found[-1].append(array)
-    return found
+def slot_values(groups: Sequence[DepthGroup], slot_numbers: SlotValues) -> LayerValues:
+    """Values that follow from where a layer is.
+
+    Args:
+      groups: that they are of.
+      slot_numbers: (group, m) -> an array over the slots of member m.
+    """
+
+    def along(group: DepthGroup, m: int) -> Any:
+        values = along_depth(group, m, group.per_slot(m, slot_numbers))
+        return values.astype(real_dtype(group))
+
+    return values_of(groups, along)
+
+
+def masked(values: LayerValues, is_in: SlotValues) -> LayerValues:
+    """The values, with 0 for the layers that are not in."""
+    arrays = dict(zip(values._groups, values._arrays, strict=True))
+
+    def chosen(group: DepthGroup, m: int) -> Any:
+        mask, array = group.per_slot(m, is_in), arrays[group][m]
+        if isinstance(mask, np.ndarray) and mask.all():
+            return array
+        return jnp.where(along_depth(group, m, mask), array, jnp.zeros_like(array))
+
+    return values_of(values._groups, chosen)
 
 
 # -- Sums over the roles of a block ----------------------------------------------------
 
 
 def summed_by_name(
-    groups: Sequence[DepthGroup], arrays: Arrays, names: Sequence[Sequence[Names]]
-) -> tuple[tuple[jax.Array, ...], ...]:
+    values: LayerValues, names_of: Callable[[DepthGroup, int], Names]
+) -> LayerValues:
     """Sums over the slots of all roles of a stack that have the same name.
 
     Two roles of a stack, of which the second is not in layer 2, by the number of the
@@ -227,22 +206,23 @@ def summed_by_name(
         b      (0, 1)    [d, e]       [a + d, b + e]
 
     Args:
-      groups: with neighbors.
-      arrays: a number for every slot, with size 1 on all axes but those over depth.
-      names: for every member, the names of its slots in order, such as the layer; None
-        for a slot that is in no sum.
+      values: what is summed.
+      names_of: (group, m) -> the names of the slots of a member in order, such as the
+        layer; None for a slot that is in no sum.
     """
+    groups, arrays = values._groups, values._arrays
+    names = values_of(groups, names_of)._arrays
     widest = max((array.dtype for row in arrays for array in row), key=num_bits)
     totals: dict[tuple[Hashable, Names], jax.Array] = {}
-    for group, of_group, named in zip(groups, arrays, names, strict=True):
-        for array, of_member in zip(of_group, named, strict=True):
+    for group, group_arrays, named in zip(groups, arrays, names, strict=True):
+        for array, member_names in zip(group_arrays, named, strict=True):
             vector = replicated(array).astype(widest)
             if vector.ndim:
-                vector = vector.reshape(len(of_member))
-            is_in = np.array([name is not None for name in of_member])
+                vector = vector.reshape(len(member_names))
+            is_in = np.array([name is not None for name in member_names])
             if not is_in.all():
                 vector = jnp.where(is_in, vector, jnp.zeros_like(vector))
-            key = (group.stack, of_member)
+            key = (group.stack, member_names)
             totals[key] = totals[key] + vector if key in totals else vector
     totals = _with_overlaps(totals)
     placed: dict[tuple, jax.Array] = {}
@@ -250,18 +230,21 @@ def summed_by_name(
     def place(key: tuple[Hashable, Names], like: jax.Array) -> jax.Array:
         # Before and after the sum, and for each stacked leaf anew: or all leaves would
         # be split as one of them is.
-        of_kind = (*key, like.shape, like.dtype) if like.size == 1 else (id(like),)
-        if of_kind not in placed:
+        kind = (*key, like.shape, like.dtype) if like.size == 1 else (id(like),)
+        if kind not in placed:
             spread = replicated(totals[key].reshape(like.shape))
-            placed[of_kind] = spread.astype(like.dtype)
-        return placed[of_kind]
+            placed[kind] = spread.astype(like.dtype)
+        return placed[kind]
 
-    return tuple(
+    return LayerValues(
+        groups,
         tuple(
-            place((group.stack, of_member), array)
-            for array, of_member in zip(of_group, named, strict=True)
-        )
-        for group, of_group, named in zip(groups, arrays, names, strict=True)
+            tuple(
+                place((group.stack, member_names), array)
+                for array, member_names in zip(group_arrays, named, strict=True)
+            )
+            for group, group_arrays, named in zip(groups, arrays, names, strict=True)
+        ),
     )
 
 

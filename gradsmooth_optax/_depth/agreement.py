@@ -50,9 +50,12 @@ def check_agreement(grouping: Grouping) -> None:
             known = assignment and member_of(
                 member.leaf, path, assignment, np.shape(leaf)
             )
-            if known and known.axes == member.axes:
-                if np.array_equal(known.layers, member.layers):
-                    continue
+            if (
+                known
+                and known.axes == member.axes
+                and np.array_equal(known.layers, member.layers)
+            ):
+                continue
             raise ValueError(
                 f"`smoothing` and `depth` number leaf {show_path(path)} differently: "
                 f"the smoothing by {grouping.spec!r} as {_shown(member)}, `depth` by "

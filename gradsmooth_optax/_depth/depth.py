@@ -7,9 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from gradsmooth_optax._checks import hashable, integer, integers
-
-LARGEST_LAYER = 2**31 - 1
+from gradsmooth_optax._checks import LARGEST_LAYER, hashable, integer, integers
 
 
 @dataclasses.dataclass(frozen=True)

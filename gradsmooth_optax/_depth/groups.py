@@ -233,14 +233,14 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
         members.setdefault(key, []).append(member)
         ranked.setdefault(key, set()).add(assignment.ranked)
     groups = []
-    for key, of_key in members.items():
+    for key, holders in members.items():
         if len(ranked[key]) > 1:
             raise ValueError(
                 f"`depth` ranks only a part of {name_of(key[0], key[1])}: "
-                f"{some([show_path(m.path) for m in of_key])} come both from `ranked` "
+                f"{some([show_path(m.path) for m in holders])} come both from `ranked` "
                 f"and from another member. Put all of them inside one `ranked(...)`."
             )
-        groups.append(Group(*key, members=tuple(of_key), ranked=True in ranked[key]))
+        groups.append(Group(*key, members=tuple(holders), ranked=True in ranked[key]))
     paths, values = zip(*leaves, strict=True) if leaves else ((), ())
     return Grouping(tuple(groups), paths, values, treedef, spec)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gradsmooth_optax._calls import raw
-from gradsmooth_optax._depth.depth import LARGEST_LAYER
+from gradsmooth_optax._checks import LARGEST_LAYER
 
 Path: TypeAlias = tuple[str | int, ...]
 

@@ -85,12 +85,12 @@ class Stage:
 
         A NumPy array where it is the same in all stages, else an array of jax.
         """
-        of_stages = [values(self.whole, i) for i in self.members_of_whole(m)]
-        if all(isinstance(one, np.ndarray) for one in of_stages):
-            first = of_stages[0]
-            if all((one == first).all() for one in of_stages[1:]):
+        stage_values = [values(self.whole, i) for i in self.members_of_whole(m)]
+        if all(isinstance(one, np.ndarray) for one in stage_values):
+            first = stage_values[0]
+            if all((one == first).all() for one in stage_values[1:]):
                 return first
-        return jnp.stack(of_stages)[lax.axis_index(self.axis_name)]
+        return jnp.stack(stage_values)[lax.axis_index(self.axis_name)]
 
 
 # What the arrays along depth are of: a group, or the part of one that a stage has.
@@ -182,6 +182,10 @@ def _rounds(
     count: int,
 ) -> tuple[int, tuple[int, ...]]:
     """Consecutive layers of a stage, and the first of them in each round.
+
+    With three stages, layers 0 1 2 3 of the stage are four in one round: (4, (0,)).
+    Layers 0 1, 6 7, 12 13 are two in each of three rounds: (2, (0, 6, 12)). Layers
+    0 1, 5 6 are an error: a round of three stages of two layers starts at 6.
 
     Args:
       layers: that the stage holds, ascending.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from jax import lax
 
 from gradsmooth_optax._arrays import num_bits
 from gradsmooth_optax._calls import shown_call
-from gradsmooth_optax._checks import positive_int
-from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.matmul import Matrix
+from gradsmooth_optax._checks import Matrix, positive_int
 from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
+
+if TYPE_CHECKING:
+    from gradsmooth_optax._coupling.layers import Layers
 
 
 def compose(*operators: Any) -> Operator:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradsmooth_optax._arrays import is_traced
 from gradsmooth_optax._calls import reduce_by_name, shown_call, shown_value
-from gradsmooth_optax._checks import real_matrix
-from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.matmul import Matrix
+from gradsmooth_optax._checks import Matrix, is_traced, real_matrix
+
+if TYPE_CHECKING:
+    from gradsmooth_optax._coupling.layers import Layers
 
 
 class Operator:

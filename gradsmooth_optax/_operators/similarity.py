@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._arrays import in_dtype
-from gradsmooth_optax._checks import check_choice, strength_in
-from gradsmooth_optax._coupling.layers import Layers, NormScope
+from gradsmooth_optax._checks import NormScope, check_choice, strength_in
 from gradsmooth_optax._operators.operator import Operator, resolved
+
+if TYPE_CHECKING:
+    from gradsmooth_optax._coupling.layers import Layers
 
 
 def similarity_window(

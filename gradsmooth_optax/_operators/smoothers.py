@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,17 @@ from jax import lax
 
 from gradsmooth_optax._arrays import num_bits
 from gradsmooth_optax._checks import (
+    Matrix,
     check_flag,
     factors_in,
     is_function,
     positive_int,
     strength_in,
 )
-from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.matmul import Matrix
 from gradsmooth_optax._operators.operator import Operator, resolved, resolved_factors
+
+if TYPE_CHECKING:
+    from gradsmooth_optax._coupling.layers import Layers
 
 _NO_COUPLING = " For no coupling at all pass `alpha=0.0`."
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._arrays import axis_size
-from gradsmooth_optax._checks import check_choice, check_flag, transformation
-from gradsmooth_optax._coupling.layers import NormScope, layers_of, leaves_of
+from gradsmooth_optax._checks import NormScope, check_choice, check_flag, transformation
+from gradsmooth_optax._coupling.layers import layers_of, leaves_of
 from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._depth.stages import DepthGroup, split_over

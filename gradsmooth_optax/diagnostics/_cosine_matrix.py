@@ -78,16 +78,16 @@ def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
     shape = (len(layers), len(layers))
     products = jnp.zeros(shape, dtype)
     squares = jnp.zeros(shape, dtype)  # of l, over what k has as well
-    for group, of_group in zip(groups, layers_of, strict=True):
+    for group, group_layers in zip(groups, layers_of, strict=True):
         # Gathered and not scattered: jax 0.7 has no rule for that on Explicit axes.
-        place = {layer: i for i, layer in enumerate(of_group)}
+        place = {layer: i for i, layer in enumerate(group_layers)}
         index = np.array([place.get(layer, 0) for layer in layers])
-        has = np.isin(layers, of_group)
+        has = np.isin(layers, group_layers)
         both = np.outer(has, has)
         gram = _products(group, leaves).astype(dtype)[np.ix_(index, index)]
         products += jnp.where(both, gram, jnp.zeros_like(gram))
-        of_layers = jnp.broadcast_to(jnp.diagonal(gram)[:, None], shape)
-        squares += jnp.where(both, of_layers, jnp.zeros_like(gram))
+        layer_squares = jnp.broadcast_to(jnp.diagonal(gram)[:, None], shape)
+        squares += jnp.where(both, layer_squares, jnp.zeros_like(gram))
     return cosine(products, squares, squares.T)
 
 

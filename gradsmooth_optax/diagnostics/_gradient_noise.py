@@ -110,12 +110,12 @@ def gradient_noise(
     means = {i: jnp.mean(x, axis=0) for i, x in updates.items()}
     # From deviations, not from mean squares: those cancel where the noise is small.
     deviations = {i: x - means[i][None] for i, x in updates.items()}
-    of_deviations = jax.vmap(squared_norms)(deviations)
-    of_means = squared_norms(means)
+    deviation_squares = jax.vmap(squared_norms)(deviations)
+    mean_squares = squared_norms(means)
     return {
         stack: GradientNoise(
-            variance=jnp.sum(of_deviations[stack], axis=0) / (num_microbatches - 1),
-            squared_norm_of_mean=of_means[stack],
+            variance=jnp.sum(deviation_squares[stack], axis=0) / (num_microbatches - 1),
+            squared_norm_of_mean=mean_squares[stack],
         )
         for stack in units.shapes
     }
@@ -137,11 +137,11 @@ def _num_microbatches(tree: Any) -> int:
         if inexact_dtype(leaf) is None:
             continue
         path, shape = show_path(plain_path(key_path)), np.shape(leaf)
-        of_leaf = f"leaf {path!r} of `per_microbatch_updates` has shape {shape}"
+        found = f"leaf {path!r} of `per_microbatch_updates` has shape {shape}"
         if not shape or shape[0] < 2:
             size = f"size {shape[0]}" if shape else "no size"
             raise ValueError(
-                f"{of_leaf}: its first axis, over micro-batches, has {size}, and a "
+                f"{found}: its first axis, over micro-batches, has {size}, and a "
                 f"variance needs at least 2. Probably the updates are already summed "
                 f"or averaged over micro-batches. {_HOW_TO_STACK}"
             )
@@ -149,7 +149,7 @@ def _num_microbatches(tree: Any) -> int:
             first = path, shape[0]
         elif shape[0] != first[1]:
             raise ValueError(
-                f"{of_leaf}: {shape[0]} micro-batches along its first axis, but leaf "
+                f"{found}: {shape[0]} micro-batches along its first axis, but leaf "
                 f"{first[0]!r} has {first[1]}. Probably the first axis is over layers, "
                 f"or the tree is a list of one tree for each. {_HOW_TO_STACK}"
             )

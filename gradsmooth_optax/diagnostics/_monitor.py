@@ -170,13 +170,13 @@ def monitor_depth(
             return after, MonitorDepthState(count, state.record, inner_state)
 
         def record(after: Any) -> DepthRecord:
-            of_before, of_after = (
+            before, after_inner = (
                 statistics_of(coupled.groups, coupled.arrays)
                 for coupled in (going_in, coupled_in(after))
             )
-            _check_recorded(of_before, state.record.before)
-            _check_kept(of_after, of_before)
-            new = DepthRecord(state.count, of_before, of_after)
+            _check_recorded(before, state.record.before)
+            _check_kept(after_inner, before)
+            new = DepthRecord(state.count, before, after_inner)
             return jax.tree.map(lambda x, old: x.astype(old.dtype), new, state.record)
 
         if every == 1:
@@ -297,13 +297,13 @@ def _check_kept(after: Any, before: Any) -> None:
         )
 
 
-def _layers(of_stacks: Any) -> str:
-    if not isinstance(of_stacks, dict) or not of_stacks:
+def _layers(statistics: Any) -> str:
+    if not isinstance(statistics, dict) or not statistics:
         return "no stack"
     return ", ".join(
         f"{stack!r} ({_size(of)}: "
         f"{'; '.join(f'{role}, {_size(one)}' for role, one in of.roles.items())})"
-        for stack, of in of_stacks.items()
+        for stack, of in statistics.items()
     )
 
 

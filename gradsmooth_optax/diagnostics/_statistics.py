@@ -34,8 +34,8 @@ class RoleStatistics(NamedTuple):
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
       >>> updates = {"blocks": {"w": jnp.array([[3.0, 4.0], [0.0, 5.0]])}}
-      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
-      >>> of_blocks["blocks"].roles["w"].cosines.tolist()
+      >>> statistics = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> statistics["blocks"].roles["w"].cosines.tolist()
       [0.800000011920929]
     """
 
@@ -59,8 +59,8 @@ class DepthStatistics(NamedTuple):
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
       >>> updates = {"blocks": {"b": jnp.full(2, 3.0), "w": jnp.full(2, 4.0)}}
-      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
-      >>> of_blocks["blocks"].norms.tolist(), sorted(of_blocks["blocks"].roles)
+      >>> statistics = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> statistics["blocks"].norms.tolist(), sorted(statistics["blocks"].roles)
       ([5.0, 5.0], ['b', 'w'])
     """
 
@@ -118,10 +118,10 @@ def depth_statistics(
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
       >>> updates = {"blocks": {"w": jnp.array([[3.0, 4.0], [3.0, 4.0], [-4.0, 3.0]])}}
-      >>> of_blocks = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
-      >>> of_blocks["blocks"].norms.tolist(), of_blocks["blocks"].cosines.tolist()
+      >>> statistics = gs.diagnostics.depth_statistics(updates, gs.scanned("blocks/"))
+      >>> statistics["blocks"].norms.tolist(), statistics["blocks"].cosines.tolist()
       ([5.0, 5.0, 5.0], [1.0, 0.0])
-      >>> float(of_blocks["blocks"].roughness)  # (0, 0) and then (-7, -1)
+      >>> float(statistics["blocks"].roughness)  # (0, 0) and then (-7, -1)
       50.0
 
     References:
@@ -139,12 +139,12 @@ def statistics_of(
     """The statistics of groups with neighbors, whose members are among the leaves."""
     sums: dict[Hashable, dict[Hashable, list[_Sums]]] = {}
     for group in groups:
-        of_stack = sums.setdefault(group.stack, defaultdict(list))
-        of_stack[group.role].append(_sums_of(group, leaves))
+        role_sums = sums.setdefault(group.stack, defaultdict(list))
+        role_sums[group.role].append(_sums_of(group, leaves))
     stacks = texts_of("stacks", sums)
     return {
-        stacks[stack]: _statistics_of_stack(stack, of_stack)
-        for stack, of_stack in sums.items()
+        stacks[stack]: _stack_statistics(stack, role_sums)
+        for stack, role_sums in sums.items()
     }
 
 
@@ -155,32 +155,32 @@ class _Sums(NamedTuple):
       layers: their numbers, ascending.
       squares: ‖u_l‖², one for each layer.
       pairs: (layer, next layer), ascending.
-      of_pairs: (4, number of pairs): Re⟨u_l, u_k⟩, ‖u_k - u_l‖², ‖u_l‖² and ‖u_k‖².
+      pair_sums: (4, number of pairs): Re⟨u_l, u_k⟩, ‖u_k - u_l‖², ‖u_l‖² and ‖u_k‖².
     """
 
     layers: Sequence[int]
     squares: jax.Array
     pairs: Sequence[tuple[int, int]]
-    of_pairs: jax.Array
+    pair_sums: jax.Array
 
 
-def _statistics_of_stack(
-    stack: Hashable, of_stack: dict[Hashable, list[_Sums]]
+def _stack_statistics(
+    stack: Hashable, role_sums: dict[Hashable, list[_Sums]]
 ) -> DepthStatistics:
-    of_roles = {role: _total(sums) for role, sums in of_stack.items()}
-    roles = texts_of(f"roles of stack {stack!r}", of_roles)
-    block = _statistics(_total(list(of_roles.values())))
+    totals = {role: _total(sums) for role, sums in role_sums.items()}
+    roles = texts_of(f"roles of stack {stack!r}", totals)
+    block = _statistics(_total(list(totals.values())))
     return DepthStatistics(
-        *block, roles={roles[role]: _statistics(s) for role, s in of_roles.items()}
+        *block, roles={roles[role]: _statistics(s) for role, s in totals.items()}
     )
 
 
 def _statistics(sums: _Sums) -> RoleStatistics:
-    dots, differences, squares, squares_of_next = sums.of_pairs
+    dots, differences, squares, next_squares = sums.pair_sums
     roughness, total = jnp.sum(differences), jnp.sum(sums.squares)
     return RoleStatistics(
         norms=jnp.sqrt(sums.squares),
-        cosines=cosine(dots, squares, squares_of_next),
+        cosines=cosine(dots, squares, next_squares),
         roughness=roughness,
         relative_roughness=roughness / jnp.where(total == 0, jnp.inf, total),
     )
@@ -202,32 +202,32 @@ def _sums_of(group: Group, leaves: Sequence[Any] | Mapping[int, Any]) -> _Sums:
     numbers = np.array(group.layers)
     pairs = zip(numbers[first].tolist(), numbers[first + 1].tolist(), strict=True)
     # Gathered and not sliced: XLA:CPU computes a sum anew for each slice of it.
-    of_pairs = [dots[first], differences[first], squares[first], squares[first + 1]]
+    pair_sums = [dots[first], differences[first], squares[first], squares[first + 1]]
     return _Sums(
-        numbers[in_run].tolist(), squares[in_run], list(pairs), jnp.stack(of_pairs)
+        numbers[in_run].tolist(), squares[in_run], list(pairs), jnp.stack(pair_sums)
     )
 
 
 def _in_depth_order(group: Group, numbers: LayerValues) -> jax.Array:
     """A number for every layer, as one vector."""
-    (of_members,) = numbers._arrays
-    vector = jnp.concatenate([replicated(x).reshape(-1) for x in of_members])
-    ranks = np.concatenate([of_member.ravel() for of_member in group.ranks])
+    (member_numbers,) = numbers._arrays
+    vector = jnp.concatenate([replicated(x).reshape(-1) for x in member_numbers])
+    ranks = np.concatenate([member_ranks.ravel() for member_ranks in group.ranks])
     return vector[np.argsort(ranks)]
 
 
-def _total(of_all: Sequence[_Sums]) -> _Sums:
+def _total(parts: Sequence[_Sums]) -> _Sums:
     """Added up by layer and by pair, in the widest dtype."""
-    dtype = max((sums.squares.dtype for sums in of_all), key=num_bits)
-    layers = sorted(set(itertools.chain.from_iterable(s.layers for s in of_all)))
-    pairs = sorted(set(itertools.chain.from_iterable(s.pairs for s in of_all)))
+    dtype = max((sums.squares.dtype for sums in parts), key=num_bits)
+    layers = sorted(set(itertools.chain.from_iterable(s.layers for s in parts)))
+    pairs = sorted(set(itertools.chain.from_iterable(s.pairs for s in parts)))
     squares = jnp.zeros(len(layers), dtype)
-    of_pairs = jnp.zeros((4, len(pairs)), dtype)
-    for sums in of_all:
+    pair_sums = jnp.zeros((4, len(pairs)), dtype)
+    for sums in parts:
         squares = squares + _placed(sums.squares.astype(dtype), sums.layers, layers)
-        added = _placed(sums.of_pairs.astype(dtype), sums.pairs, pairs)
-        of_pairs = of_pairs + added
-    return _Sums(layers, squares, pairs, of_pairs)
+        added = _placed(sums.pair_sums.astype(dtype), sums.pairs, pairs)
+        pair_sums = pair_sums + added
+    return _Sums(layers, squares, pairs, pair_sums)
 
 
 def _placed(x: jax.Array, names: Sequence[Any], among: Sequence[Any]) -> jax.Array:

@@ -37,23 +37,23 @@ def axes_of(function: str, ax: Any, size: tuple[float, float]) -> Axes:
     return ax
 
 
-def of_stack(of_stacks: Mapping[str, Any], stack: Any, call: str) -> tuple[str, Any]:
+def one_stack(stacks: Mapping[str, Any], stack: Any, call: str) -> tuple[str, Any]:
     """The name of the stack and what is there of it."""
-    if stack is None and len(of_stacks) == 1:
-        (item,) = of_stacks.items()
+    if stack is None and len(stacks) == 1:
+        (item,) = stacks.items()
         return item
-    if stack is not None and text_of(stack) in of_stacks:
-        return text_of(stack), of_stacks[text_of(stack)]
-    if not of_stacks:
+    if stack is not None and text_of(stack) in stacks:
+        return text_of(stack), stacks[text_of(stack)]
+    if not stacks:
         raise ValueError(
             "there are no stacks in this record: `depth` matched no layers when it was "
             "made. See what it matches by `print(describe(depth, params))`."
         )
-    names = ", ".join(map(repr, of_stacks))
+    names = ", ".join(map(repr, stacks))
     found = "there are several stacks" if stack is None else f"`stack` is {stack!r}"
     raise ValueError(
         f"{found}, but one of these is needed: {names}. Write "
-        f"`{call}, stack={next(iter(of_stacks))!r})`."
+        f"`{call}, stack={next(iter(stacks))!r})`."
     )
 
 

@@ -15,7 +15,7 @@ from gradsmooth_optax._checks import positive_int
 from gradsmooth_optax._depth.specs import DepthLike
 from gradsmooth_optax._operators.composed import with_matrix
 from gradsmooth_optax._operators.operator import Operator
-from gradsmooth_optax.plots._axes import axes_of, layer_ticks, of_stack, title_of
+from gradsmooth_optax.plots._axes import axes_of, layer_ticks, one_stack, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,14 +115,14 @@ def cosine_matrix(
       ['1', '.6', '0']
       >>> plt.close(figure)
     """
-    of_stacks = diagnostics.cosine_matrix(updates, depth, strict=strict)
+    stacks = diagnostics.cosine_matrix(updates, depth, strict=strict)
     call = "plots.cosine_matrix(updates, depth"
-    if not of_stacks:
+    if not stacks:
         raise ValueError(
             "`depth` matches no layers of `updates` that have a neighbor, so there is "
             "nothing to draw. See what it matches by `print(describe(depth, updates))`."
         )
-    name, found = of_stack(of_stacks, stack, call)
+    name, found = one_stack(stacks, stack, call)
     cosines = np.asarray(found, np.float64)
     ax = axes_of("cosine_matrix", ax, (6.0, 4.6))
     bar = _heat_map(ax, cosines, 1.0, lambda x: _compact(x, 2))
@@ -167,7 +167,7 @@ def _font_size_in_cells(ax: Axes, num_layers: int) -> float:
 
 
 def _hatch_negative(ax: Axes, bar: Axes, values: np.ndarray, limit: float) -> None:
-    """Marks what has another color than its opposite, but in a print not its gray."""
+    """Hatches negative cells, because red and blue print as the same gray."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 

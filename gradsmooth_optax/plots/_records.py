@@ -16,7 +16,7 @@ from gradsmooth_optax.plots._axes import (
     BLUE,
     axes_of,
     layer_ticks,
-    of_stack,
+    one_stack,
     plain,
     title_and_legend,
     title_of,
@@ -270,7 +270,7 @@ def _history(
     elif not records:
         raise _nothing_recorded("records")
     steps, before, after = [], [], []
-    name, of_role = "", None
+    name, role_name = "", None
     for record in records:
         _check_record("records", record, call, allowed)
         if np.ndim(record.step) > 1:
@@ -279,7 +279,9 @@ def _history(
                 f"{np.shape(record.step)}. Probably `jax.vmap` added one over seeds. "
                 f"Write `{call}(jax.tree.map(lambda x: x[0], records))` for the first."
             )
-        *pair, name, of_role = _before_and_after(record, stack, role, f"{call}(records")
+        *pair, name, role_name = _before_and_after(
+            record, stack, role, f"{call}(records"
+        )
         steps.append(np.atleast_1d(record.step))
         for numbers, statistics in zip((before, after), pair, strict=True):
             found = np.asarray(numbers_of(statistics), np.float64)
@@ -289,7 +291,7 @@ def _history(
     if not at.size:
         raise _nothing_recorded("records")
     joined = (np.concatenate(x)[at] for x in (steps, before, after))
-    return _History(*joined, stack=name, role=of_role)
+    return _History(*joined, stack=name, role=role_name)
 
 
 def _last_of_each_step(steps: np.ndarray) -> np.ndarray:
@@ -330,7 +332,7 @@ def _before_and_after(
     record: Any, stack: Any, role: Any, call: str
 ) -> tuple[Any, Any, str, str | None]:
     """Statistics before and after, of a role or a block, and the names of what."""
-    name, before = of_stack(record.before, stack, call)
+    name, before = one_stack(record.before, stack, call)
     after = record.after[name]
     if role is None:
         return before, after, name, None

@@ -24,8 +24,8 @@ class Problems(NamedTuple):
     """Digits, integers with leading axes of any shape.
 
     Attributes:
-        prompts: `(..., PROMPT)`.
-        answers: `(..., ANSWER)`, the right ones.
+      prompts: `(..., PROMPT)`.
+      answers: `(..., ANSWER)`, the right ones.
     """
 
     prompts: Any
@@ -72,8 +72,8 @@ def demonstrate(key: jax.Array, problems: Problems) -> jax.Array:
     model that imitates them can do, but mostly doesn't.
 
     Args:
-        key: of the mistakes.
-        problems: to answer.
+      key: of the mistakes.
+      problems: to answer.
     """
     shape = (*problems.answers.shape[:-1], 1)
     swap, forget = jax.random.split(key)
@@ -87,8 +87,8 @@ def reward(said: jax.Array, right: jax.Array) -> jax.Array:
     """Returns 1 for the right answer, else 0.2 for every right digit at its place.
 
     Args:
-        said: answers, `(..., ANSWER)`.
-        right: the right ones, of a shape that broadcasts to that.
+      said: answers, `(..., ANSWER)`.
+      right: the right ones, of a shape that broadcasts to that.
     """
     equal = said == right
     return jnp.where(equal.all(-1), 1.0, PARTIAL_CREDIT * equal.sum(-1))

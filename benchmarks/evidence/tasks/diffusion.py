@@ -60,15 +60,15 @@ def build(
     """Returns the task at a depth.
 
     Args:
-        layers: number of all blocks, the middle one too; odd.
-        width: of the residual stream; even.
-        heads: of attention, in every block.
-        batch: images per step.
-        eval_images: images held out.
-        eval_times: times at which each of them is denoised.
-        samples: images made for the Fréchet distance.
-        sampler_steps: evaluations of the model that make an image.
-        patch: pixels along an edge of a patch.
+      layers: number of all blocks, the middle one too; odd.
+      width: of the residual stream; even.
+      heads: of attention, in every block.
+      batch: images per step.
+      eval_images: images held out.
+      eval_times: times at which each of them is denoised.
+      samples: images made for the Fréchet distance.
+      sampler_steps: evaluations of the model that make an image.
+      patch: pixels along an edge of a patch.
     """
     model = UViT(layers, width, heads, patch)
     half = half_of(layers)
@@ -134,11 +134,11 @@ def build_sampler(
     """Returns what makes images in [-1, 1] from parameters of a seed.
 
     Args:
-        layers: as all others, those of `build`.
+      layers: as all others, those of `build`.
 
     Returns:
-        A function `(params, number) -> images` of shape `(number, 8, 8)`: always from
-        the same noise, the first images the same for every `number`.
+      A function `(params, number) -> images` of shape `(number, 8, 8)`: always from
+      the same noise, the first images the same for every `number`.
     """
     model = UViT(layers, width, heads, patch)
 
@@ -172,9 +172,9 @@ def denoise(predict: Predict, noise: jax.Array, steps: int) -> jax.Array:
     with the noise that then is in its input. What is not finite becomes NaN.
 
     Args:
-        predict: of noise.
-        noise: `(N, 8, 8)`, of variance 1.
-        steps: evaluations of `predict`, at even distances from `LATEST` on.
+      predict: of noise.
+      noise: `(N, 8, 8)`, of variance 1.
+      steps: evaluations of `predict`, at even distances from `LATEST` on.
     """
     times = LATEST * jnp.arange(steps, 0, -1) / steps
 

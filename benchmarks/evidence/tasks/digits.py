@@ -22,7 +22,7 @@ def split_digits(held_out: int) -> tuple[Digits, Digits]:
     The split is the same every time, and every class has its share of either part.
 
     Args:
-        held_out: how many images are held out.
+      held_out: how many images are held out.
     """
     pixels, labels = cast(tuple[np.ndarray, ...], load_digits(return_X_y=True))
     images = (pixels / pixels.max()).astype(np.float32).reshape(-1, SIZE, SIZE)

@@ -69,10 +69,10 @@ def trained_classifier(
     """Returns the function of a classifier of images in [-1, 1]; the same every time.
 
     Args:
-        held_out: how many digits it is not trained on, as in `split_digits`.
+      held_out: how many digits it is not trained on, as in `split_digits`.
 
     Returns:
-        images `(N, 8, 8)` -> features `(N, 16)`, logits `(N, 10)`.
+      images `(N, 8, 8)` -> features `(N, 16)`, logits `(N, 10)`.
     """
     train, _ = split_digits(held_out)
     images, labels = jnp.asarray(2 * train.images - 1), jnp.asarray(train.labels)

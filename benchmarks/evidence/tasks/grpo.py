@@ -22,12 +22,12 @@ class Experience(NamedTuple):
     """Answers to train on; the leading axis is of problems.
 
     Attributes:
-        prompts: `(N, P)`.
-        answers: that were sampled, `(N, G, T)`.
-        advantages: `(N, G)`.
-        sampled: log-probabilities of the answers' tokens under the policy that sampled
-            them, `(N, G, T)`.
-        reference: those under the reference policy.
+      prompts: `(N, P)`.
+      answers: that were sampled, `(N, G, T)`.
+      advantages: `(N, G)`.
+      sampled: log-probabilities of the answers' tokens under the policy that sampled
+        them, `(N, G, T)`.
+      reference: those under the reference policy.
     """
 
     prompts: jax.Array
@@ -43,13 +43,13 @@ def sample(
     """Samples answers at temperature 1.
 
     Args:
-        policy: what answers.
-        params: of the policy.
-        prompts: `(N, P)`.
-        noise: standard Gumbel, `(N, G, T, vocabulary)`.
+      policy: what answers.
+      params: of the policy.
+      prompts: `(N, P)`.
+      noise: standard Gumbel, `(N, G, T, vocabulary)`.
 
     Returns:
-        The answers and the log-probabilities of their tokens, `(N, G, T)`.
+      The answers and the log-probabilities of their tokens, `(N, G, T)`.
     """
     length = noise.shape[2]
     tokens, kept = prompts[:, None], []
@@ -75,10 +75,10 @@ def log_probabilities(
     """Returns those of the answers' tokens, `(N, G, T)`.
 
     Args:
-        policy: what answers.
-        params: of the policy.
-        prompts: `(N, P)`.
-        answers: `(N, G, T)`.
+      policy: what answers.
+      params: of the policy.
+      prompts: `(N, P)`.
+      answers: `(N, G, T)`.
     """
     tokens = with_answers(prompts[:, None], answers[..., :-1])
     scores = policy(params, tokens)[:, :, prompts.shape[-1] - 1 :]
@@ -97,11 +97,11 @@ def grpo_loss(
     """Returns the mean over all tokens of clipped surrogate and penalty.
 
     Args:
-        policy: what is trained.
-        params: of the policy.
-        batch: answers.
-        clip_ratio: how far from 1 a ratio of probabilities still counts.
-        kl: weight of the divergence from the reference.
+      policy: what is trained.
+      params: of the policy.
+      batch: answers.
+      clip_ratio: how far from 1 a ratio of probabilities still counts.
+      kl: weight of the divergence from the reference.
     """
     current = log_probabilities(policy, params, batch.prompts, batch.answers)
     ratio = jnp.exp(current - batch.sampled)

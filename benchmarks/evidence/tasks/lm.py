@@ -36,15 +36,15 @@ def build(
     """Returns the task at a depth.
 
     Args:
-        layers: L.
-        width: of the residual stream.
-        heads: of attention, in every layer.
-        context: bytes per window.
-        batch: windows per step.
-        eval_windows: windows of the held-out text.
-        dtype: of activations.
-        remat: whether to recompute activations in the backward pass.
-        corpus: text files, or None for the standard library's source.
+      layers: L.
+      width: of the residual stream.
+      heads: of attention, in every layer.
+      context: bytes per window.
+      batch: windows per step.
+      eval_windows: windows of the held-out text.
+      dtype: of activations.
+      remat: whether to recompute activations in the backward pass.
+      corpus: text files, or None for the standard library's source.
     """
     paths = None if corpus is None else [Path(path) for path in corpus]
     text = load_corpus(paths, shortest=context + 1)

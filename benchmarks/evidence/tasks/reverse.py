@@ -35,13 +35,13 @@ def build(
     """Returns the task at a depth.
 
     Args:
-        layers: L.
-        width: of the residual stream; the MLP is twice as wide.
-        heads: of attention, in every layer.
-        length: symbols in a sequence.
-        vocabulary: number of symbols.
-        batch: sequences per step.
-        eval_sequences: sequences of the evaluation.
+      layers: L.
+      width: of the residual stream; the MLP is twice as wide.
+      heads: of attention, in every layer.
+      length: symbols in a sequence.
+      vocabulary: number of symbols.
+      batch: sequences per step.
+      eval_sequences: sequences of the evaluation.
     """
     model = Encoder(vocabulary, layers, width, heads, length)
 

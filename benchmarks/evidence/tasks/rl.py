@@ -74,19 +74,19 @@ def build(
     """Returns the task at a depth, after training its start.
 
     Args:
-        layers: L.
-        width: of the residual stream.
-        heads: of attention, in every layer.
-        batch: problems per step.
-        group: answers sampled to each of them.
-        updates: K, the parts that a step's problems are cut into, each for one update;
-            it divides `batch`.
-        clip_ratio: how far from 1 a ratio of probabilities still counts.
-        kl: weight of the divergence from the start.
-        start_steps: supervised steps before.
-        start_batch: problems in each of those.
-        start_learning_rate: their highest.
-        eval_problems: of the held-out ones, how many are evaluated on.
+      layers: L.
+      width: of the residual stream.
+      heads: of attention, in every layer.
+      batch: problems per step.
+      group: answers sampled to each of them.
+      updates: K, the parts that a step's problems are cut into, each for one update;
+        it divides `batch`.
+      clip_ratio: how far from 1 a ratio of probabilities still counts.
+      kl: weight of the divergence from the start.
+      start_steps: supervised steps before.
+      start_batch: problems in each of those.
+      start_learning_rate: their highest.
+      eval_problems: of the held-out ones, how many are evaluated on.
     """
     if batch % updates:
         raise ValueError(

@@ -11,9 +11,9 @@ def scanned_states(model: nn.Module, params: Any, inputs: jax.Array) -> jax.Arra
     """Returns the stream before the first and after every block, `(L + 1, ...)`.
 
     Args:
-        model: sows it as `input`, and in its module `blocks` as `states`.
-        params: of the model.
-        inputs: of the model.
+      model: sows it as `input`, and in its module `blocks` as `states`.
+      params: of the model.
+      inputs: of the model.
     """
     _, kept = cast(
         tuple, model.apply({"params": params}, inputs, mutable="intermediates")

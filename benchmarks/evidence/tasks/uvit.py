@@ -14,10 +14,10 @@ def half_of(layers: int) -> int:
     """Returns how many blocks are before `mid_block`, and as many after it.
 
     Args:
-        layers: number of all blocks.
+      layers: number of all blocks.
 
     Raises:
-        ValueError: if there is no such U-ViT.
+      ValueError: if there is no such U-ViT.
     """
     if layers % 2 == 0 or layers < 3:
         nearest = {max(layers - 1, 3), max(layers + 1, 3)}
@@ -72,10 +72,10 @@ class UViT(nn.Module):
     Tokens are the time and then the patches, row by row.
 
     Attributes:
-        layers: number of all blocks: `in_blocks_{i}`, `mid_block`, `out_blocks_{i}`.
-        width: of the residual stream; even.
-        heads: of attention, in every block.
-        patch: pixels along an edge of a patch; divides the size of an image.
+      layers: number of all blocks: `in_blocks_{i}`, `mid_block`, `out_blocks_{i}`.
+      width: of the residual stream; even.
+      heads: of attention, in every block.
+      patch: pixels along an edge of a patch; divides the size of an image.
     """
 
     layers: int

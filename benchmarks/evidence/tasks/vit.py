@@ -49,12 +49,12 @@ def build(
     """Returns the task at a depth.
 
     Args:
-        layers: L.
-        width: of the residual stream; the MLP is twice as wide.
-        heads: of attention, in every layer.
-        patch: height and width of a patch, divisors of 8.
-        batch: images per step.
-        eval_images: held-out images.
+      layers: L.
+      width: of the residual stream; the MLP is twice as wide.
+      heads: of attention, in every layer.
+      patch: height and width of a patch, divisors of 8.
+      batch: images per step.
+      eval_images: held-out images.
     """
 
     def model(key: jax.Array) -> VisionTransformer:

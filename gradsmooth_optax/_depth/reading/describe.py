@@ -213,7 +213,7 @@ def _unmatched(spec: DepthSpec, leaves: Leaves) -> list[DepthSpec]:
     return [lost for part in spec.parts(leaves) for lost in _unmatched(part, leaves)]
 
 
-def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
+def _row(group: Group, stack_layers: set[int]) -> tuple[str, ...]:
     # The layers of a duplicated number are counted, not shown twice.
     layers = f"{_ranges(group.layers)} ({group.num_layers})"
     axes = sorted({member.axes for member in group.members})
@@ -226,7 +226,7 @@ def _row(group: Group, of_stack: set[int]) -> tuple[str, ...]:
     if group.ranked:
         notes.append("ranked")
     first, last = min(group.layers, default=0), max(group.layers, default=0)
-    beyond = [n for n in of_stack if not first <= n <= last]
+    beyond = [n for n in stack_layers if not first <= n <= last]
     if beyond:
         # Right for a role that only some layers have; a wrong axis looks like this too.
         notes.append(f"not in {_layers(beyond)} of the stack")

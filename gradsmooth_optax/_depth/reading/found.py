@@ -93,18 +93,18 @@ def layer_kinds(node: Path, leaves: Leaves, num_axes: int) -> list[str]:
     built alike.
     """
     kinds: dict[str, dict[str, list]] = defaultdict(dict)
-    for child, of_child in leaves_by_child(node, leaves).items():
-        roles = [(path[len(node) + 1 :], np.shape(leaf)) for path, leaf in of_child]
+    for child, child_leaves in leaves_by_child(node, leaves).items():
+        roles = [(path[len(node) + 1 :], np.shape(leaf)) for path, leaf in child_leaves]
         if any(len(shape) - num_axes >= 2 for _, shape in roles):
             part, _, kind = str(child).rpartition("_")
             kinds[part][kind] = sorted(roles, key=repr)
-    found = {frozenset(of_part) for of_part in kinds.values()}
+    found = {frozenset(part_kinds) for part_kinds in kinds.values()}
     alike = all(
-        all(roles == first for roles in of_part.values())
-        for of_part in kinds.values()
-        for first in [next(iter(of_part.values()))]
+        all(roles == first for roles in part_kinds.values())
+        for part_kinds in kinds.values()
+        for first in [next(iter(part_kinds.values()))]
     )
     if len(kinds) < 2 or len(found) > 1 or not alike:
         return []
-    (of_every_part,) = found
-    return sorted(of_every_part) if len(of_every_part) > 1 else []
+    (common_kinds,) = found
+    return sorted(common_kinds) if len(common_kinds) > 1 else []

@@ -41,9 +41,9 @@ def numbered_stacks(
         left_out_inside: list[str] = []
         inside = [
             stack
-            for number, of_child in siblings.children.items()
+            for number, child_leaves in siblings.children.items()
             for stack in numbered_stacks(
-                siblings.path(number), of_child, left_out_inside
+                siblings.path(number), child_leaves, left_out_inside
             )
         ]
         yield from inside
@@ -56,8 +56,8 @@ def numbered_stacks(
                 f"left out: {siblings}, which are {len(siblings.children)} siblings "
                 f"alike, but named or built as parts of a layer"
             )
-    for child, of_child in others.items():
-        yield from numbered_stacks((*node, child), of_child, left_out)
+    for child, child_leaves in others.items():
+        yield from numbered_stacks((*node, child), child_leaves, left_out)
 
 
 def _may_be_layers(siblings: Siblings, holders: dict[Role, list[int]]) -> bool:

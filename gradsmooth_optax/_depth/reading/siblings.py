@@ -38,7 +38,9 @@ class Siblings(NamedTuple):
     @property
     def leaves(self) -> Leaves:
         """The leaves of all."""
-        return [leaf for of_child in self.children.values() for leaf in of_child]
+        return [
+            leaf for child_leaves in self.children.values() for leaf in child_leaves
+        ]
 
     def path(self, number: int) -> Path:
         """The path of one of them."""
@@ -78,8 +80,8 @@ def children_of(
         if first_is_bare:
             numbered[0] = bare
         if len(numbered) > 1:
-            of_number = {n: children.pop(numbered[n]) for n in sorted(numbered)}
-            families.append(Siblings(node, stem, of_number, first_is_bare))
+            numbered_leaves = {n: children.pop(numbered[n]) for n in sorted(numbered)}
+            families.append(Siblings(node, stem, numbered_leaves, first_is_bare))
     return families, children
 
 

@@ -43,8 +43,8 @@ def scanned_stacks(
     if node and len(sizes) == 1 and not _holds_named_stacks(node, leaves):
         yield _scanned_stack(node, leaves, axes, names)
         return
-    for child, of_child in leaves_by_child(node, leaves).items():
-        yield from scanned_stacks((*node, child), of_child, names)
+    for child, child_leaves in leaves_by_child(node, leaves).items():
+        yield from scanned_stacks((*node, child), child_leaves, names)
 
 
 def _depth_axes(path: Path, names: dict[Path, tuple]) -> tuple[int, ...]:
@@ -150,5 +150,5 @@ def perhaps_scanned(node: Path, leaves: Leaves) -> Iterator[str]:
                 f"`scanned({pattern!r}, axis={axes[0]})`"
             )
             return
-    for child, of_child in children.items():
-        yield from perhaps_scanned((*node, child), of_child)
+    for child, child_leaves in children.items():
+        yield from perhaps_scanned((*node, child), child_leaves)

@@ -30,11 +30,11 @@ class Instruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
-        name: of its result.
-        result: its type, such as `f32[48,8]{1,0}` or a tuple `(f32[8], s32[])`.
-        opcode: such as `fusion`.
-        operands: names of what it reads.
-        line: all of it.
+      name: of its result.
+      result: its type, such as `f32[48,8]{1,0}` or a tuple `(f32[8], s32[])`.
+      opcode: such as `fusion`.
+      operands: names of what it reads.
+      line: all of it.
     """
 
     name: str

@@ -12,7 +12,7 @@ import optax
 from tqdm import tqdm
 
 import gradsmooth_optax as gs
-from benchmarks.speed.timing import summary
+from benchmarks.cost.cpu.timing import summary
 
 BASE = "optax.adamw"
 _PARTS = ("trace", "lower", "compile")
@@ -20,14 +20,15 @@ _PARTS = ("trace", "lower", "compile")
 
 def optimizers() -> dict[str, optax.GradientTransformation]:
     """Returns AdamW without and with smoothing of leaves that are one layer each."""
-    depth = gs.unrolled()
+
+    def smoothed(**options: Any) -> optax.GradientTransformation:
+        return gs.adamw(1e-3, gs.smooth_over_depth(gs.unrolled(), 0.2, **options))
+
     return {
         BASE: optax.adamw(1e-3),
-        "window": gs.adamw(1e-3, depth, 0.2),
-        "norm_preserving": gs.adamw(1e-3, depth, 0.2, variant="norm_preserving"),
-        "directional, per block": gs.adamw(
-            1e-3, depth, 0.2, variant="directional", norm_scope="block"
-        ),
+        "window": smoothed(),
+        "norm_preserving": smoothed(variant="norm_preserving"),
+        "directional, per block": smoothed(variant="directional", norm_scope="block"),
     }
 
 
@@ -40,7 +41,7 @@ def learning_optimizers() -> dict[str, optax.GradientTransformation]:
             wrap.__name__: optax.chain(
                 wrap(optax.scale_by_adam(), gs.unrolled()), *rest
             )
-            for wrap in (gs.learn_alpha, gs.learn_operator)
+            for wrap in (gs.contrib.learn_alpha, gs.contrib.learn_operator)
         },
     }
 
@@ -53,9 +54,9 @@ def compile_times(
     """Returns {layers: {optimizer: ratio to AdamW, seconds of each part}}.
 
     Args:
-        all_layers: the depths, of ten small leaves per layer.
-        repetitions: of every optimizer, in turns.
-        arms: one of them is AdamW alone.
+      all_layers: the depths, of ten small leaves per layer.
+      repetitions: of every optimizer, in turns.
+      arms: one of them is AdamW alone.
     """
     return {
         str(layers): _compile_times(layers, repetitions, arms) for layers in all_layers

@@ -15,13 +15,13 @@ import optax
 
 import gradsmooth_optax as gs
 from benchmarks.corpus import sample_windows
+from benchmarks.cost.cpu.timing import compiled, in_turns, relative_to, temporaries
+from benchmarks.cost.cpu.updates import LAYOUTS, depth_of, updates_of
 from benchmarks.gpt import init_gpt
 from benchmarks.next_token import next_token_loss
 from benchmarks.optimizers import smoothed_optimizer
 from benchmarks.pretrain import build_model
 from benchmarks.pretrain_options import Config, build_parser, parse_options
-from benchmarks.speed.timing import compiled, in_turns, relative_to, temporaries
-from benchmarks.speed.updates import LAYOUTS, depth_of, updates_of
 from benchmarks.training import init_params, init_state, train_steps
 
 BASE, AGAIN = "base", "base again"
@@ -51,7 +51,7 @@ def chains_of(depth: Any) -> dict[str, tuple[Any, Any]]:
     """Returns optimizers with smoothing S in or after them, and before that the base.
 
     Args:
-        depth: where depth is.
+      depth: where depth is.
     """
     smooth, lr = gs.smooth_over_depth(depth, 0.2), optax.scale(-_RATE)
     adam = optax.scale_by_adam()
@@ -156,10 +156,10 @@ def training_steps(
     """Returns {arm: time} of whole training steps of `benchmarks.pretrain`.
 
     Args:
-        config: of the job.
-        rounds: turns of every arm.
-        steps_per_turn: in one compiled call, all seeds at once.
-        arms: options of `smoothed_optimizer` by name, besides the base and its copy.
+      config: of the job.
+      rounds: turns of every arm.
+      steps_per_turn: in one compiled call, all seeds at once.
+      arms: options of `smoothed_optimizer` by name, besides the base and its copy.
     """
     if arms is None:
         arms = {

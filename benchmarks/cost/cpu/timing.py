@@ -4,9 +4,7 @@ A machine that is busy for a while slows down whatever runs then. So every round
 all functions once, in a random order, and times are compared within a round.
 """
 
-import os
 import random
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,25 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from tqdm import tqdm
-
-# Read by the C library and by OpenMP when a process starts.
-_ENVIRONMENT = {
-    # Without these, glibc returns large arrays to the system and their pages are
-    # faulted in afresh: most of the time of every update, and all of the noise.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "30000000000",
-    "MALLOC_TOP_PAD_": "67108864",
-    # Otherwise PyTorch's threads spin while they wait, also when it is jax's turn.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-
-
-def restart_with_steady_memory(module: str) -> None:
-    """Runs `module` anew in this process where the environment is not for timing."""
-    if any(os.environ.get(name) != value for name, value in _ENVIRONMENT.items()):
-        os.environ.update(_ENVIRONMENT)
-        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
 
 
 def compiled(function: Callable, *arguments: Any) -> jax.stages.Compiled:
@@ -56,11 +35,11 @@ def in_turns(
     """Returns the seconds of every call in every round, arrays of shape `(rounds,)`.
 
     Args:
-        calls: what to time; results are waited for, and gone before the next call.
-        rounds: how often, after one round that warms up.
-        label: for the progress bar.
-        most_seconds: after which no further round begins,
-        fewest_rounds: unless there were fewer than this.
+      calls: what to time; results are waited for, and gone before the next call.
+      rounds: how often, after one round that warms up.
+      label: for the progress bar.
+      most_seconds: after which no further round begins,
+      fewest_rounds: unless there were fewer than this.
     """
     order = random.Random(0)
     names = list(calls)

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 import gradsmooth_optax as gs
-from benchmarks.speed.timing import compiled, in_turns, relative_to
-from benchmarks.speed.updates import LAYOUTS, LIMIT, depth_of, limit, updates_of
+from benchmarks.cost.cpu.timing import compiled, in_turns, relative_to
+from benchmarks.cost.cpu.updates import LAYOUTS, LIMIT, depth_of, limit, updates_of
 
 _ALPHA = 0.2
 OURS, HOOK = "gradsmooth_optax", "PyTorch, hook"
@@ -35,11 +35,11 @@ def peer_costs(
     """Returns {size: {layout: {"who: variant": time}}}.
 
     Args:
-        all_megabytes: sizes of all updates.
-        layers: L.
-        rounds: of every comparison,
-        most_seconds: and about the longest it may take.
-        compile_torch: also run the twins under `torch.compile`.
+      all_megabytes: sizes of all updates.
+      layers: L.
+      rounds: of every comparison,
+      most_seconds: and about the longest it may take.
+      compile_torch: also run the twins under `torch.compile`.
     """
     costs: dict[str, Any] = {}
     for megabytes in all_megabytes:
@@ -93,7 +93,7 @@ def _twins(
 ) -> dict[str, Callable[[], Any]]:
     import torch  # pyright: ignore[reportMissingImports] # optional
 
-    from benchmarks.speed import torch_twins
+    from benchmarks.cost.cpu import torch_twins
 
     us: Any = [torch.tensor(np.asarray(leaf)) for leaf in in_order(updates, layout)]
     if layout == "stacked":

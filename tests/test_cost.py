@@ -1,12 +1,14 @@
-"""The speed benchmark measures what it says; its PyTorch twins do what the window does.
+"""Times on the CPU are of what they say; the PyTorch twins do what the window does.
 
 No test looks at how long anything took.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
-from pathlib import Path
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -15,23 +17,26 @@ import pytest
 pytest.importorskip("flax")
 
 import gradsmooth_optax as gs
-from benchmarks.speed import __main__ as speed
-from benchmarks.speed import peers as speed_peers
-from benchmarks.speed import steps as speed_steps
-from benchmarks.speed import timing
-from benchmarks.speed import updates as speed_updates
-from benchmarks.speed.bars import bars, figure, holds
-from benchmarks.speed.compile_time import compile_times, layered_params, optimizers
-from benchmarks.speed.report import bars_table, failures, tables
+from benchmarks import readme
+from benchmarks.cost import __main__ as cost
+from benchmarks.cost import environment
+from benchmarks.cost.cpu import command, timing
+from benchmarks.cost.cpu import peers as speed_peers
+from benchmarks.cost.cpu import steps as speed_steps
+from benchmarks.cost.cpu import updates as speed_updates
+from benchmarks.cost.cpu.bars import bars, figure, holds
+from benchmarks.cost.cpu.compile_time import compile_times, layered_params, optimizers
+from benchmarks.cost.cpu.options import SECTIONS
+from benchmarks.cost.cpu.report import bars_table, failures, tables
+from benchmarks.cost.operators import operators
 
-RESULT = Path(__file__).parent.parent / "benchmarks" / "results" / "speed.json"
 WINDOW = "window(0.2)"
 
 
 def assert_figures(costs):
-    for cost in costs.values():
-        low, high = cost["quartiles"]
-        assert 0 < low <= cost["median"] <= high
+    for figures in costs.values():
+        low, high = figures["quartiles"]
+        assert 0 < low <= figures["median"] <= high
 
 
 # -- Turns -----------------------------------------------------------------------------
@@ -67,15 +72,46 @@ def test_times_are_compared_within_a_turn():
     }
 
 
+# -- The command -----------------------------------------------------------------------
+
+
 def test_the_process_starts_anew_once_to_have_steady_memory(monkeypatch):
     started = []
-    monkeypatch.setattr(timing.sys, "argv", ["speed.py", "--check"])
-    monkeypatch.setattr(timing.os, "environ", {})
-    monkeypatch.setattr(timing.os, "execv", lambda *args: started.append(args))
-    timing.restart_with_steady_memory("benchmarks.speed")
-    timing.restart_with_steady_memory("benchmarks.speed")
+    monkeypatch.setattr(environment.sys, "argv", ["cost", "cpu", "--check"])
+    monkeypatch.setattr(environment.os, "environ", {})
+    monkeypatch.setattr(environment.os, "execv", lambda *args: started.append(args))
+    environment.set_environment("cpu")
+    environment.set_environment("cpu")
     ((_, argv),) = started
-    assert argv[1:] == ["-m", "benchmarks.speed", "--check"]
+    assert argv[1:] == ["-m", "benchmarks.cost", "cpu", "--check"]
+
+
+@pytest.mark.parametrize("device", ["tpu", "gpu"])
+def test_a_compiler_looks_for_no_hardware(device, monkeypatch):
+    monkeypatch.setattr(environment.os, "environ", {"JAX_PLATFORMS": "cuda"})
+    environment.set_environment(device)
+    assert environment.os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+def test_options_are_read_before_jax_which_reads_the_environment():
+    code = (
+        "import sys; from benchmarks.cost import __main__ as cost; "
+        "print(cost.build_parser().parse_args(['tpu', '--quick']).quick, "
+        "'jax' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.split() == ["True", "False"], ran.stderr
+
+
+def test_every_device_has_its_options_and_says_what_is_measured(capsys):
+    for device, option in (("cpu", "--check"), ("tpu", "--quick"), ("gpu", "--only")):
+        with pytest.raises(SystemExit, match="0"):
+            cost.main([device, "--help"])
+        shown = capsys.readouterr().out
+        assert option in shown
+        assert f"python -m benchmarks.cost {device}" in shown
+    with pytest.raises(SystemExit, match="2"):
+        cost.main([])
 
 
 # -- Sections --------------------------------------------------------------------------
@@ -106,7 +142,7 @@ def test_updates_have_the_size_and_dtype_asked_for(layout, dtype):
 def test_every_operator_and_variant_couples_the_updates(layout):
     updates = speed_updates.updates_of(0.0625, 4, layout)
     smoothings = speed_updates.smoothings(layout)
-    assert set(speed_updates.operators()) < set(smoothings)
+    assert set(operators()) < set(smoothings)
     for name, smooth in smoothings.items():
         smoothed = smooth(updates)
         assert jax.tree.structure(smoothed) == jax.tree.structure(updates)
@@ -196,7 +232,7 @@ def test_pytorch_twins_compute_the_window(variant, num_layers):
     torch = pytest.importorskip(
         "torch", reason="PyTorch, an optional peer, is not installed"
     )
-    from benchmarks.speed import torch_twins
+    from benchmarks.cost.cpu import torch_twins
 
     u = np.random.default_rng(0).normal(size=(num_layers, 3, 4)).astype("f4")
     u[-1] = 0  # has no norm to keep
@@ -257,9 +293,9 @@ def test_a_bar_is_cleared_up_to_its_bound_and_not_beyond(bar):
 
 
 def test_one_section_runs_alone_and_is_written_and_printed(tmp_path, capsys):
-    out = tmp_path / "new" / "speed.json"
+    out = tmp_path / "new" / "cpu.json"
     options = "--sections crossover --of-chains 0.0625 --layers 4 --rounds 1 --check"
-    assert speed.main([*options.split(), "--out", str(out)]) == 0
+    assert cost.main(["cpu", *options.split(), "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert set(report["seconds"]) == {"crossover"}
     assert report["options"]["layers"] == 4
@@ -272,23 +308,86 @@ def test_a_bar_that_fails_is_an_error_only_where_that_is_asked_for(
 ):
     (bar,) = (bar for bar in bars() if bar.where[0] == "training")
     found = report_with(2.0, bar)["training"]
-    monkeypatch.setattr(speed, "sections", lambda options: {"training": lambda: found})
-    monkeypatch.setattr(speed, "tables", lambda report: "")
-    options = ["--sections", "training", "--out", str(tmp_path / "speed.json")]
-    assert speed.main(options) == 0
-    assert speed.main([*options, "--check"]) == 1
+    measure = {"training": lambda: found}
+    monkeypatch.setattr(command, "sections", lambda options: measure)
+    monkeypatch.setattr(command, "tables", lambda report: "")
+    options = ["cpu", "--sections", "training", "--out", str(tmp_path / "cpu.json")]
+    assert cost.main(options) == 0
+    assert cost.main([*options, "--check"]) == 1
 
 
-def test_the_committed_report_has_every_section_and_operator():
-    report = json.loads(RESULT.read_text())
-    assert set(report["seconds"]) == set(speed.SECTIONS)
+def test_every_bar_is_of_something_that_is_measured():
+    names = {
+        "operators": set(speed_updates.smoothings("stacked")),
+        "chains": set(speed_steps.chains_of(gs.unrolled())),
+        "compile": set(optimizers()),
+    }
+    for bar in bars():
+        section, *_, name, _ = bar.where
+        assert section in SECTIONS
+        assert name in names.get(section, {name}), bar.what
+
+
+def test_the_committed_report_is_of_what_is_measured_and_prints():
+    # Not of all: a new operator is measured when somebody measures.
+    report = readme.read_reports()["cpu"]
+    assert set(report["seconds"]) <= set(SECTIONS)
+    shown = tables(report)
     names = set(speed_updates.smoothings("stacked"))
     for of_layout in report["operators"].values():
-        assert all(set(found) == names for found in of_layout.values())
+        for found in of_layout.values():
+            assert WINDOW in found
+            assert set(found) <= names
+            assert all(f"| {name} " in shown for name in found)
     assert "64 MB float32" in report["operators"]
-    assert all(figure(report, bar) is not None for bar in bars())
-    shown = tables(report)
+    for bar in bars():
+        # What is there is found, and has a verdict.
+        section, *_, name, _ = bar.where
+        is_there = f'"{name}"' in json.dumps(report.get(section))
+        assert (figure(report, bar) is not None) == is_there, bar.what
+        assert (f"| {bar.what} " in shown) == is_there
     for layers, ways in report["crossover"].items():
         assert f"{layers} layers" in shown
         # The library goes over to the matmul after radius 3.
         assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]
+
+
+def test_what_was_not_measured_is_said_to_be_so(monkeypatch):
+    monkeypatch.setattr(readme, "evidence_text", lambda sources: "")
+    reports = readme.read_reports()
+    text = """
+| `gs.window(alpha)` | the paper's | 0.1× / 0.1× | start here |
+| `gs.tikhonov(strength)` | smooth | not measured | |
+| `gs.dense(matrix)` | S u | as `tikhonov` | |
+<!-- speed -->
+<!-- end of speed -->
+"""
+    window, tikhonov = (
+        readme.costs(reports["cpu"])[name] for name in (WINDOW, "tikhonov(1.0)")
+    )
+    written = readme.written(text, reports, [])
+    assert f"| `gs.window(alpha)` | the paper's | {window} | start here |" in written
+    assert f"| `gs.tikhonov(strength)` | smooth | {tikhonov} | |" in written
+    assert "| `gs.dense(matrix)` | S u | as `tikhonov` | |" in written
+    assert "not measured" not in written
+
+    older = copy.deepcopy(reports)
+    for layout in older["cpu"]["operators"]["64 MB float32"].values():
+        del layout["tikhonov(1.0)"]
+    del older["cpu"]["training"]
+    del older["tpu"]["topologies"]["v5e:2x2"]["cases"]["tikhonov(1.0)"]
+    older["gpu"]["topologies"]["1x1x4"]["cases"]["tikhonov(1.0)"]["measures"] = {}
+    written = readme.written(text, older, [])
+    assert "| `gs.tikhonov(strength)` | smooth | not measured | |" in written
+    (row,) = (line for line in written.splitlines() if "any matmul" in line)
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells == ["not measured", "", "", "refused", "", ""]
+    assert "not measured (not measured)" in written  # the training step
+    # Measured, it is what it was.
+    again = readme.written(written, reports, [])
+    assert again == readme.written(text, reports, [])
+
+
+def test_a_text_without_the_table_of_operators_is_an_error():
+    with pytest.raises(ValueError, match="no table of operators"):
+        readme.written("no table", readme.read_reports(), [])

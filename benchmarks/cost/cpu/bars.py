@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.speed.peers import HOOK, OURS
-from benchmarks.speed.steps import AGAIN, chains_of
-from benchmarks.speed.updates import LAYOUTS, case_name, depth_of
+from benchmarks.cost.cpu.peers import HOOK, OURS
+from benchmarks.cost.cpu.steps import AGAIN, chains_of
+from benchmarks.cost.cpu.updates import LAYOUTS, case_name, depth_of
 
 # Operators that reach far.
 _WIDE = (
@@ -18,11 +18,11 @@ class Bar(NamedTuple):
     """A bound of one figure of a report.
 
     Attributes:
-        what: is measured, for people.
-        where: the keys that lead to the figure in the report.
-        bound: the most that it may be,
-        is_least: or the least.
-        over: the keys of a figure to divide by.
+      what: is measured, for people.
+      where: the keys that lead to the figure in the report.
+      bound: the most that it may be,
+      is_least: or the least.
+      over: the keys of a figure to divide by.
     """
 
     what: str

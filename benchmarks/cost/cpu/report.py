@@ -1,10 +1,10 @@
-"""The tables of `python -m benchmarks.speed`, also of a report read back from JSON."""
+"""The tables of times on the CPU, also of a report read back from JSON."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.comparison import format_table
-from benchmarks.speed.bars import bars, figure, holds
+from benchmarks.cost.cpu.bars import bars, figure, holds
 
 
 def tables(report: Mapping[str, Any]) -> str:

@@ -6,37 +6,20 @@ All times are ratios to `u -> 0.9 u`, which is the limit.
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 import gradsmooth_optax as gs
-from benchmarks.speed.timing import compiled, in_turns, relative_to, temporaries
-from gradsmooth_optax import _apply
+from benchmarks.cost.cpu.timing import compiled, in_turns, relative_to, temporaries
+from benchmarks.cost.operators import operators
 
 LAYOUTS = ("stacked", "unrolled")
 LIMIT = "0.9 u"
 _WIDTH = 1024
-
-
-def operators() -> dict[str, Any]:
-    """Returns every operator at a usual strength, by the call that makes it."""
-    window = gs.window(0.2)
-    return {
-        "window(0.2)": window,
-        "window(0.2, radius=3)": gs.window(0.2, radius=3),
-        "window(0.2, radius=8)": gs.window(0.2, radius=8),
-        "gaussian(1.0)": gs.gaussian(1.0),
-        "gaussian(3.0)": gs.gaussian(3.0),
-        "laplacian(0.2)": gs.laplacian(0.2),
-        "ema(0.5)": gs.ema(0.5),
-        "tikhonov(1.0)": gs.tikhonov(1.0),
-        "mean_over_depth()": gs.mean_over_depth(),
-        "repeat(window(0.2), 8)": gs.repeat(window, 8),
-        "similarity_window(0.2)": gs.similarity_window(0.2),
-        "controls.norm_matched(window(0.2))": gs.controls.norm_matched(window),
-        "controls.shuffled(window(0.2), 0)": gs.controls.shuffled(window, 0),
-    }
+# Private to the library, which reads it while it traces: the widest band of shifts.
+_WIDEST_AS_SHIFTS = "gradsmooth_optax._coupling.matmul.WIDEST_SHIFTED_BAND"
 
 
 def smoothings(layout: str) -> dict[str, Callable]:
@@ -44,7 +27,7 @@ def smoothings(layout: str) -> dict[str, Callable]:
     depth = depth_of(layout)
 
     def smoothing(operator: Any, **options: Any) -> Callable:
-        tx = gs.apply_over_depth(depth, operator, **options)
+        tx = gs.smooth_over_depth(depth, operator, **options)
         return lambda updates: tx.update(updates, tx.init(updates))[0]
 
     window = gs.window(0.2)
@@ -91,11 +74,11 @@ def operator_costs(
     Temporaries are in units of the updates' size.
 
     Args:
-        cases: megabytes of all updates, and their dtype.
-        layers: L.
-        rounds: of every comparison,
-        most_seconds: and about the longest it may take.
-        only: names of operators, if not all of them.
+      cases: megabytes of all updates, and their dtype.
+      layers: L.
+      rounds: of every comparison,
+      most_seconds: and about the longest it may take.
+      only: names of operators, if not all of them.
     """
     costs: dict[str, Any] = {}
     for megabytes, dtype in cases:
@@ -137,15 +120,11 @@ def crossover(
 
 
 def _window(radius: int, widest_as_shifts: int) -> Callable:
-    tx = gs.apply_over_depth(depth_of("stacked"), gs.window(0.2, radius=radius))
+    tx = gs.smooth_over_depth(depth_of("stacked"), gs.window(0.2, radius=radius))
 
     def smooth(updates: Any) -> Any:
-        before = _apply._WIDEST_SHIFTED_BAND
-        _apply._WIDEST_SHIFTED_BAND = widest_as_shifts  # read while tracing
-        try:
+        with mock.patch(_WIDEST_AS_SHIFTS, widest_as_shifts):
             return tx.update(updates, tx.init(updates))[0]
-        finally:
-            _apply._WIDEST_SHIFTED_BAND = before
 
     return smooth
 

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradsmooth_optax as gs
+from benchmarks.cost.operators import operators
 from benchmarks.gpt import GPT
-from benchmarks.speed.updates import operators
 
 # The least and the most that a measure may be.
 Bar = tuple[float, float]
@@ -38,12 +38,12 @@ class Case(NamedTuple):
     """Something to compile.
 
     Attributes:
-        name: what it is.
-        function: jitted.
-        arguments: abstract, with shardings.
-        unit: bytes of updates on one device, which other bytes are measured in.
-        bars: what is asked.
-        base: name of an earlier case whose measures this one's are also divided by.
+      name: what it is.
+      function: jitted.
+      arguments: abstract, with shardings.
+      unit: bytes of updates on one device, which other bytes are measured in.
+      bars: what is asked.
+      base: name of an earlier case whose measures this one's are also divided by.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Sizes(NamedTuple):
     small arrays otherwise than large ones.
 
     Attributes:
-        layers: of every stack; where the layer axis is sharded, each device has a
-            fourth of it.
-        width: of a stacked leaf, `(layers, width, width)`, and twice that of the
-            transformer in the steps.
-        small: layers and width of a small transformer, which GPUs fuse otherwise.
-        unrolled: layers of the cases with one leaf per layer.
-        gpt: of the whole training step, arguments of `GPT`.
-        batch: its sequences.
+      layers: of every stack; where the layer axis is sharded, each device has a
+        fourth of it.
+      width: of a stacked leaf, `(layers, width, width)`, and twice that of the
+        transformer in the steps.
+      small: layers and width of a small transformer, which GPUs fuse otherwise.
+      unrolled: layers of the cases with one leaf per layer.
+      gpt: of the whole training step, arguments of `GPT`.
+      batch: its sequences.
     """
 
     layers: int
@@ -184,7 +184,7 @@ def updates(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
     every_operator = [
         _update(
             name,
-            lambda operator=operator: gs.apply_over_depth(STACKED, operator),
+            lambda operator=operator: gs.smooth_over_depth(STACKED, operator),
             stacked(),
         )
         for name, operator in operators().items()
@@ -204,28 +204,32 @@ def sharded(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             "blocks": {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
         }
 
-    def halo(u: Any) -> Any:
-        tx = gs.smooth_over_depth(STACKED, 0.2, axis_name="stage")
-        each = jax.shard_map(
-            lambda u: tx.update(u, tx.init(u))[0],
-            mesh=mesh,
-            in_specs=P("stage"),
-            out_specs=P("stage"),
-        )
-        return each(u)
+    def in_stages(name: str, operator: Any, bars: Bars = _NO_BARS) -> Case:
+        def update(u: Any) -> Any:
+            tx = gs.smooth_over_depth(STACKED, operator, axis_name="stage")
+            each = jax.shard_map(
+                lambda u: tx.update(u, tx.init(u))[0],
+                mesh=mesh,
+                in_specs=P("stage"),
+                out_specs=P("stage"),
+            )
+            return each(u)
 
+        function = _jitted(update, on_layers)
+        unit = _bytes_per_device(on_layers)
+        return Case(f"{name}, shard_map", function, (on_layers,), unit, bars)
+
+    on_layers, inside = leaf("stage"), leaf(None, "stage")
     two: dict[str, Bar] = {"collective-permute": (2, 2), "collectives": (2, 2)}
     two_neighbors = Bars(two, {**two, "custom calls": _NOTHING})
     window = functools.partial(gs.smooth_over_depth, STACKED, 0.2)
-    on_layers, inside = leaf("stage"), leaf(None, "stage")
+    similarity = gs.similarity_window(0.2)
     return [
         _update("window, inner axis sharded", window, inside, _WINDOW),
         _update("window, layers sharded", window, on_layers, two_neighbors),
-        Case(
-            "window, layers sharded, shard_map",
-            _jitted(halo, on_layers),
-            (on_layers,),
-            _bytes_per_device(on_layers),
+        in_stages(
+            "window, layers sharded",
+            0.2,
             Bars(
                 {**two, "bytes": (0, 3.8), "temporaries": (0, 0.15)}, two_neighbors.gpu
             ),
@@ -235,6 +239,16 @@ def sharded(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             functools.partial(window, variant="norm_preserving"),
             on_layers,
             Bars(*[{"collective-permute": (2, 2)}] * 2),
+        ),
+        _update(
+            "similarity_window, layers sharded",
+            lambda: gs.smooth_over_depth(STACKED, similarity),
+            on_layers,
+        ),
+        in_stages("similarity_window, layers sharded", similarity),
+        in_stages(
+            "norm_matched window, layers sharded",
+            gs.controls.norm_matched(gs.window(0.2)),
         ),
     ]
 
@@ -312,7 +326,7 @@ def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
         (
             "gs.adamw",
             lambda: optax.adamw(1e-3),
-            lambda: gs.adamw(1e-3, STACKED, 0.2, weight_decay=1e-4),
+            lambda: gs.adamw(1e-3, smooth(), weight_decay=1e-4),
             stacked,
             _ONE_UPDATE,
         ),
@@ -400,11 +414,12 @@ def training(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
         unit = _bytes_per_device(params)
         return Case(name, function, (params, state, tokens), unit, bars, base)
 
+    smoothed = gs.adamw(1e-3, gs.smooth_over_depth(STACKED, 0.2))
     base = "training step of a GPT: base"
     same = Bars(*[{"collectives / base": (1.0, 1.0)}] * 2)
     return [
         case(base, optax.adamw(1e-3)),
-        case("training step of a GPT", gs.adamw(1e-3, STACKED, 0.2), same, base),
+        case("training step of a GPT", smoothed, same, base),
     ]
 
 

@@ -1,20 +1,18 @@
 """What the GPU compiler makes of the transformations for an H100, without a GPU.
 
-    python -m benchmarks.gpu_compile
-    python -m benchmarks.gpu_compile --only 'window*'
+    python -m benchmarks.cost gpu
+    python -m benchmarks.cost gpu --only 'window*'
 
 Traffic is what the kernels of one device read and write, each operand and result once,
 per byte of its updates: one read and one write of all updates is 2. Exits with 1 if a
 bar is broken.
 """
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-# jax reads them when it is imported: no GPU is looked for.
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+from benchmarks.cost.compilers import hlo
+
 TOPOLOGIES = ("1x1x4",)
 
 _H100 = """
@@ -45,17 +43,9 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark with the options `argv` and returns the exit status."""
-    from benchmarks.compilers.report import build_parser, run
-
-    options = build_parser("gpu_compile", __doc__, TOPOLOGIES).parse_args(argv)
-    return run("gpu_compile", "gpu", options, TOPOLOGIES, devices_of, measure)
-
-
 def devices_of(topology: str) -> Sequence[Any]:
     """Returns H100s: hosts × processes × devices, such as `1x1x4`."""
-    from jax.experimental import topologies
+    from jax.experimental import topologies  # not before the environment is set
 
     described = topologies.get_topology_desc(
         "topology", "cuda", target_config=_H100, topology=topology
@@ -65,8 +55,6 @@ def devices_of(topology: str) -> Sequence[Any]:
 
 def measure(compiled: Any, case: Any) -> dict[str, float]:
     """Returns traffic, temporaries, kernels and collectives of a compiled case."""
-    from benchmarks.compilers import hlo
-
     text = compiled.as_text()
     collectives = hlo.collectives(text)
     return {
@@ -77,8 +65,3 @@ def measure(compiled: Any, case: Any) -> dict[str, float]:
         "collective-permute": collectives.get("collective-permute", 0),
         "custom calls": hlo.custom_calls(text),
     }
-
-
-if __name__ == "__main__":
-    os.environ.update(_ENVIRONMENT)
-    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Operators as a user would write them, for tests of several kinds."""
+
+import dataclasses
+
+import optax
+
+import gradsmooth_optax as gs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AlikeWindow(gs.Operator):
+    """The window, between layers whose norms differ by at most a factor."""
+
+    alpha: optax.ScalarOrSchedule
+    factor: float = 2.0
+    strengths = ("alpha",)
+
+    def couple(self, layers):
+        norms, out = layers.norms("block"), layers
+        for offset in (-1, 1):
+            theirs = norms.shifted(offset)
+            alike = (norms <= self.factor * theirs) * (theirs <= self.factor * norms)
+            difference = layers.shifted(offset) - layers
+            out = out + difference.scaled(self.alpha / 2 * alike)
+        return out
+
+    def radius(self, num_layers):
+        return 1
