@@ -37,7 +37,7 @@ from gradsmooth_optax._depth.reading.doubts import DepthWarning as DepthWarning
 # What is applied along depth.
 from gradsmooth_optax._operators.operator import Operator as Operator
 from gradsmooth_optax._coupling.layers import Layers as Layers
-from gradsmooth_optax._coupling.values import LayerValues as LayerValues
+from gradsmooth_optax._coupling.layer_values import LayerValues as LayerValues
 from gradsmooth_optax._operators.operator import dense as dense
 from gradsmooth_optax._operators.operator import operator_fn as operator_fn
 from gradsmooth_optax._operators.smoothers import ema as ema

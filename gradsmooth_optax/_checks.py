@@ -147,6 +147,21 @@ def factors_in(argument: str, value: Any) -> Any:
     return factors if factors.ndim else float(factors)
 
 
+def check_one_number(argument: str, value: Any) -> None:
+    """Raises for an array: numbers per layer are `LayerValues`."""
+    if not hasattr(value, "dtype") and not isinstance(value, int | float):
+        raise TypeError(
+            f"`{argument}` must be a number, a scalar array or LayerValues, but is "
+            f"{value!r} of type {type(value).__name__}."
+        )
+    if np.shape(value) != ():
+        raise ValueError(
+            f"`{argument}` must be one number for all layers, but has shape "
+            f"{np.shape(value)}. For a number of its own for each layer of a run write "
+            f"`layers.scaled(lambda num_layers: ...)`, or use LayerValues."
+        )
+
+
 def number_in(argument: str, value: Any, high: Any = math.inf) -> Any:
     """The value, if it is an array or a number from 0 to `high`, and no schedule."""
     if isinstance(high, jax.Array):

@@ -353,3 +353,26 @@ def test_a_couple_that_returns_no_layers_is_an_error_that_names_the_operator():
     tx = gs.smooth_over_depth(gs.unrolled(), Arrays())
     with pytest.raises(TypeError, match=r"`couple` of .*Arrays.*LayerValues"):
         tx.update(updates, tx.init(updates))
+
+
+@pytest.mark.parametrize(
+    "couple",
+    [
+        lambda layers: layers.scaled(np.ones(3)),
+        lambda layers: layers.scaled("0.5"),
+        lambda layers: layers.scaled(layers.norms() * jnp.ones(3)),
+        lambda layers: layers.shifted(1, missing="wrap"),
+        lambda layers: layers.scaled(lambda num_layers: np.ones(2)),
+        lambda layers: layers.norms("layer"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_refused(couple):
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Wrong(gs.Operator):
+        def couple(self, layers):
+            return couple(layers)
+
+    updates = {f"layers_{i}": {"w": jnp.ones(3)} for i in range(3)}
+    tx = gs.smooth_over_depth(gs.unrolled(), Wrong())
+    with pytest.raises((TypeError, ValueError), match=r"must be|one number per layer"):
+        tx.update(updates, tx.init(updates))

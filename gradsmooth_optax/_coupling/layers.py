@@ -12,8 +12,22 @@ import numpy as np
 from jax import lax
 
 from gradsmooth_optax._arrays import in_dtype, summed_over, widened
-from gradsmooth_optax._checks import NormScope, check_choice, integer, is_function
+from gradsmooth_optax._checks import (
+    NormScope,
+    check_choice,
+    check_one_number,
+    is_function,
+)
 from gradsmooth_optax._coupling.halos import width_of, with_halos
+from gradsmooth_optax._coupling.layer_values import (
+    LayerValues,
+    Names,
+    along_depth,
+    masked,
+    slot_values,
+    summed_by_name,
+    values_of,
+)
 from gradsmooth_optax._coupling.matmul import (
     MatrixOf,
     OffsetsOf,
@@ -23,15 +37,6 @@ from gradsmooth_optax._coupling.matmul import (
 )
 from gradsmooth_optax._coupling.neighbors import neighbor
 from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
-from gradsmooth_optax._coupling.values import (
-    LayerValues,
-    Names,
-    along_depth,
-    masked,
-    slot_values,
-    summed_by_name,
-    values_of,
-)
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
 
@@ -61,7 +66,7 @@ class Layers:
     a layer is missing. Values are those of the dtype of the arithmetic: float32,
     float64 for float64 updates. `a + b` and `a - b` add layer by layer, `-a` negates.
     Inside `jax.shard_map` the same calls exchange layers with the stages beside, and
-    sum over mesh axes. A pytree.
+    sum over mesh axes. `norm_scope` is that of the transformation. A pytree.
 
     Example:
       >>> import dataclasses
@@ -121,13 +126,12 @@ class Layers:
           missing: what stands where the run has no such layer: u_l "self", so that the
             share of a neighbor that does not exist stays home, or "zero".
         """
-        offset = integer("offset", offset)
         check_choice("missing", missing, ("self", "zero"))
         if offset == 0:
             return self
         arrays = []
         for g, group in enumerate(self._groups):
-            source, xs, scales = self._beside(g, abs(offset))
+            source, xs, scales = self._around(g, abs(offset))
             own = self._arrays[g]
             arrays.append([])
             for m in range(len(own)):
@@ -136,14 +140,14 @@ class Layers:
                     raw = own[m] if self._scales[g] is None else self._value(g, m)
                     other = raw if missing == "self" else _zero_like(raw)
                 elif missing == "self":
-                    has = group.per_slot(m, lambda g, m: g.has_neighbor(m, offset))
+                    has = group.has_neighbor(m, offset)
                     if isinstance(has, jax.Array) or not has.all():
                         mask = group.members[m].along(has, other.ndim)
                         other = jnp.where(mask, other, self._value(g, m))
                 arrays[-1].append(other)
-        return dataclasses.replace(
-            self._with(arrays), _of=self._of or self, _offset=self._offset + offset
-        )
+        if self._of is not None:
+            return self._with(arrays)
+        return dataclasses.replace(self._with(arrays), _of=self, _offset=offset)
 
     def reaching(self, radius_of: Callable[[int], int]) -> Layers:
         """The same, with all layers that an operator of this radius looks at.
@@ -154,14 +158,13 @@ class Layers:
         Args:
           radius_of: num_layers of a run -> how many layers to each side.
         """
+        if not any(isinstance(group, Stage) for group in self._groups):
+            return self
         halos: list[_Halo | None] = []
         for g, group in enumerate(self._groups):
-            halo = None
-            if isinstance(group, Stage):
-                radius = radius_of(int(group.whole.run_lengths.max()))
-                if 0 < radius <= width_of(group):
-                    halo = _Halo(radius, *self._exchanged(g, radius))
-            halos.append(halo)
+            radius = radius_of(int(group.whole.run_lengths.max()))
+            fits = isinstance(group, Stage) and 0 < radius <= width_of(group)
+            halos.append(_Halo(radius, *self._around(g, radius)) if fits else None)
         return dataclasses.replace(self, _halos=tuple(halos))
 
     def matmul(
@@ -187,7 +190,7 @@ class Layers:
             [
                 coupled_by_matrix(
                     group,
-                    self._materialized(g),
+                    self._own(g),
                     self._scales[g],
                     once,
                     offsets_of or (lambda n: range(1 - n, n)),
@@ -214,6 +217,7 @@ class Layers:
                 return along_depth(group, m, weights_per_layer(group, m, weights))
 
             return self._scaled_by_values(values_of(self._groups, of_layers))
+        check_one_number("weights", weights)
         return self._each(lambda g, m: self._times(weights, g, m))
 
     def _scaled_by_values(self, weights: LayerValues) -> Layers:
@@ -237,7 +241,10 @@ class Layers:
 
     def _times(self, weight: Any, g: int, m: int) -> Any:
         x = self._arrays[g][m]
-        return x if isinstance(x, _Zero) else _times(weight, self._value(g, m))
+        if isinstance(x, _Zero):
+            return x
+        u = self._value(g, m)
+        return in_dtype(weight, u.dtype) * u
 
     def map(self, function: Callable[..., jax.Array], *others: Layers) -> Layers:
         """`function` of these layers and of the `others`.
@@ -270,19 +277,21 @@ class Layers:
     def _combined(self, other: Layers, operation: Callable) -> Layers:
         if not isinstance(other, Layers):
             return NotImplemented
-        difference = operation is jnp.subtract
-
-        def one(g: int, m: int) -> Any:
-            x, y = self._arrays[g][m], other._arrays[g][m]
-            if isinstance(y, _Zero):
-                return x if self._scales[g] is None else self._value(g, m)
-            if isinstance(x, _Zero):
-                return -other._value(g, m) if difference else other._value(g, m)
-            if difference and x is y and self._scales[g] is other._scales[g]:
-                return _zero_like(x)
-            return operation(self._value(g, m), other._value(g, m))
-
-        return self._each(one)
+        arrays = []
+        for g, (xs, ys) in enumerate(zip(self._arrays, other._arrays, strict=True)):
+            same = self._scales[g] is other._scales[g]
+            arrays.append([])
+            for m, (x, y) in enumerate(zip(xs, ys, strict=True)):
+                if operation is jnp.subtract and x is y and same:
+                    found = _zero_like(x)
+                elif isinstance(y, _Zero):
+                    found = x if self._scales[g] is None else self._value(g, m)
+                elif isinstance(x, _Zero) and operation is jnp.add:
+                    found = other._value(g, m)
+                else:
+                    found = operation(self._value(g, m), other._value(g, m))
+                arrays[-1].append(found)
+        return self._with(arrays)
 
     # -- Numbers per layer -------------------------------------------------------------
 
@@ -387,26 +396,26 @@ class Layers:
         x = self._arrays[g][m]
         if isinstance(x, _Zero):
             return jnp.zeros_like(widened(x.like))
-        scales = self._scales[g]
-        return widened(x) if scales is None else _times(scales[m], widened(x))
+        u, scales = widened(x), self._scales[g]
+        return u if scales is None else in_dtype(scales[m], u.dtype) * u
 
-    def _materialized(self, g: int) -> list[jax.Array]:
+    def _around(self, g: int, radius: int) -> tuple[Group, Any, Any]:
+        """The layers of a group, their scales, and those beside up to a radius."""
+        group, scales = self._groups[g], self._scales[g]
+        halo = self._halos[g] if self._halos else None
+        if halo is not None and radius <= halo.radius:
+            return halo.group, halo.arrays, halo.scales
+        if isinstance(group, Group):
+            return group, self._own(g), scales
+        beside, (xs, scales) = with_halos(group, radius, self._own(g), scales)
+        return beside, xs, scales
+
+    def _own(self, g: int) -> list[jax.Array]:
+        """The arrays of a group, without their scales."""
         return [
             self._value(g, m) if isinstance(x, _Zero) else x
             for m, x in enumerate(self._arrays[g])
         ]
-
-    def _exchanged(self, g: int, radius: int) -> tuple[Group, Any, Any]:
-        xs, scales = self._materialized(g), self._scales[g]
-        group, (xs, scales) = with_halos(self._groups[g], radius, xs, scales)
-        return group, xs, scales
-
-    def _beside(self, g: int, radius: int) -> tuple[Group, Any, Any]:
-        """The layers of a group and those beside, up to a radius."""
-        halo = self._halos[g] if self._halos else None
-        if halo is not None and radius <= halo.radius:
-            return halo.group, halo.arrays, halo.scales
-        return self._exchanged(g, radius)
 
     def _each(self, function: Callable[[int, int], Any]) -> Layers:
         """`function(g, m)` in the place of every array, with no scale to be applied."""
@@ -437,10 +446,6 @@ class Layers:
         """For `jax.tree_util`."""
         groups, *rest = static
         return cls(groups, *children, *rest)
-
-
-def _times(weight: Any, u: jax.Array) -> jax.Array:
-    return in_dtype(weight, u.dtype) * u
 
 
 def _zero_like(x: Any) -> _Zero:
@@ -523,7 +528,7 @@ def leaves_of(new: Layers, old: Layers) -> dict[int, jax.Array]:
     found = {}
     for g, group in enumerate(new._groups):
         for m, member in enumerate(group.members):
-            is_in = group.per_slot(m, lambda g, m: g.positions(m)[1] >= new._fewest)
+            is_in = group.positions(m)[1] >= new._fewest
             known = isinstance(is_in, np.ndarray)
             if known and not is_in.any():
                 continue

@@ -15,7 +15,6 @@ import optax
 from gradsmooth_optax._calls import raw, reduce_by_name, shown_call, shown_value
 from gradsmooth_optax._checks import hashable, integer, integers
 from gradsmooth_optax._depth.depth import Depth, as_tuple
-from gradsmooth_optax._depth.names import called_by_name
 from gradsmooth_optax._depth.paths import (
     FIRST_NUMBERED_SEGMENT,
     Path,
@@ -24,6 +23,7 @@ from gradsmooth_optax._depth.paths import (
     search,
     show_path,
 )
+from gradsmooth_optax._depth.spec_strings import called_by_name
 
 P = ParamSpec("P")
 DepthFunction: TypeAlias = Callable[[Path, Any], Depth | None]

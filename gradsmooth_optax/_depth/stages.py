@@ -80,6 +80,17 @@ class Stage:
         """Which members of the whole are what member m is in stage 0, in stage 1, …"""
         return range(m, len(self.whole.members), len(self.members))
 
+    def positions(self, m: int) -> tuple[Any, Any]:
+        """As `Group.positions`, in the whole, of the stage that the program runs on."""
+        return (
+            self.per_slot(m, lambda whole, i: whole.positions(i)[0]),
+            self.per_slot(m, lambda whole, i: whole.positions(i)[1]),
+        )
+
+    def has_neighbor(self, m: int, offset: int) -> Any:
+        """As `Group.has_neighbor`, in the whole, of the stage that is run on."""
+        return self.per_slot(m, lambda whole, i: whole.has_neighbor(i, offset))
+
     def per_slot(self, m: int, values: SlotValues) -> Any:
         """`values(whole, m)` for member m of the stage that the program runs on.
 

@@ -47,6 +47,9 @@ class Operator:
     # Names of the fields that may be schedules or traced arrays, or other operators.
     strengths: ClassVar[tuple[str, ...]] = ()
 
+    # Whether it also changes a layer that is alone: `matrix(1)` is not [[1.]].
+    scales_single_layers: bool = False
+
     # The function that makes it, in `gs`; "" for a user's own.
     made_by: ClassVar[str] = ""
 
@@ -90,11 +93,6 @@ class Operator:
     @property
     def is_identity(self) -> bool:
         """Whether it is known, without looking at an array, to change nothing."""
-        return False
-
-    @property
-    def scales_single_layers(self) -> bool:
-        """Whether it also changes a layer that is alone: `matrix(1)` is not [[1.]]."""
         return False
 
     @property

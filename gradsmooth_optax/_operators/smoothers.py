@@ -490,9 +490,7 @@ class LayerScale(Operator):
     def is_identity(self) -> bool:
         return isinstance(self.factors, float | int) and self.factors == 1
 
-    @property
-    def scales_single_layers(self) -> bool:
-        return True
+    scales_single_layers = True
 
 
 def _symmetric(weights: tuple[Any, ...], num_layers: int) -> Matrix:

@@ -12,7 +12,7 @@ import optax
 from optax import contrib
 
 from gradsmooth_optax._checks import transformation
-from gradsmooth_optax._depth.agreement import numbered_by
+from gradsmooth_optax._depth.checked_groups import numbered_by
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.paths import plain_path
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec

@@ -11,15 +11,20 @@ import optax
 
 from gradsmooth_optax._arrays import axis_size
 from gradsmooth_optax._checks import NormScope, check_choice, check_flag, transformation
-from gradsmooth_optax._coupling.layers import layers_of, leaves_of
+from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
+from gradsmooth_optax._coupling.norms import (
+    inverse_norm,
+    marked_ratio_to_directions,
+    norm_ratio,
+)
+from gradsmooth_optax._depth.checked_groups import check_structure, coupled_groups
 from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._depth.stages import DepthGroup, split_over
-from gradsmooth_optax._depth.structure import check_structure, coupled_groups
 from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
-from gradsmooth_optax._operators.variants import Variant, coupled
 
+Variant: TypeAlias = Literal["standard", "norm_preserving", "directional"]
 Boundary: TypeAlias = Literal["couple", "stage"]
 
 
@@ -176,7 +181,14 @@ def smooth_over_depth(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         # Grouped anew: paths and masks may differ from those of the parameters.
-        grouping, groups = _grouped(updates)
+        for name in norm_axis_names:
+            axis_size(name, "norm_axis_names")
+        if axis_name is None:
+            grouping = coupled_groups(spec, updates, strict)
+            groups: Sequence[DepthGroup] = grouping.groups
+        else:
+            grouping = group_by_depth(spec, updates)
+            groups = _stages(grouping, strict, axis_name, axis_boundary)
         resolved = operator
         if operator.scheduled:
             resolved = operator.at(state.count)
@@ -186,25 +198,48 @@ def smooth_over_depth(
         if resolved.is_identity or not groups:
             return updates, state
         layers = layers_of(groups, grouping.leaves, norm_scope, norm_axis_names, fewest)
-        new = leaves_of(coupled(resolved, layers, variant), layers)
+        new = leaves_of(_coupled(resolved, layers, variant), layers)
         return grouping.replaced(new), state
 
-    def _grouped(updates: Any) -> tuple[Grouping, Sequence[DepthGroup]]:
-        for name in norm_axis_names:
-            axis_size(name, "norm_axis_names")
-        if axis_name is None:
-            grouping = coupled_groups(spec, updates, strict)
-            return grouping, grouping.groups
-        axis_size(axis_name, "axis_name")
-        grouping = group_by_depth(spec, updates)
-        groups: Sequence[DepthGroup] = grouping.groups
-        # Without a coupling of stages their gaps matter only where they are errors.
-        if grouping.groups and (strict or axis_boundary == "couple"):
-            groups = split_over(grouping, axis_name)
-        check_structure(grouping, strict, wholes=[group.whole for group in groups])
-        return grouping, groups if axis_boundary == "couple" else grouping.groups
-
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
+    """S u, S u at the norm of u, or S of u/‖u‖ at the norm of u."""
+    if variant == "standard":
+        return _couple(operator, layers)
+    before = layers.squared_norms()
+    if variant == "norm_preserving":
+        # A zero layer may receive its neighbors' update.
+        smooth = _couple(operator, layers)
+        return smooth.scaled(before.map(norm_ratio, smooth.squared_norms()))
+    smooth = _couple(operator, layers.scaled(before.map(inverse_norm)))
+    ratios = before.map(marked_ratio_to_directions, smooth.squared_norms())
+    return layers.where(ratios < 0, smooth.scaled(ratios))
+
+
+def _couple(operator: Operator, layers: Layers) -> Layers:
+    found = operator.couple(layers.reaching(operator.radius))
+    if not isinstance(found, Layers):
+        raise TypeError(
+            f"`couple` of {operator!r} must return the Layers that it makes of those "
+            f"that it gets, but returned {type(found).__name__}. Write "
+            f"`return layers.scaled(0.5)` or the like."
+        )
+    return found
+
+
+def _stages(
+    grouping: Grouping, strict: bool, axis_name: Hashable, axis_boundary: Boundary
+) -> Sequence[DepthGroup]:
+    """What a stage couples of the groups; structure errors."""
+    axis_size(axis_name, "axis_name")
+    groups: Sequence[DepthGroup] = grouping.groups
+    # Without a coupling of stages their gaps matter only where they are errors.
+    if grouping.groups and (strict or axis_boundary == "couple"):
+        groups = split_over(grouping, axis_name)
+    check_structure(grouping, strict, wholes=[group.whole for group in groups])
+    return groups if axis_boundary == "couple" else grouping.groups
 
 
 def _check_mesh_axes(axis_name: Any, axis_boundary: Any, norm_axis_names: Any) -> None:

@@ -9,7 +9,7 @@ import optax
 
 from gradsmooth_optax._checks import check_choice, number_in, transformation
 from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.units import Per, Units
+from gradsmooth_optax._coupling.totals import Per, Units
 from gradsmooth_optax._depth.specs import DepthLike
 from gradsmooth_optax._operators.smoothers import window
 from gradsmooth_optax.contrib._learning import (

@@ -12,7 +12,7 @@ import optax
 
 from gradsmooth_optax._checks import number_in, positive_int, transformation
 from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.units import Units
+from gradsmooth_optax._coupling.totals import Units
 from gradsmooth_optax._depth.specs import DepthLike
 from gradsmooth_optax.contrib._learning import (
     Direction,

@@ -13,10 +13,10 @@ import optax
 from gradsmooth_optax._arrays import in_dtype, inexact_dtype
 from gradsmooth_optax._checks import check_choice, check_flag, number_below_one
 from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
-from gradsmooth_optax._coupling.units import Per, Units
+from gradsmooth_optax._coupling.totals import Per, Units
+from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, Grouping
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
-from gradsmooth_optax._depth.structure import coupled_groups
 
 Direction: TypeAlias = Literal["ascent", "descent"]
 Signal: TypeAlias = Literal["coupling", "full"]

@@ -13,9 +13,9 @@ from jax import lax
 from gradsmooth_optax._arrays import num_bits, whole_along, widened
 from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._coupling.norms import cosine
+from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
-from gradsmooth_optax._depth.structure import coupled_groups
 from gradsmooth_optax.diagnostics._statistics import texts_of
 
 

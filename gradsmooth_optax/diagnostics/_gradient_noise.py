@@ -11,10 +11,10 @@ import numpy as np
 from gradsmooth_optax._arrays import inexact_dtype, widened
 from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._coupling.layers import layers_of
-from gradsmooth_optax._coupling.units import Units
+from gradsmooth_optax._coupling.totals import Units
+from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.paths import plain_path, show_path
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
-from gradsmooth_optax._depth.structure import coupled_groups
 
 
 class GradientNoise(NamedTuple):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._checks import check_flag, positive_int, transformation
+from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
-from gradsmooth_optax._depth.structure import coupled_groups
 from gradsmooth_optax.diagnostics._statistics import DepthStatistics, statistics_of
 
 _LAST_COUNT = 2**31 - 1  # counts are int32

@@ -13,12 +13,12 @@ import numpy as np
 
 from gradsmooth_optax._arrays import num_bits, replicated
 from gradsmooth_optax._checks import check_flag
+from gradsmooth_optax._coupling.layer_values import LayerValues
 from gradsmooth_optax._coupling.layers import layers_of
 from gradsmooth_optax._coupling.norms import cosine
-from gradsmooth_optax._coupling.values import LayerValues
+from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, text_of
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
-from gradsmooth_optax._depth.structure import coupled_groups
 
 
 class RoleStatistics(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
+from gradsmooth_optax._depth.checked_groups import check_structure
 from gradsmooth_optax._depth.groups import Group, Grouping, group_by_depth
 from gradsmooth_optax._depth.paths import show_path
 from gradsmooth_optax._depth.reading.words import names_layers, split_number
@@ -22,7 +23,6 @@ from gradsmooth_optax._depth.specs import (
     as_spec,
     expanded,
 )
-from gradsmooth_optax._depth.structure import check_structure
 
 _LONGEST_LIST = 50
 

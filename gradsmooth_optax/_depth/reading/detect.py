@@ -11,7 +11,7 @@ import jax
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.paths import plain_path
 from gradsmooth_optax._depth.reading.boxes import named_axes
-from gradsmooth_optax._depth.reading.found import DetectedStack, depths_of
+from gradsmooth_optax._depth.reading.found_stack import DetectedStack, depths_of
 from gradsmooth_optax._depth.reading.numbered import numbered_stacks
 from gradsmooth_optax._depth.reading.stacked import perhaps_scanned, scanned_stacks
 from gradsmooth_optax._depth.specs import DepthSpec, Leaves, first_match

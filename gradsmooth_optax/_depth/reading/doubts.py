@@ -12,7 +12,11 @@ import jax
 from gradsmooth_optax._calls import raw
 from gradsmooth_optax._depth.groups import Group, Grouping, name_of
 from gradsmooth_optax._depth.paths import show_path, some
-from gradsmooth_optax._depth.reading.found import VECTOR_NAMES, common_axes, layer_kinds
+from gradsmooth_optax._depth.reading.found_stack import (
+    VECTOR_NAMES,
+    common_axes,
+    layer_kinds,
+)
 from gradsmooth_optax._depth.reading.words import names_layers, split_number
 
 # Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.

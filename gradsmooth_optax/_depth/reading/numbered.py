@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from gradsmooth_optax._depth.paths import Path, show_path, some
-from gradsmooth_optax._depth.reading.found import (
+from gradsmooth_optax._depth.reading.found_stack import (
     DetectedStack,
     common_axes,
     layer_kinds,

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.paths import Path, show_path
-from gradsmooth_optax._depth.reading.found import leaves_by_child, patterns_of
+from gradsmooth_optax._depth.reading.found_stack import leaves_by_child, patterns_of
 from gradsmooth_optax._depth.reading.words import split_number
 from gradsmooth_optax._depth.specs import Leaves
 

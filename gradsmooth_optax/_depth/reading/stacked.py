@@ -10,7 +10,7 @@ import numpy as np
 
 from gradsmooth_optax._depth.paths import Path, show_path, some
 from gradsmooth_optax._depth.reading.boxes import is_depth_axis, names_depth
-from gradsmooth_optax._depth.reading.found import (
+from gradsmooth_optax._depth.reading.found_stack import (
     VECTOR_NAMES,
     DetectedStack,
     common_axes,

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._arrays import in_dtype, num_bits, replicated
+from gradsmooth_optax._checks import check_one_number
 from gradsmooth_optax._coupling.halos import with_halos
 from gradsmooth_optax._coupling.neighbors import at_offset
-from gradsmooth_optax._depth.groups import SlotValues
 from gradsmooth_optax._depth.stages import DepthGroup
 
 Arrays: TypeAlias = Sequence[Sequence[Any]]  # one per member, per group
@@ -28,6 +28,7 @@ def _elementwise(operation: Callable[[Any, Any], Any]) -> Any:
     def method(self: LayerValues, other: Any) -> LayerValues:
         if isinstance(other, LayerValues):
             return self.map(operation, other)
+        check_one_number("a number", other)
         return self.map(lambda x: operation(x, in_dtype(other, x.dtype)))
 
     return method
@@ -162,7 +163,9 @@ def values_of(
     )
 
 
-def slot_values(groups: Sequence[DepthGroup], slot_numbers: SlotValues) -> LayerValues:
+def slot_values(
+    groups: Sequence[DepthGroup], slot_numbers: Callable[[DepthGroup, int], Any]
+) -> LayerValues:
     """Values that follow from where a layer is.
 
     Args:
@@ -171,18 +174,18 @@ def slot_values(groups: Sequence[DepthGroup], slot_numbers: SlotValues) -> Layer
     """
 
     def along(group: DepthGroup, m: int) -> Any:
-        values = along_depth(group, m, group.per_slot(m, slot_numbers))
+        values = along_depth(group, m, slot_numbers(group, m))
         return values.astype(real_dtype(group))
 
     return values_of(groups, along)
 
 
-def masked(values: LayerValues, is_in: SlotValues) -> LayerValues:
+def masked(values: LayerValues, is_in: Callable[[DepthGroup, int], Any]) -> LayerValues:
     """The values, with 0 for the layers that are not in."""
     arrays = dict(zip(values._groups, values._arrays, strict=True))
 
     def chosen(group: DepthGroup, m: int) -> Any:
-        mask, array = group.per_slot(m, is_in), arrays[group][m]
+        mask, array = is_in(group, m), arrays[group][m]
         if isinstance(mask, np.ndarray) and mask.all():
             return array
         return jnp.where(along_depth(group, m, mask), array, jnp.zeros_like(array))

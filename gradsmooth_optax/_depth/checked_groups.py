@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from gradsmooth_optax._depth.agreement import check_agreement
 from gradsmooth_optax._depth.groups import (
     Group,
     Grouping,
     Member,
     group_by_depth,
+    member_of,
     name_of,
 )
 from gradsmooth_optax._depth.paths import show_path, some
@@ -64,7 +66,8 @@ def check_structure(
         `strict` for gaps, for leaves of one `scanned` that hold different numbers of
         layers, and for nothing matched.
     """
-    check_agreement(grouping)
+    if (outer := _outer.get()) not in (None, grouping.spec):
+        _check_agreement(grouping, outer)
     if grouping.paths and not grouping.groups:
         _check_something_matched(grouping, strict)
     if strict:
@@ -264,3 +267,60 @@ def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
                 sayings.append(f"{wanted} is in the tree, but `depth` leaves it out")
                 break
     return sayings
+
+
+# -- Two specs in one optimizer --------------------------------------------------------
+
+_outer: contextvars.ContextVar[DepthSpec | None] = contextvars.ContextVar(
+    "outer", default=None
+)
+
+
+@contextlib.contextmanager
+def numbered_by(spec: DepthSpec) -> Iterator[None]:
+    """Inside, every tree must be grouped as `spec` says, or less of it.
+
+    A recipe reads its own `depth`, and the smoothing that it was given another one,
+    maybe deep inside a chain. So the recipe says around the smoothing's calls which
+    spec is its own, and whatever groups a tree inside is held against it.
+    """
+    token = _outer.set(spec)
+    try:
+        yield
+    finally:
+        _outer.reset(token)
+
+
+def _check_agreement(grouping: Grouping, outer: DepthSpec) -> None:
+    """Raises where a recipe around numbers the layers of a leaf differently."""
+    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
+    assignments = outer.locate(leaves)
+    for group in grouping.groups:
+        for member in group.members:
+            path, leaf = leaves[member.leaf]
+            assignment = assignments[member.leaf]
+            known = assignment and member_of(
+                member.leaf, path, assignment, np.shape(leaf)
+            )
+            if (
+                known
+                and known.axes == member.axes
+                and np.array_equal(known.layers, member.layers)
+            ):
+                continue
+            raise ValueError(
+                f"`smoothing` and `depth` number leaf {show_path(path)} differently: "
+                f"the smoothing by {grouping.spec!r} as {_shown(member)}, `depth` by "
+                f"{outer!r} as {_shown(known) if known else 'no layer'}. Give both the "
+                f"same depth; to smooth less, restrict that of the smoothing: "
+                f"`smooth_over_depth(depth.only(...), 0.1)`."
+            )
+
+
+def _shown(member: Member) -> str:
+    numbers = member.layers.ravel().tolist()
+    shown = f"layer {numbers[0]}" if len(numbers) == 1 else "layers "
+    if len(numbers) > 1:
+        shown += ", ".join(map(str, numbers[:4])) + ", …" * (len(numbers) > 4)
+    axes = member.axes[0] if len(member.axes) == 1 else member.axes
+    return shown + (f" along axis {axes}" if member.axes else "")

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._arrays import num_bits, replicated
-from gradsmooth_optax._coupling.layers import Layers
-from gradsmooth_optax._coupling.values import (
+from gradsmooth_optax._coupling.layer_values import (
     LayerValues,
     along_depth,
     masked,
     real_dtype,
     values_of,
 )
-from gradsmooth_optax._depth.groups import Group, SlotValues, text_of
+from gradsmooth_optax._coupling.layers import Layers
+from gradsmooth_optax._depth.groups import Group, text_of
+from gradsmooth_optax._depth.stages import DepthGroup
 
 Per: TypeAlias = Literal["stack", "role", "layer"]
 
@@ -70,7 +71,9 @@ class Units:
         """Totals over the layers of a unit that have a neighbor at this distance."""
         return self._totals(numbers, lambda g, m: g.has_neighbor(m, distance))
 
-    def _totals(self, numbers: LayerValues, is_in: SlotValues) -> dict[str, jax.Array]:
+    def _totals(
+        self, numbers: LayerValues, is_in: Callable[[DepthGroup, int], Any]
+    ) -> dict[str, jax.Array]:
         # In the widest dtype; a sum of its own for each layout of slots.
         arrays = masked(numbers, is_in)._arrays
         dtype = max((x.dtype for row in arrays for x in row), key=num_bits)
