@@ -102,6 +102,9 @@ def check_the_rest() -> None:
     assert gs.controls.shuffled(gs.window(ALPHA), 0).matrix(LAYERS).shape == (4, 4)
     (of_stack,) = gs.diagnostics.depth_statistics(updates, depth).values()
     np.testing.assert_allclose(of_stack.norms, [0, 1, 2, 3], atol=1e-6)
+    decoder = {"decoder": {"layers": {"w": jnp.ones((2, 3))}}}
+    shown = str(gs.describe("maxtext", decoder))
+    assert "gs.scanned('decoder/layers/', axis=1)" in shown, shown
 
 
 def check_plots_say_what_they_need() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import doctest
 import importlib.util
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "gradsmooth_optax"
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 
 needs_mkdocs = pytest.mark.skipif(
     # Not imported: what it warns of would be an error here.
@@ -34,10 +36,13 @@ def _public_names() -> set[str]:
     without underscore; a class or function counts if it has a docstring.
     """
     names = set()
-    for path in (ROOT / PACKAGE).glob("*.py"):
-        if path.stem.startswith("_") and path.stem != "__init__":
+    package = ROOT / PACKAGE
+    for path in [*package.glob("*.py"), *package.glob("*/__init__.py")]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if any(part.startswith("_") for part in parts):
             continue
-        module = PACKAGE if path.stem == "__init__" else f"{PACKAGE}.{path.stem}"
+        module = ".".join(parts)
         found = {
             name for node in ast.parse(path.read_text()).body for name in _of(node)
         }
@@ -62,10 +67,20 @@ def test_every_public_name_is_on_one_page_and_no_page_has_another():
     assert [name for name, count in named.items() if count > 1] == []
 
 
-def test_every_page_of_the_api_is_in_the_navigation():
-    listed = re.findall(r"docs/api/\w+\.md", (ROOT / "mkdocs.yml").read_text())
-    pages = [f"docs/api/{path.name}" for path in (ROOT / "docs/api").glob("*.md")]
+@pytest.mark.parametrize("folder", ["docs/api", "docs/guides"])
+def test_every_page_of_the_api_and_every_guide_is_in_the_navigation(folder):
+    listed = re.findall(rf"{folder}/\w+\.md", (ROOT / "mkdocs.yml").read_text())
+    pages = [f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.md")]
     assert sorted(listed) == sorted(pages)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
+def test_the_examples_of_a_guide_print_what_they_show(path):
+    blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.M | re.DOTALL)
+    example = "\n".join(blocks)  # each goes on where the last one ended
+    test = doctest.DocTestParser().get_doctest(example, {}, path.name, None, 0)
+    assert test.examples
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def _build(project: Path, site: Path) -> subprocess.CompletedProcess:

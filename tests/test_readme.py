@@ -17,6 +17,7 @@ import pytest
 import gradsmooth_optax as gs
 
 ROOT = Path(__file__).parent.parent
+COSTS = ROOT / "benchmarks" / "results" / "cost"
 README = (ROOT / "README.md").read_text()
 
 
@@ -139,7 +140,7 @@ def _anchor(heading):
 
 def test_every_command_that_the_readme_names_is_there():
     commands = set(re.findall(r"python -m (benchmarks\.\w+)", README))
-    assert {"benchmarks.pretrain", "benchmarks.speed"} <= commands
+    assert {"benchmarks.pretrain", "benchmarks.cost"} <= commands
     for command in commands:
         assert importlib.util.find_spec(command), command
     extras = set(re.findall(r'pip install -e "\.\[([\w-]+)\]"', README))
@@ -157,7 +158,8 @@ STAND_INS = {
     "inner": optax.scale_by_adam(),
     "opt": optax.scale_by_adam(),
     "smooth": gs.smooth_over_depth(gs.scanned("blocks/"), 0.2),
-    "tx": gs.adamw(1e-3, gs.scanned("blocks/")),
+    "smoothing": gs.smooth_over_depth(gs.scanned("blocks/"), 0.1),
+    "tx": gs.adamw(1e-3, gs.smooth_over_depth(gs.scanned("blocks/"))),
     "operator": gs.window(0.2),
     "op": gs.window(0.2),
     "first": gs.window(0.2),
@@ -166,7 +168,6 @@ STAND_INS = {
     "function": lambda num_layers: np.eye(num_layers),
     "spec": gs.scanned("blocks/"),
     "predicate": lambda path: True,
-    "tree_of_Depth": {"blocks": gs.Depth("blocks", "w", axis=0)},
     "labels": {"blocks": "train", "head": "frozen"},
     "learning_rate": 1e-3,
     "lr": 1e-3,
@@ -245,15 +246,15 @@ def test_a_figure_that_is_not_of_the_results_is_noticed_and_mended():
     from benchmarks.report.verdicts import outcomes
 
     reports = {
-        name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-        for name in ("speed", "tpu_compile", "gpu_compile")
+        name: json.loads((COSTS / f"{name}.json").read_text())
+        for name in ("cpu", "tpu", "gpu")
     }
     sources = read_sources(ROOT / "benchmarks" / "results")
     verdict = headline(
         outcomes([setting for source in sources for setting in source.settings])
     )
-    cost = readme.costs(reports["speed"])["tikhonov(1.0)"]
-    table = readme.compiled_table(reports["tpu_compile"], reports["gpu_compile"])
+    cost = readme.costs(reports["cpu"])["tikhonov(1.0)"]
+    table = readme.compiled_table(reports["tpu"], reports["gpu"])
     wrong = README.replace(cost, "0.1× / 0.1×").replace(table, "as fast as light")
     wrong = wrong.replace(verdict, "It always helps.")
     assert wrong != README

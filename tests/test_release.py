@@ -3,25 +3,30 @@
 import ast
 import datetime
 import doctest
-import fnmatch
+import graphlib
 import inspect
 import itertools
+import pickle
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 import stacks
 
 import gradsmooth_optax as gs
-from gradsmooth_optax import _operators, _smoothers, layouts
+from gradsmooth_optax import layouts
+from gradsmooth_optax._depth import specs
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gradsmooth_optax"
@@ -31,7 +36,9 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+# All files of the package but its table of contents, as `_depth/paths.py`.
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+FILES.remove("__init__.py")
 
 
 # The version.
@@ -72,8 +79,11 @@ def test_what_is_cited_is_this_package_under_its_license_and_the_paper():
 
 
 def test_every_public_module_and_name_is_in_the_changelog_and_no_other():
-    named = set(re.findall(r"`gs\.(\w+)`", CHANGELOG))
-    public = {module for module in MODULES if not module.startswith("_")}
+    # But for what is said to be gone.
+    told = re.sub(r"^\| gone \|.*?\n\n", "", CHANGELOG, flags=re.M | re.DOTALL)
+    named = set(re.findall(r"`gs\.(\w+)`", told))
+    modules = {re.split(r"[/.]", file)[0] for file in FILES}
+    public = {module for module in modules if not module.startswith("_")}
     assert public <= named
     functions = {
         name
@@ -82,6 +92,26 @@ def test_every_public_module_and_name_is_in_the_changelog_and_no_other():
     }
     assert functions <= named
     assert {name for name in named if not hasattr(gs, name)} <= public
+
+
+def test_what_is_said_to_be_gone_is_gone_and_the_calls_instead_can_be_made():
+    table = re.search(r"^\| gone \|.*?\n\n", CHANGELOG, re.M | re.DOTALL)[0]
+    names = {"gs": gs, "optax": optax, "depth": gs.scanned("blocks/"), "radius": 1}
+    names |= {"alpha": 0.2, "lr": 1e-3, "inner": optax.scale_by_adam()}
+    names |= {"operator": gs.window(0.2), "function": np.eye}
+    call = re.compile(r"`((?:gs|optax)\.[\w.]+\(.*?\))`")
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", table, re.MULTILINE)[2:]
+    assert len(rows) >= 10
+    for gone, instead in rows:
+        for name in re.findall(r"`gs\.(\w+)`", gone):
+            assert not hasattr(gs, name)
+        for old in call.findall(gone):
+            with pytest.raises((AttributeError, TypeError)):
+                eval(old.replace(", variant=...", ""), dict(names))
+        for new in call.findall(instead):
+            eval(new.replace("variant=...", "variant='directional'"), dict(names))
+        for name in re.findall(r"`gs\.([\w.]+)`", instead):
+            assert eval(f"gs.{name}", names)
 
 
 def test_every_python_that_is_classified_may_install_it():
@@ -156,8 +186,8 @@ def check_that_what_it_calls_is_here(command):
     for module in re.findall(r"-m (benchmarks\.[\w.]+)", command):
         path = ROOT / module.replace(".", "/")
         assert (path / "__main__.py").is_file() or path.with_suffix(".py").is_file()
-    for path in re.findall(r"(?:tests|gradsmooth_optax)/\w+\.py", command):
-        assert (ROOT / path).is_file(), command
+    for path in re.findall(r"(?:tests|gradsmooth_optax)/[\w/]+\.py", command):
+        assert path in NEW or (ROOT / path).is_file(), command
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -191,6 +221,12 @@ def test_a_release_is_checked_by_the_scripts_that_a_maintainer_runs():
 
 # What a contributor is told.
 
+# The files of its examples.
+NEW = {
+    "benchmarks/evidence/tasks/regress.py",
+    "gradsmooth_optax/_operators/towards_mean.py",
+}
+
 
 def blocks(heading, language="python"):
     section = CONTRIBUTING.split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -213,19 +249,13 @@ def test_every_file_command_and_name_that_is_written_exists():
     for text in [*shown, *itertools.chain(*map(blocks_of_shell, headings()))]:
         check_that_what_it_calls_is_here(text)
     wanted = re.compile(r"(?:tests|benchmarks|gradsmooth_optax|\.github)/[\w./-]+")
-    new = {"benchmarks/evidence/tasks/regress.py"}  # the example's
-    paths = {text for text in shown if wanted.fullmatch(text)} - new
+    paths = {text for text in shown if wanted.fullmatch(text)} - NEW
     assert len(paths) >= 15
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
     # Functions and tables of the files that it sends one to.
     for path, names in {
-        "tests/test_operators.py": [
-            *("LINEAR", "values", "test_a_strength_of_zero_returns_the_same_objects"),
-            "test_a_strength_out_of_range_or_of_the_wrong_kind_is_refused",
-            "test_smoothers_keep_constants_and_the_sum_over_depth",
-        ],
-        "benchmarks/speed/updates.py": ["operators"],
-        "benchmarks/readme.py": ["OPERATORS"],
+        "tests/test_operators.py": ["LINEAR"],
+        "gradsmooth_optax/_depth/reading/words.py": ["_LAYER_NAME"],
         "benchmarks/evidence/tasks/__init__.py": ["TASKS"],
         "benchmarks/evidence/presets.py": [
             *("_PRESETS", "_BY_OPTIMIZER", "_REVERSE", "_problems_of_task")
@@ -255,47 +285,80 @@ def test_the_first_command_installs_all_that_the_others_need():
         assert re.search(rf"\b{other}\b", needed), other
 
 
-def test_files_import_from_their_own_row_of_the_table_and_those_above_it_only():
+def rows_of_files():
+    """{file: its row in the table of CONTRIBUTING.md, from above}."""
     section = CONTRIBUTING.split("\n## Which file holds what\n")[1].split("\n## ")[0]
     rows = [
-        re.findall(r"`([\w*]+)\.py`", line.split(" | ")[0])
+        re.findall(r"`([\w/.]+)`", line.split(" | ")[0])
         for line in section.splitlines()
         if line.startswith("| `")
     ]
-    row_of = {
-        module: at
-        for module in MODULES
-        for at, patterns in enumerate(rows)
-        if any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
+    places = [(place, at) for at, row in enumerate(rows) for place in row]
+    for place, _ in places:
+        assert (PACKAGE / place).exists(), place
+    return {
+        file: at
+        for file in FILES
+        for place, at in places
+        if file == place or (place.endswith("/") and file.startswith(place))
     }
-    assert set(MODULES) == set(row_of)
-    for module, at in row_of.items():
-        for other in imported(module):
-            assert row_of[other] <= at, f"{module} imports {other}"
 
 
-def imported(module):
-    """The modules of the package that one of them imports."""
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+def test_every_file_has_a_row_in_the_table():
+    assert sorted(rows_of_files()) == FILES
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_from_its_own_row_of_the_table_and_those_above_it_only(file):
+    row_of = rows_of_files()
+    for other in imported(file):
+        assert row_of[other] <= row_of[file], f"{file} imports {other}"
+
+
+def test_no_imports_run_in_a_circle():
+    graphlib.TopologicalSorter({file: set(imported(file)) for file in FILES}).prepare()
+
+
+def imported(file):
+    """The files of the package that one of them imports."""
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
         if isinstance(node, ast.ImportFrom):
-            package, _, name = (node.module or "").partition(".")
+            package, *parts = (node.module or "").split(".")
             if package == PACKAGE.name:
-                yield from [name] if name else [alias.name for alias in node.names]
+                for alias in node.names:
+                    yield file_of([*parts, alias.name]) or file_of(parts)
+
+
+def file_of(parts):
+    """The file of a module, None if there is none."""
+    path = "/".join(parts)
+    names = (f"{path}.py", f"{path}/__init__.py".removeprefix("/"))
+    return next((name for name in names if (PACKAGE / name).is_file()), None)
 
 
 @pytest.fixture
-def operator():
+def operator(monkeypatch):
     """The example's operator and its oracle, run as if they were in their files."""
-    in_oracle, in_smoothers = blocks("An operator")
-    plain, names = names_of(oracle), names_of(_operators, _smoothers)
+    in_oracle, row, file, export = blocks("An operator")
+    plain = names_of(oracle)
     exec(in_oracle, plain)
-    exec(in_smoothers, names)
-    return names["towards_mean"], plain["towards_mean_matrix"]
+    (export,) = ast.parse(export).body
+    assert f"{export.module.replace('.', '/')}.py" in NEW
+    module = types.ModuleType(export.module)
+    monkeypatch.setitem(sys.modules, export.module, module)
+    exec(file, vars(module))
+    (name,) = export.names
+    assert name.name == name.asname  # it is public
+    made = vars(module)[name.name]
+    monkeypatch.setattr(gs, name.name, made, raising=False)
+    names = {"gs": gs, "oracle": types.SimpleNamespace(**plain)}
+    (linear,) = eval(f"{{{row}}}", {**names, "Linear": lambda *row: row}).values()
+    assert linear[0] is made
+    return linear
 
 
-def test_the_example_of_an_operator_is_its_plain_formula(operator, monkeypatch):
+def test_the_example_of_an_operator_is_its_plain_formula(operator):
     make, plain = operator
-    monkeypatch.setattr(gs, "towards_mean", make, raising=False)
     run_doctest(make)
     traced = jax.jit(lambda weight: make(weight).matrix(7))
     for num_layers, weight in itertools.product((1, 2, 7), (0.0, 0.3, 1)):
@@ -311,7 +374,7 @@ def test_the_example_of_an_operator_is_its_plain_formula(operator, monkeypatch):
 def test_the_example_of_an_operator_smooths_by_a_schedule_too(operator):
     make, plain = operator
     u = {"blocks": {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))}}
-    tx = gs.apply_over_depth(gs.scanned("blocks/"), make(lambda count: 0.5))
+    tx = gs.smooth_over_depth(gs.scanned("blocks/"), make(lambda count: 0.5))
     out, _ = jax.jit(tx.update)(u, tx.init(u))
     expected = plain(4, 0.5) @ np.asarray(u["blocks"]["w"])
     np.testing.assert_allclose(out["blocks"]["w"], expected, rtol=1e-5, atol=1e-6)
@@ -319,18 +382,21 @@ def test_the_example_of_an_operator_smooths_by_a_schedule_too(operator):
         make(1.5)
     assert make(0.0).is_identity
     assert make(0.2) == make(0.2) != make(0.3)
+    assert pickle.loads(pickle.dumps(make(0.2))) == make(0.2)
+    assert repr(make(0.2)) == "gs.towards_mean(0.2)"
 
 
 def test_the_example_of_a_preset_couples_true_neighbors(monkeypatch):
     row, preset = blocks("A layout preset")
     names = names_of(layouts)
+    monkeypatch.setitem(specs.PRESETS, "segments", None)  # put back at the end
     exec(preset, names)
     monkeypatch.setattr(layouts, "segments", names["segments"], raising=False)
     run_doctest(names["segments"])
     stack = eval(row, names_of(stacks))
     chains = stacks.random_blocks(stack)
     tree = stacks.build(stack, chains)
-    for spec in (stack.spec, stack.preset):
+    for spec in (stack.spec, stack.preset, "segments"):
         tx = gs.smooth_over_depth(spec, 0.3)
         out, _ = tx.update(tree, tx.init(tree))
         found, wrong = stacks.coupled_pairs(stack, tree, out, 0.3)
