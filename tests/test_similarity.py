@@ -205,8 +205,8 @@ def test_gradients_through_it_are_finite_where_nothing_is_coupled():
     "use",
     [
         lambda op: op.matrix(3),
-        lambda op: gs.compose(gs.window(0.1), op),
-        lambda op: gs.repeat(op, 2),
+        lambda op: gs.compose(gs.window(0.1), op).matrix(3),
+        lambda op: gs.repeat(op, 2).matrix(3),
         lambda op: gs.controls.shuffled(op, 0),
         lambda op: gs.diagnostics.contraction_factor(op, 3),
         lambda op: gs.diagnostics.contraction_factor(op, 1),

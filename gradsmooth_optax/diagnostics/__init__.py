@@ -1,19 +1,20 @@
 """What smoothing does, in numbers."""
 
 # Of the updates along depth, once or while training.
-# Of an operator.
-from gradsmooth_optax.diagnostics._contraction import (
-    contraction_factor as contraction_factor,
+from gradsmooth_optax.diagnostics._statistics import DepthStatistics as DepthStatistics
+from gradsmooth_optax.diagnostics._statistics import RoleStatistics as RoleStatistics
+from gradsmooth_optax.diagnostics._statistics import (
+    depth_statistics as depth_statistics,
 )
 from gradsmooth_optax.diagnostics._cosine_matrix import cosine_matrix as cosine_matrix
-from gradsmooth_optax.diagnostics._gradient_noise import GradientNoise as GradientNoise
-from gradsmooth_optax.diagnostics._gradient_noise import (
-    gradient_noise as gradient_noise,
-)
 from gradsmooth_optax.diagnostics._monitor import DepthRecord as DepthRecord
 from gradsmooth_optax.diagnostics._monitor import MonitorDepthState as MonitorDepthState
 from gradsmooth_optax.diagnostics._monitor import monitor_depth as monitor_depth
 from gradsmooth_optax.diagnostics._monitor import monitored as monitored
+from gradsmooth_optax.diagnostics._gradient_noise import GradientNoise as GradientNoise
+from gradsmooth_optax.diagnostics._gradient_noise import (
+    gradient_noise as gradient_noise,
+)
 
 # Of the states that the layers pass on.
 from gradsmooth_optax.diagnostics._residual_stream import (
@@ -22,8 +23,8 @@ from gradsmooth_optax.diagnostics._residual_stream import (
 from gradsmooth_optax.diagnostics._residual_stream import (
     residual_alignment as residual_alignment,
 )
-from gradsmooth_optax.diagnostics._statistics import DepthStatistics as DepthStatistics
-from gradsmooth_optax.diagnostics._statistics import RoleStatistics as RoleStatistics
-from gradsmooth_optax.diagnostics._statistics import (
-    depth_statistics as depth_statistics,
+
+# Of an operator.
+from gradsmooth_optax.diagnostics._contraction import (
+    contraction_factor as contraction_factor,
 )

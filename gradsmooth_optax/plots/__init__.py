@@ -7,16 +7,17 @@ of a black-and-white print.
 """
 
 # Layers against layers.
-# Does it help?
-from gradsmooth_optax.plots._differences import paired_differences as paired_differences
-from gradsmooth_optax.plots._layers import cosine_matrix as cosine_matrix
 from gradsmooth_optax.plots._layers import operator_matrix as operator_matrix
-from gradsmooth_optax.plots._records import (
-    cosines_over_training as cosines_over_training,
-)
-from gradsmooth_optax.plots._records import layer_norms as layer_norms
+from gradsmooth_optax.plots._layers import cosine_matrix as cosine_matrix
 
 # Before and after smoothing.
 from gradsmooth_optax.plots._records import (
     roughness_over_training as roughness_over_training,
 )
+from gradsmooth_optax.plots._records import (
+    cosines_over_training as cosines_over_training,
+)
+from gradsmooth_optax.plots._records import layer_norms as layer_norms
+
+# Does it help?
+from gradsmooth_optax.plots._differences import paired_differences as paired_differences
