@@ -953,3 +953,29 @@ def test_a_decorated_depth_function_that_is_gone_is_an_error_and_not_none(monkey
     monkeypatch.delitem(globals(), "decorated")
     with pytest.raises(AttributeError):
         pickle.loads(pickled)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("unrolled().only(1)", r"ends in `.only`"),
+        ("maxtext(**{'cycle': 6})", r"holds `\*\*`"),
+        ("maxtext(cycle=f())", r"'f\(\)', which is no literal"),
+        ("(" * 5000, "not the name of a layout"),
+        ("maxtex.only_projections()", "Did you mean 'maxtext'"),
+    ],
+)
+def test_a_string_that_is_no_name_says_what_is_wrong_with_it(name, said):
+    with pytest.raises(ValueError, match=said):
+        gs.describe(name, {"w": jnp.ones(2)})
+
+
+def test_a_pattern_in_a_string_needs_no_raw_string():
+    params = {f"layers_{i}": {"w": jnp.ones(2)} for i in range(3)}
+    summary = gs.describe(r"unrolled('layers_(\d+)/')", params)
+    assert summary.spec == gs.unrolled(r"layers_(\d+)/")
+
+
+def test_a_preset_made_of_another_is_equal_to_it():
+    assert gs.layouts.equinox() == gs.layouts.flax_nnx()
+    assert repr(gs.layouts.equinox()) == "gs.layouts.equinox()"

@@ -332,3 +332,53 @@ def test_recipes_options_are_keywords_only():
         gs.adamw(0.1, smooth(), 0.9)
     with pytest.raises(TypeError, match="positional"):
         gs.muon(0.1, UNROLLED, smooth(), 0.9)
+
+
+# -- Two depths in one optimizer -------------------------------------------------------
+
+MUON_PARAMS = {"blocks": {"kernel": jnp.ones((3, 4, 2)), "scale": jnp.ones((3, 4))}}
+
+
+@pytest.mark.parametrize(
+    ("depth", "smoothed"),
+    [
+        (gs.scanned("blocks/"), gs.scanned("blocks/", start=1)),
+        (gs.scanned("blocks/"), gs.scanned("blocks/", axis=1)),
+        (gs.scanned("blocks/kernel"), gs.scanned("blocks/")),
+    ],
+    ids=["another start", "another axis", "a leaf that `depth` does not know"],
+)
+def test_muon_refuses_a_smoothing_that_numbers_a_leaf_differently(depth, smoothed):
+    # As deep inside as smoothings may be.
+    smoothing = optax.chain(
+        optax.identity(),
+        optax.masked(gs.smooth_over_depth(smoothed, 0.2, strict=False), True),
+    )
+    optimizer = gs.muon(0.1, depth, smoothing)
+    with pytest.raises(ValueError, match=r"`smoothing` and `depth` number leaf blocks"):
+        optimizer.init(MUON_PARAMS)
+    good = gs.muon(0.1, depth, optax.identity())
+    state = (good.init(MUON_PARAMS)[0], optimizer.init({})[1], *good.init({})[2:])
+    with pytest.raises(ValueError, match=r"`smoothing` and `depth` number leaf blocks"):
+        optimizer.update(MUON_PARAMS, state, MUON_PARAMS)
+
+
+def test_muon_takes_a_smoothing_of_less_and_a_depth_by_name():
+    depth = gs.scanned("blocks/")
+    narrower = gs.smooth_over_depth(depth.only_projections(), 0.3)
+    for named in (depth, "scanned('blocks/')", depth.only(lambda path, leaf: False)):
+        optimizer = gs.muon(0.1, named, narrower, ns_steps=1)
+        state = optimizer.init(MUON_PARAMS)
+        updates, _ = optimizer.update(MUON_PARAMS, state, MUON_PARAMS)
+        assert jax.tree.structure(updates) == jax.tree.structure(MUON_PARAMS)
+
+
+def test_a_numbering_is_held_against_no_other_optimizer():
+    """What muon asks of its own smoothing ends with its call, also after an error."""
+    with pytest.raises(ValueError, match="number leaf"):
+        gs.muon(
+            0.1,
+            gs.scanned("blocks/"),
+            gs.smooth_over_depth(gs.scanned("blocks/", start=1), 0.2),
+        ).init(MUON_PARAMS)
+    gs.smooth_over_depth(gs.scanned("blocks/", start=1), 0.2).init(MUON_PARAMS)

@@ -439,3 +439,17 @@ def test_numpy_and_jax_leaves_are_neighbors_as_jax_sees_them():
     tx = gs.smooth_over_depth(gs.unrolled(), 0.5)
     smoothed, _ = tx.update(layers, tx.init(layers))
     np.testing.assert_allclose(np.stack(smoothed)[:, 0], [0.25, 0.5, 0.25])
+
+
+def test_a_smoothing_around_a_smoothing_with_a_state_takes_its_own_state():
+    depth = gs.scanned("blocks/")
+    params = {"blocks": {"w": jnp.arange(6.0).reshape(3, 2)}}
+    scheduled = gs.smooth_over_depth(depth, lambda count: 0.1 + 0.1 * count)
+    inner = gs.with_depth_smoothing(optax.scale_by_adam(), scheduled)
+    tx = gs.with_depth_smoothing(inner, gs.smooth_over_depth(depth, 0.2))
+    state = tx.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(inner.init(params))
+    chained = optax.chain(inner, gs.smooth_over_depth(depth, 0.2))
+    found, _ = tx.update(params, state, params)
+    want, _ = chained.update(params, chained.init(params), params)
+    np.testing.assert_array_equal(found["blocks"]["w"], want["blocks"]["w"])

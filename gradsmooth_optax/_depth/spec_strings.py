@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -97,7 +98,10 @@ def _name(node: ast.expr) -> str:
 
 
 def _no_name(text: str, argument: str, calls: Mapping) -> str:
-    word = text.split("(")[0].strip().lower()
+    word = text.strip().lower()
+    for prefix in _PREFIXES:
+        word = word.removeprefix(prefix)
+    word = re.split(r"\W", word)[0]
     close = difflib.get_close_matches(word, calls, n=2)
     meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     pattern = f"r{text!r}" if "\\" in text else repr(text)
