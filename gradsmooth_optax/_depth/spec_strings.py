@@ -101,7 +101,7 @@ def _no_name(text: str, argument: str, calls: Mapping) -> str:
     word = text.strip().lower()
     for prefix in _PREFIXES:
         word = word.removeprefix(prefix)
-    word = re.split(r"\W", word)[0]
+    word = re.split(r"[(.]", word)[0]
     close = difflib.get_close_matches(word, calls, n=2)
     meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     pattern = f"r{text!r}" if "\\" in text else repr(text)
