@@ -320,35 +320,36 @@ def test_an_operator_of_zeros_and_one_of_one_layer_are_drawn():
 @pytest.mark.parametrize(
     ("operator", "title"),
     [
-        (gs.window(0.2), "Window(alpha=0.2), L = 3"),
-        (gs.window(jnp.float32(0.25), radius=2), "Window(alpha=0.25, radius=2), L = 3"),
-        (gs.dense(np.eye(3)), "Dense(values=array of (3, 3)), L = 3"),
-        (gs.operator_fn(np.eye), "OperatorFn(function=eye), L = 3"),
+        (gs.window(0.2), "window(0.2), L = 3"),
+        (gs.window(jnp.float32(0.25), radius=2), "window(0.25, radius=2), L = 3"),
+        (gs.dense(np.eye(2)), "dense([[1.0, 0.0], [0.0, 1.0]]), L = 2"),
+        (gs.operator_fn(np.eye), "operator_fn(<numpy.eye>), L = 3"),
         (
             gs.compose(gs.ema(0.5), gs.mean_over_depth()),
-            "Composed(Ema(rho=0.5), MeanOverDepth()), L = 3",
+            "compose(ema(0.5), mean_over_depth()), L = 3",
         ),
     ],
     ids=["a number", "an array", "a matrix", "a function", "composed"],
 )
 def test_the_title_names_the_operator_and_the_number_of_layers(operator, title):
-    assert plots.operator_matrix(operator, 3).get_title() == title
+    num_layers = int(title[-1])
+    assert plots.operator_matrix(operator, num_layers).get_title() == title
 
 
 def test_a_long_name_takes_two_lines_and_keeps_the_number_of_layers():
     operator = gs.compose(*[gs.window(0.1 * i) for i in range(1, 9)])
     title = plots.operator_matrix(operator, 24).get_title()
-    assert re.fullmatch(r"Composed\(.{20,40}\n.{20,46} …, L = 24", title)
+    assert re.fullmatch(r"compose\(.{20,40}\n.{20,46} …, L = 24", title)
 
 
 def test_operators_without_a_matrix_are_the_error_of_all_that_need_one():
-    with pytest.raises(TypeError, match=r"`plots\.operator_matrix` needs operators"):
+    with pytest.raises(TypeError, match=r"`plots\.operator_matrix` needs an operator"):
         plots.operator_matrix(gs.similarity_window(0.2), 3)
 
 
 def test_a_schedule_is_an_error_that_shows_how_to_resolve_it():
     scheduled = gs.repeat(gs.window(optax.linear_schedule(0.0, 0.2, 10)), 2)
-    with pytest.raises(TypeError, match=r"Window\(alpha=.*is a schedule") as info:
+    with pytest.raises(TypeError, match=r"gs\.window\(.*is a schedule") as info:
         plots.operator_matrix(scheduled, 12)
     assert "`plots.operator_matrix(operator.at(step), 12)`" in str(info.value)
     ax = plots.operator_matrix(scheduled.at(10), 12)

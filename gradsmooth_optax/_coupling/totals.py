@@ -98,7 +98,7 @@ class Units:
         """The unit's value for every layer."""
         names = dict(zip(self.groups, self.names, strict=True))
 
-        def at(group: Group, m: int) -> jax.Array:
+        def at(group: Any, m: int) -> jax.Array:
             value = values[names[group]]
             if self.shapes[names[group]]:
                 value = value[self._index(names[group], group, m)]

@@ -47,9 +47,6 @@ class Operator:
     # Names of the fields that may be schedules or traced arrays, or other operators.
     strengths: ClassVar[tuple[str, ...]] = ()
 
-    # Whether it also changes a layer that is alone: `matrix(1)` is not [[1.]].
-    scales_single_layers: bool = False
-
     # The function that makes it, in `gs`; "" for a user's own.
     made_by: ClassVar[str] = ""
 
@@ -89,6 +86,11 @@ class Operator:
     def has_matrix(self) -> bool:
         """Whether it has a matrix; else it depends on the updates."""
         return type(self).matrix is not Operator.matrix
+
+    @property
+    def scales_single_layers(self) -> bool:
+        """Whether it also changes a layer that is alone: `matrix(1)` is not [[1.]]."""
+        return False
 
     @property
     def is_identity(self) -> bool:
@@ -266,7 +268,7 @@ def _resolved_at(name: str, value: Any, count: Any) -> Any:
         f"number of layers: `operator_fn(function)`."
     )
     try:
-        strength = value(count)
+        strength: Any = value(count)
     except Exception as error:
         error.add_note(hint)
         raise

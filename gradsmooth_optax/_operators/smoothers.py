@@ -490,7 +490,9 @@ class LayerScale(Operator):
     def is_identity(self) -> bool:
         return isinstance(self.factors, float | int) and self.factors == 1
 
-    scales_single_layers = True
+    @property
+    def scales_single_layers(self) -> bool:
+        return True
 
 
 def _symmetric(weights: tuple[Any, ...], num_layers: int) -> Matrix:
