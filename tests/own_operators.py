@@ -20,7 +20,7 @@ class AlikeWindow(gs.Operator):
         for offset in (-1, 1):
             theirs = norms.shifted(offset)
             alike = (norms <= self.factor * theirs) * (theirs <= self.factor * norms)
-            difference = layers.shifted(offset) - layers
+            difference = layers.difference(offset)
             out = out + difference.scaled(self.alpha / 2 * alike)
         return out
 

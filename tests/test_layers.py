@@ -178,6 +178,30 @@ def test_shifted_gives_the_layer_there_and_where_none_is_the_layer_itself_or_zer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_difference_is_that_to_the_layer_there_and_zero_where_none_is(layout):
+    depth, tree_of = LAYOUTS[layout]
+    blocks = blocks_of(5)
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Difference(gs.Operator):
+        offset: int
+
+        def couple(self, layers):
+            return layers.difference(self.offset)
+
+    for offset in (-4, -1, 2):
+        want = [
+            {
+                name: blocks[i + offset][name] - x if 0 <= i + offset < 5 else 0 * x
+                for name, x in block.items()
+            }
+            for i, block in enumerate(blocks)
+        ]
+        tx = gs.smooth_over_depth(depth, Difference(offset))
+        check(updated(tx, tree_of(blocks)), layout, want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_numbers_per_layer_are_those_of_a_plain_loop(layout):
     """Norms, inner products, cosines, positions and what exists."""
     depth, tree_of = LAYOUTS[layout]

@@ -149,6 +149,27 @@ class Layers:
             return self._with(arrays)
         return dataclasses.replace(self._with(arrays), _of=self, _offset=offset)
 
+    def difference(self, offset: int) -> Layers:
+        """u_{l+offset} - u_l, and 0 where the run has no such layer.
+
+        Args:
+          offset: how many layers on, negative for layers before.
+        """
+        there = self.shifted(offset, "zero")
+
+        def one(g: int, m: int) -> Any:
+            if isinstance(there._arrays[g][m], _Zero):
+                return there._arrays[g][m]
+            found = there._value(g, m) - self._value(g, m)
+            has = self._groups[g].has_neighbor(m, offset)
+            if isinstance(has, jax.Array) or not has.all():
+                # On CPU a product is cheaper than a choice.
+                along = self._groups[g].members[m].along(has, found.ndim)
+                found = along.astype(found.dtype) * found
+            return found
+
+        return self._each(one)
+
     def reaching(self, radius_of: Callable[[int], int]) -> Layers:
         """The same, with all layers that an operator of this radius looks at.
 

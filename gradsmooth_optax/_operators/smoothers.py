@@ -119,8 +119,8 @@ class Window(Operator):
         out = layers
         distances = range(1, layers.longest_run)
         for distance, weight in zip(distances, self._side_weights(), strict=False):
-            before, after = layers.shifted(-distance), layers.shifted(distance)
-            out = out + ((before - layers) + (after - layers)).scaled(weight)
+            both = layers.difference(-distance) + layers.difference(distance)
+            out = out + both.scaled(weight)
         return out
 
     def matrix(self, num_layers: int) -> Matrix:
