@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -287,10 +288,10 @@ class Layers:
         return self._each(chosen)
 
     def __add__(self, other: Layers) -> Layers:
-        return self._combined(other, jnp.add)
+        return self._combined(other, operator.add)
 
     def __sub__(self, other: Layers) -> Layers:
-        return self._combined(other, jnp.subtract)
+        return self._combined(other, operator.sub)
 
     def __neg__(self) -> Layers:
         return self.map(jnp.negative)
@@ -303,11 +304,11 @@ class Layers:
             same = self._scales[g] is other._scales[g]
             arrays.append([])
             for m, (x, y) in enumerate(zip(xs, ys, strict=True)):
-                if operation is jnp.subtract and x is y and same:
+                if operation is operator.sub and x is y and same:
                     found = _zero_like(x)
                 elif isinstance(y, _Zero):
                     found = x if self._scales[g] is None else self._value(g, m)
-                elif isinstance(x, _Zero) and operation is jnp.add:
+                elif isinstance(x, _Zero) and operation is operator.add:
                     found = other._value(g, m)
                 else:
                     found = operation(self._value(g, m), other._value(g, m))
