@@ -160,8 +160,8 @@ def _coupled(units: Units, weights: Values, u: Layers) -> Layers:
     for distance in range(1, _width(weights) + 1):
         # Held by the first layer of each pair.
         pair = units.spread({stack: w[distance - 1] for stack, w in weights.items()})
-        out = out + (u.shifted(distance) - u).scaled(pair)
-        out = out + (u.shifted(-distance) - u).scaled(pair.shifted(-distance))
+        out = out + u.difference(distance).scaled(pair)
+        out = out + u.difference(-distance).scaled(pair.shifted(-distance))
     return out
 
 
@@ -176,7 +176,7 @@ def _products(
     y = _coupled(units, weights, u)
     rows = []
     for distance in range(1, _width(weights) + 1):
-        d_g, d_u, d_y = (x.shifted(distance) - x for x in (g, u, y))
+        d_g, d_u, d_y = (x.difference(distance) for x in (g, u, y))
 
         def differences(x: Layers, distance: int = distance, d_u: Layers = d_u):
             return units.pair_totals(d_u.inner(x, "param"), distance)
