@@ -27,12 +27,12 @@ from gradsmooth_optax._depth.specs import unrolled as unrolled
 from gradsmooth_optax import layouts as layouts
 
 # What a spec does to a tree, and a proposal of one.
-from gradsmooth_optax._depth.reading.describe import DepthSummary as DepthSummary
-from gradsmooth_optax._depth.reading.describe import describe as describe
-from gradsmooth_optax._depth.reading.detect import Detection as Detection
-from gradsmooth_optax._depth.reading.detect import detect as detect
+from gradsmooth_optax._depth.describe import DepthSummary as DepthSummary
+from gradsmooth_optax._depth.describe import describe as describe
+from gradsmooth_optax._depth.detect import Detection as Detection
+from gradsmooth_optax._depth.detect import detect as detect
 
-from gradsmooth_optax._depth.reading.doubts import DepthWarning as DepthWarning
+from gradsmooth_optax._depth.doubts import DepthWarning as DepthWarning
 
 # What is applied along depth.
 from gradsmooth_optax._operators.operator import Operator as Operator

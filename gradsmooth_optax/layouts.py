@@ -29,7 +29,7 @@ from gradsmooth_optax._depth.specs import (
 )
 
 
-@preset
+@preset({})
 def flax_linen(
     block: str = r"\w*(?:[Bb]lock|[Ll]ayer)s?",
     *,
@@ -63,7 +63,7 @@ def flax_linen(
     return scanned(rf"(?:^|/){block}(?:_\d+)?/", axis=scan_axis)
 
 
-@preset
+@preset({})
 def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
     r"""Flax NNX: a list of modules, or `nnx.vmap` and `nnx.scan` over one.
 
@@ -90,7 +90,7 @@ def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSp
     return scanned(rf"(?:^|/){layers}/", axis=scan_axis)
 
 
-@preset
+@preset({})
 def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
     r"""Equinox: a list of modules, or `eqx.filter_vmap` over their construction.
 
@@ -113,7 +113,7 @@ def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpe
     return flax_nnx(layers, scan_axis=scan_axis)
 
 
-@preset
+@preset({})
 def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
     r"""Haiku: a loop of modules, the first without a number, or `hk.layer_stack`.
 
@@ -139,7 +139,7 @@ def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
     return unrolled(rf"(?:^|/){block}(?:_(\d+))?/")
 
 
-@preset
+@preset({})
 def hf_flax() -> DepthSpec:
     r"""Hugging Face's Flax models, and EasyLM: digits as keys, `h/3`, `layers/3`.
 
@@ -160,7 +160,7 @@ def hf_flax() -> DepthSpec:
     return unrolled(r"(?:^|/)(?:h|layers?|block)/(\d+)/")
 
 
-@preset
+@preset({})
 def big_vision() -> DepthSpec:
     r"""big_vision: ViT, SigLIP, CapPa, GIVT, PaliGemma, unrolled or scanned.
 
@@ -187,7 +187,7 @@ def big_vision() -> DepthSpec:
     )
 
 
-@preset
+@preset({})
 def gemma(*, interleaved: bool = False) -> DepthSpec:
     r"""google-deepmind/gemma: `layer_3` at the root.
 
@@ -211,7 +211,7 @@ def gemma(*, interleaved: bool = False) -> DepthSpec:
     return ranked(layers) if interleaved else layers
 
 
-@preset
+@preset({})
 def levanter() -> DepthSpec:
     r"""levanter and haliax: `Stacked` layers on axis 0, or a `BlockSeq` of them.
 
@@ -230,7 +230,7 @@ def levanter() -> DepthSpec:
     return first_match(scanned("(?:^|/)stacked/"), unrolled(r"(?:^|/)blocks/(\d+)/"))
 
 
-@preset
+@preset({})
 def t5x(*, scan_axis: int = 1) -> DepthSpec:
     r"""T5X and flaxformer: `layers_3` in encoder and decoder, or scanned in both.
 
@@ -257,7 +257,7 @@ def t5x(*, scan_axis: int = 1) -> DepthSpec:
     )
 
 
-@preset
+@preset()
 def uvit(*, join_at: int | None = None) -> DepthSpec:
     r"""U-ViT, the paper's: `in_blocks` and `out_blocks`, and `mid_block` alone.
 
@@ -286,7 +286,7 @@ def uvit(*, join_at: int | None = None) -> DepthSpec:
     )
 
 
-@preset
+@preset({})
 def maxtext(
     *, scan_axis: int | None = 1, cycle: int = 1, num_cycles: int | None = None
 ) -> DepthSpec:
@@ -340,7 +340,7 @@ def maxtext(
     )
 
 
-@preset
+@preset({}, {"scan_axis": 0}, {"scan_axis": None})
 def maxtext_gemma2(*, scan_axis: int | None = 1) -> DepthSpec:
     r"""MaxText's Gemma 2: pairs of a local and a global layer.
 
@@ -392,7 +392,7 @@ def _gemma2_pairs(path: Path, leaf: Any) -> Depth | None:
     return Depth("decoder", f"{module}/{rest}", layer)
 
 
-@preset
+@preset({})
 def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
     r"""MaxText's Gemma 4: scanned blocks of scanned local layers and a global one.
 
@@ -437,7 +437,7 @@ def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
     )
 
 
-@preset
+@preset(*({"num_dense": n} for n in range(1, 9)))
 def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
     r"""MaxText's DeepSeek: dense layers, then layers with experts, as one stack.
 
@@ -473,7 +473,7 @@ def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
     )
 
 
-@preset
+@preset({})
 def maxtext_pipeline(
     axis: int | tuple[int, ...] = (0, 1),
     *,

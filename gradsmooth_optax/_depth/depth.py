@@ -64,6 +64,12 @@ class Depth:
             object.__setattr__(self, "axis", axis)
         if stride is not None:
             stride = integers("stride", stride)
+            if any(abs(step) > LARGEST_LAYER for step in as_tuple(stride)):
+                raise ValueError(
+                    f"`stride` of a Depth must fit into 32 bits, but is {stride}. It "
+                    f"is the step in depth along an axis, such as the length of a "
+                    f"cycle: `axis=1, stride=6`."
+                )
             object.__setattr__(self, "stride", stride)
             num_axes = 0 if axis is None else len(as_tuple(axis))
             if len(as_tuple(stride)) != num_axes:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -14,7 +14,14 @@ import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.depth import as_tuple
-from gradsmooth_optax._depth.paths import Path, plain_path, show_path, some
+from gradsmooth_optax._depth.paths import (
+    MASKED,
+    Path,
+    Place,
+    places_of,
+    show_path,
+    some,
+)
 from gradsmooth_optax._depth.specs import Assignment, DepthSpec
 
 # Given a group and the number of a member, an array over the slots of that.
@@ -179,6 +186,7 @@ class Grouping:
       leaves: every leaf of the tree.
       treedef: the tree's structure.
       spec: the spec.
+      places: of the leaves, and of those that are masked.
     """
 
     groups: tuple[Group, ...]
@@ -186,6 +194,7 @@ class Grouping:
     leaves: tuple[Any, ...]
     treedef: Any
     spec: DepthSpec
+    places: tuple[Place, ...]
 
     @functools.cached_property
     def coupled(self) -> tuple[Group, ...]:
@@ -215,14 +224,16 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
     Raises:
       ValueError: for a depth axis out of range, or a group that is ranked in part.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [(plain_path(key_path), leaf) for key_path, leaf in flat]
+    return group_places(spec, places_of(tree), jax.tree.structure(tree))
+
+
+def group_places(spec: DepthSpec, places: Sequence[Place], treedef: Any) -> Grouping:
+    """The same, of a tree's places."""
     members: dict[tuple, list[Member]] = {}
     ranked: dict[tuple, set[bool]] = {}
-    assignments = spec.assign(leaves)
-    for i, ((path, leaf), assignment) in enumerate(
-        zip(leaves, assignments, strict=True)
-    ):
+    found = zip(places, spec.assign(places), strict=True)
+    there = [(place, a) for place, a in found if place.leaf is not MASKED]
+    for i, ((path, leaf, _), assignment) in enumerate(there):
         dtype = inexact_dtype(leaf)
         if assignment is None or dtype is None:
             continue
@@ -241,8 +252,9 @@ def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:
                 f"and from another member. Put all of them inside one `ranked(...)`."
             )
         groups.append(Group(*key, members=tuple(holders), ranked=True in ranked[key]))
-    paths, values = zip(*leaves, strict=True) if leaves else ((), ())
-    return Grouping(tuple(groups), paths, values, treedef, spec)
+    paths = tuple(place.path for place, _ in there)
+    leaves = tuple(place.leaf for place, _ in there)
+    return Grouping(tuple(groups), paths, leaves, treedef, spec, tuple(places))
 
 
 def member_of(

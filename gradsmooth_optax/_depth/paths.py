@@ -2,40 +2,91 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Hashable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+import optax
 
 from gradsmooth_optax._calls import raw
 from gradsmooth_optax._checks import LARGEST_LAYER
+from gradsmooth_optax._depth.boxes import axis_names, is_box
 
 Path: TypeAlias = tuple[str | int, ...]
 
-# How Flax's boxes and haliax's named arrays end the path of the array they hold.
-_BOX_ATTRIBUTES = ("value", "data_array")
+
+class Place(NamedTuple):
+    """A leaf of a tree, or what stands in the place of leaves that are masked.
+
+    Attributes:
+      path: its plain segments.
+      leaf: the array, tracer or `jax.ShapeDtypeStruct`; `MASKED` in place of one or
+        more leaves that are not there.
+      axis_names: the names of its axes, where its box carries them; else ().
+    """
+
+    path: Path
+    leaf: Any
+    axis_names: tuple[Any, ...] = ()
+
+
+class _Masked:
+    def __repr__(self) -> str:
+        return "MASKED"
+
+
+MASKED = _Masked()
+
+
+def places_of(tree: Any) -> list[Place]:
+    """The leaves of a tree in their order, and the places of those that are masked."""
+    return list(_places((), tree))
+
+
+def _places(path: Path, node: Any, names: tuple[Any, ...] = ()) -> Iterator[Place]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda child: child is not node and _is_special(child)
+    )
+    for key_path, child in flat:
+        here = (*path, *plain_path(key_path))
+        if child is None or isinstance(child, optax.MaskedNode):
+            yield Place(here, MASKED)
+        elif is_box(child):
+            yield from _in_box(here, child, names)
+        else:
+            known = len(names) == np.ndim(child) > 0
+            yield Place(here, child, names if known else ())
+
+
+def _is_special(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode) or is_box(node)
+
+
+def _in_box(path: Path, box: Any, names: tuple[Any, ...]) -> Iterator[Place]:
+    """What a box holds, at the box's own path."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        box, is_leaf=lambda child: child is not box
+    )
+    for _, child in flat:
+        yield from _places(path, child, axis_names(box) or names)
 
 
 def plain_path(key_path: Sequence[Any]) -> Path:
-    """The plain segments of a jax key path, without the trailing keys of boxes."""
-    keys = list(key_path)
-    while keys and _is_box_key(keys[-1]):
-        keys.pop()
-    segments: list[str | int] = []
-    for key in keys:
-        segment = _segment(key)
-        if isinstance(segment, str) and "/" in segment:
-            segments += [part for part in segment.split("/") if part]
-        else:
-            segments.append(segment)
-    return tuple(segments)
+    """The plain segments of a jax key path, in which no key is one of a box."""
+    return tuple(itertools.chain.from_iterable(map(_segments, key_path)))
 
 
 def show_path(path: Path) -> str:
     """The "/"-joined path, for patterns and messages."""
     return "/".join(map(str, path))
+
+
+def shortened(text: str, limit: int = 40) -> str:
+    """The text, cut where it is long, for messages."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def some(items: Sequence[Any], limit: int = 6) -> str:
@@ -45,26 +96,32 @@ def some(items: Sequence[Any], limit: int = 6) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _is_box_key(key: Any) -> bool:
+def _segments(key: Any) -> Path:
     if isinstance(key, jax.tree_util.GetAttrKey):
-        return key.name in _BOX_ATTRIBUTES
-    return isinstance(key, jax.tree_util.FlattenedIndexKey)
-
-
-def _segment(key: Any) -> str | int:
-    if isinstance(key, jax.tree_util.GetAttrKey):
-        return key.name
+        return (key.name,)
     if isinstance(key, jax.tree_util.SequenceKey):
-        return key.idx
-    name = getattr(key, "key", key)  # DictKey, FlattenedIndexKey and their likes
+        return (key.idx,)
+    return _segments_of_name(getattr(key, "key", key))  # DictKey and its likes
+
+
+def _segments_of_name(name: Any) -> Path:
+    """Several for "a/b", for a dotted path such as "model.layers.3", for tuples."""
+    if isinstance(name, tuple):
+        return tuple(itertools.chain.from_iterable(map(_segments_of_name, name)))
     if isinstance(name, int | np.integer) and not isinstance(name, bool):
-        return int(name)
-    return str(name)
+        return (int(name),)
+    parts = str(name).split("/")
+    dotted = (p.split(".") if _DOTTED.fullmatch(p) else [p] for p in parts)
+    segments = tuple(itertools.chain.from_iterable(dotted))
+    return tuple(filter(None, segments)) if len(parts) > 1 else segments
+
+
+# It starts with a name, and its parts are names or numbers.
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
 
 
 # -- Patterns --------------------------------------------------------------------------
 
-FIRST_NUMBERED_SEGMENT = r"(?:^|/)[^/]*?(?P<layer>\d+)(?:/|$)"
 _EDGE = "/_."
 
 
@@ -126,16 +183,18 @@ def _number(match: re.Match[str], group: int) -> int:
             f"`(?P<layer>\\d+)`."
         )
     before, after = text[: match.start(group)], text[match.end(group) :]
-    if before[-1:].isdigit() or after[:1].isdigit():
+    if before[-1:].isdecimal() or after[:1].isdecimal():
         raise ValueError(
             f"`pattern` {raw(match.re.pattern)} cuts a number of leaf {text} in two "
             f"and takes {digits!r} for the layer. Match the whole number: write "
             f"`(\\d+)` instead of `(\\d)`, and no `.*` right before it."
         )
-    if abs(number := int(digits)) > LARGEST_LAYER:
+    # Python refuses to read numbers of thousands of digits.
+    if len(digits) > 100 or abs(int(digits)) > LARGEST_LAYER:
         raise ValueError(
-            f"`pattern` {raw(match.re.pattern)} takes {digits} for the layer number of "
-            f"leaf {text}, which is too large for one and probably a hash. Let the "
+            f"`pattern` {raw(match.re.pattern)} takes {shortened(digits)} for the "
+            f"layer number of leaf {shortened(text, 200)}, which is too large for one "
+            f"and probably a hash. Let the "
             f"pattern take another number, or none of this leaf."
         )
-    return number
+    return int(digits)

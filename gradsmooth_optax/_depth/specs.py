@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import reprlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, cast
 
 import numpy as np
@@ -16,13 +16,15 @@ from gradsmooth_optax._calls import raw, reduce_by_name, shown_call, shown_value
 from gradsmooth_optax._checks import hashable, integer, integers
 from gradsmooth_optax._depth.depth import Depth, as_tuple
 from gradsmooth_optax._depth.paths import (
-    FIRST_NUMBERED_SEGMENT,
+    MASKED,
     Path,
+    Place,
     compile_pattern,
     layer_group,
     search,
     show_path,
 )
+from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.spec_strings import called_by_name
 
 P = ParamSpec("P")
@@ -30,6 +32,7 @@ DepthFunction: TypeAlias = Callable[[Path, Any], Depth | None]
 
 # The layouts of common stacks by name, filled by `layouts`.
 PRESETS: dict[str, Callable[..., DepthSpec]] = {}
+PRESET_TRIES: list[tuple[Callable[..., DepthSpec], Mapping[str, Any]]] = []
 
 
 class Assignment(NamedTuple):
@@ -39,15 +42,16 @@ class Assignment(NamedTuple):
       depth: the layers that it holds.
       ranked: whether the gaps of its group are closed.
       scan: the `scanned` that placed it, whose leaves hold equally many layers.
+      num_layers: how many layers its stack must have.
     """
 
     depth: Depth
     ranked: bool = False
     scan: DepthSpec | None = None
+    num_layers: int | None = None
 
 
 Assignments: TypeAlias = list[Assignment | None]
-Leaves: TypeAlias = Sequence[tuple[Path, Any]]
 
 
 class DepthSpec:
@@ -64,27 +68,28 @@ class DepthSpec:
       (True, False, False)
     """
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        """One `Assignment` or None for each `(path, leaf)` of a whole tree."""
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        """One `Assignment` or None for each place of a whole tree, masked ones too."""
         raise NotImplementedError
 
     def unrestricted(self) -> DepthSpec:
         """The spec without what `only` and `only_projections` leave out."""
         return self
 
-    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
-        """The specs that this one is composed of, for a tree with these leaves."""
+    @property
+    def parts(self) -> tuple[DepthSpec, ...]:
+        """The specs that this one is composed of."""
         return ()
 
-    def locate(self, leaves: Leaves) -> Assignments:
+    def locate(self, places: Sequence[Place]) -> Assignments:
         """Like `assign`, and also where depth is in leaves that are left out.
 
         A restriction says what is coupled, not how the parameters are laid out.
         """
-        assignments = self.assign(leaves)
+        assignments = self.assign(places)
         if (unrestricted := self.unrestricted()) == self:
             return assignments
-        everywhere = unrestricted.assign(leaves)
+        everywhere = unrestricted.assign(places)
         return [a or b for a, b in zip(assignments, everywhere, strict=True)]
 
     def only(self, predicate: Callable[[Path, Any], bool]) -> DepthSpec:
@@ -139,19 +144,27 @@ DepthLike: TypeAlias = DepthSpec | str | DepthFunction
 
 
 def unrolled(
-    pattern: str | None = None, *, start: int = 0, stack: Hashable | None = None
+    pattern: str | None = None,
+    *,
+    start: int = 0,
+    stack: Hashable | None = None,
+    num_layers: int | None = None,
 ) -> DepthSpec:
     r"""One leaf per layer, with the layer number in its path.
 
     Args:
       pattern: regular expression that is searched in the "/"-joined path. The layer
         number is the group `(?P<layer>..)`, else the first unnamed group; a group
-        that took no part counts as 0. The default takes the first path segment that
-        is an integer or ends in one. Groups `(?P<stack>..)` and `(?P<role>..)`
+        that took no part counts as 0. Groups `(?P<stack>..)` and `(?P<role>..)`
         override the names: by default `stack` is the path up to the number and
-        `role` the path after the match.
+        `role` the path after the match. None takes the number that tells layers apart,
+        as `detect` reads the tree: numbered siblings of equal structure such as
+        `layers_3`, `h/3` or the entries of a list, and never the digit of `gpt2`,
+        `Dense_1`, `wi_0`, of a stage or of one of two models. Where two numbers may be
+        the layer's, that is an error that shows both calls.
       start: added to every layer number.
       stack: name of the stack, instead of the one taken from the path.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec for the argument `depth`.
@@ -179,6 +192,7 @@ def unrolled(
         pattern,
         integer("start", start),
         stack if stack is None else hashable("stack", stack),
+        _positive("num_layers", num_layers),
     )
 
 
@@ -189,6 +203,7 @@ def scanned(
     start: int = 0,
     stride: int | tuple[int, ...] | None = None,
     stack: Hashable | None = None,
+    num_layers: int | None = None,
 ) -> DepthSpec:
     r"""Layers stacked along array axes, as `nn.scan` and `jax.lax.scan` lay them out.
 
@@ -203,6 +218,8 @@ def scanned(
       stride: depth step along each axis; default contiguous, row-major over `axis`.
       stack: name of the stack, instead of the one taken from the path. Give parts of
         one chain the same name to join them.
+      num_layers: how many layers each stack must have, all its parts together; another
+        number is an error.
 
     Returns:
       A spec for the argument `depth`.
@@ -230,7 +247,16 @@ def scanned(
         start,
         stride,
         stack if stack is None else hashable("stack", stack),
+        _positive("num_layers", num_layers),
     )
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if (number := integer(name, value)) < 1:
+        raise ValueError(f"`{name}` must be at least 1, but is {number}.")
+    return number
 
 
 def first_match(*members: DepthLike) -> DepthSpec:
@@ -360,15 +386,27 @@ class _Unrolled(_ShowsItsCall):
     start: int = 0
     stack: Hashable | None = None
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        return [self._assign_one(path) for path, _ in leaves]
+    num_layers: int | None = None
 
-    def _assign_one(self, path: Path) -> Assignment | None:
-        found = search(self.pattern or FIRST_NUMBERED_SEGMENT, path, self.stack)
-        if found is None:
-            return None
-        stack, role, number = found
-        return Assignment(Depth(stack, role, self.start + number))
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        if self.pattern is None:
+            return self._assign_by_reading(places)
+        return [self._assign_one(self.pattern, place.path) for place in places]
+
+    def _assign_by_reading(self, places: Sequence[Place]) -> Assignments:
+        stacks = [s for s in read(places).stacks if s.function == "unrolled"]
+        depths = {p: d for s in stacks if not s.rivals for p, d in s.depths.items()}
+        found = (depths.get(place.path) for place in places)
+        return [d and self._assigned(d.stack, d.role, d.layer) for d in found]
+
+    def _assign_one(self, pattern: str, path: Path) -> Assignment | None:
+        found = search(pattern, path, self.stack)
+        return found and self._assigned(*found)
+
+    def _assigned(self, stack: Hashable, role: Hashable, number: int) -> Assignment:
+        stack = stack if self.stack is None else self.stack
+        depth = Depth(stack, role, self.start + number)
+        return Assignment(depth, num_layers=self.num_layers)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -378,9 +416,10 @@ class _Scanned(_ShowsItsCall):
     start: int = 0
     stride: int | tuple[int, ...] | None = None
     stack: Hashable | None = None
+    num_layers: int | None = None
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        return [self._assign_one(path) for path, _ in leaves]
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        return [self._assign_one(place.path) for place in places]
 
     def _assign_one(self, path: Path) -> Assignment | None:
         found = search(self.pattern, path, self.stack)
@@ -389,23 +428,24 @@ class _Scanned(_ShowsItsCall):
         stack, role, number = found
         layer = self.start + number
         depth = Depth(stack, role, layer, self.axis, self.stride)
-        return Assignment(depth, scan=self)
+        return Assignment(depth, scan=self, num_layers=self.num_layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class _FirstMatch(DepthSpec):
     members: tuple[DepthSpec, ...]
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        assignments: Assignments = [None] * len(leaves)
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        assignments: Assignments = [None] * len(places)
         for member in self.members:
             left = [i for i, a in enumerate(assignments) if a is None]
-            found = member.assign([leaves[i] for i in left])
+            found = member.assign([places[i] for i in left])
             for i, assignment in zip(left, found, strict=True):
                 assignments[i] = assignment
         return assignments
 
-    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+    @property
+    def parts(self) -> tuple[DepthSpec, ...]:
         return self.members
 
     def unrestricted(self) -> DepthSpec:
@@ -419,11 +459,12 @@ class _FirstMatch(DepthSpec):
 class _Ranked(_ShowsItsCall):
     member: DepthSpec
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        assignments = self.member.assign(leaves)
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        assignments = self.member.assign(places)
         return [a and a._replace(ranked=True) for a in assignments]
 
-    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+    @property
+    def parts(self) -> tuple[DepthSpec, ...]:
         return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
@@ -434,8 +475,11 @@ class _Ranked(_ShowsItsCall):
 class _DepthFn(_ShowsItsCall):
     function: DepthFunction
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        return [self._assign_one(path, leaf) for path, leaf in leaves]
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        return [
+            None if leaf is MASKED else self._assign_one(path, leaf)
+            for path, leaf, _ in places
+        ]
 
     def _assign_one(self, path: Path, leaf: Any) -> Assignment | None:
         try:
@@ -462,10 +506,11 @@ class _Preset(DepthSpec):
     call: str = dataclasses.field(compare=False)
     member: DepthSpec
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        return self.member.assign(leaves)
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        return self.member.assign(places)
 
-    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+    @property
+    def parts(self) -> tuple[DepthSpec, ...]:
         return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
@@ -475,17 +520,27 @@ class _Preset(DepthSpec):
         return self.call
 
 
-def preset(function: Callable[P, DepthSpec]) -> Callable[P, DepthSpec]:
-    """Gives a layout its name; the spec that it returns shows this call."""
+def preset(
+    *tries: Mapping[str, Any],
+) -> Callable[[Callable[P, DepthSpec]], Callable[P, DepthSpec]]:
+    """Gives a layout its name; the spec that it returns shows this call.
 
-    @functools.wraps(function)
-    def named(*args: P.args, **options: P.kwargs) -> DepthSpec:
-        call = shown_call(f"layouts.{function.__name__}", args, options)
-        spec = function(*args, **options)
-        return _Preset(call, spec.member if isinstance(spec, _Preset) else spec)
+    Args:
+      *tries: the options with which an error may propose it, if the tree fits.
+    """
 
-    PRESETS[function.__name__] = named
-    return named
+    def decorate(function: Callable[P, DepthSpec]) -> Callable[P, DepthSpec]:
+        @functools.wraps(function)
+        def named(*args: P.args, **options: P.kwargs) -> DepthSpec:
+            call = shown_call(f"layouts.{function.__name__}", args, options)
+            spec = function(*args, **options)
+            return _Preset(call, spec.member if isinstance(spec, _Preset) else spec)
+
+        PRESETS[function.__name__] = named
+        PRESET_TRIES.extend((named, options) for options in tries)
+        return named
+
+    return decorate
 
 
 def expanded(spec: DepthSpec) -> DepthSpec:
@@ -504,14 +559,15 @@ class _Only(DepthSpec):
     member: DepthSpec
     predicate: Callable[[Path, Any], bool]
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        assignments = self.member.assign(leaves)
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        assignments = self.member.assign(places)
         return [
-            a if a is not None and self.predicate(path, leaf) else None
-            for a, (path, leaf) in zip(assignments, leaves, strict=True)
+            a if a and leaf is not MASKED and self.predicate(path, leaf) else None
+            for a, (path, leaf, _) in zip(assignments, places, strict=True)
         ]
 
-    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+    @property
+    def parts(self) -> tuple[DepthSpec, ...]:
         return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
@@ -526,21 +582,24 @@ class _OnlyProjections(DepthSpec):
     member: DepthSpec
     bias: bool = True
 
-    def assign(self, leaves: Leaves) -> Assignments:
-        assignments = self.member.assign(leaves)
+    def assign(self, places: Sequence[Place]) -> Assignments:
+        assignments = self.member.assign(places)
         is_weight = [
-            a is not None and _is_linear_weight(path, layer_rank(a.depth, leaf))
-            for a, (path, leaf) in zip(assignments, leaves, strict=True)
+            a is not None
+            and leaf is not MASKED
+            and _is_linear_weight(path, layer_rank(a.depth, leaf))
+            for a, (path, leaf, _) in zip(assignments, places, strict=True)
         ]
         if self.bias:
-            paths = [path for path, _ in leaves]
+            paths = [place.path for place in places]
             modules = {p[:-1] for p, yes in zip(paths, is_weight, strict=True) if yes}
             is_weight = [path[:-1] in modules for path in paths]
         return [
             a if yes else None for a, yes in zip(assignments, is_weight, strict=True)
         ]
 
-    def parts(self, leaves: Leaves) -> tuple[DepthSpec, ...]:
+    @property
+    def parts(self) -> tuple[DepthSpec, ...]:
         return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
@@ -548,6 +607,20 @@ class _OnlyProjections(DepthSpec):
 
     def __repr__(self) -> str:
         return f"{self.member!r}.only_projections({'' if self.bias else 'bias=False'})"
+
+
+def restricted_like(spec: DepthSpec, other: DepthSpec) -> DepthSpec:
+    """`spec` with the restrictions of another one."""
+    if isinstance(other, _Only | _OnlyProjections):
+        return dataclasses.replace(other, member=restricted_like(spec, other.member))
+    return spec
+
+
+def is_default_unrolled(spec: DepthSpec) -> bool:
+    """Whether some part of the spec takes its number from the reading of the tree."""
+    if isinstance(spec, _Unrolled):
+        return spec.pattern is None
+    return any(map(is_default_unrolled, spec.parts))
 
 
 def layer_rank(depth: Depth | None, leaf: Any) -> int:

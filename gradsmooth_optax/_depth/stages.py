@@ -24,7 +24,7 @@ from jax import lax
 from gradsmooth_optax._arrays import axis_size, may_vary
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import Group, Grouping, Member, SlotValues, name_of
-from gradsmooth_optax._depth.paths import show_path, some
+from gradsmooth_optax._depth.paths import MASKED, show_path, some
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,14 +152,14 @@ def _extents(
     grouping: Grouping, axis_name: Hashable, count: int
 ) -> dict[Hashable, tuple[int, tuple[int, ...]]]:
     """Of every stack, how many consecutive layers a stage holds, and their starts."""
-    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
     layers: dict[Hashable, set[int]] = {}
     steps: dict[Hashable, list[list[int]]] = {}
     # Also of leaves that are left out: they say how deep a stage is.
-    for (path, leaf), assignment in zip(
-        leaves, grouping.spec.locate(leaves), strict=True
+    places = grouping.places
+    for (path, leaf, _), assignment in zip(
+        places, grouping.spec.locate(places), strict=True
     ):
-        if assignment is None:
+        if assignment is None or leaf is MASKED:
             continue
         depth, shape = assignment.depth, np.shape(leaf)
         axes = as_tuple(depth.axis)

@@ -14,7 +14,7 @@ from optax import contrib
 from gradsmooth_optax._checks import transformation
 from gradsmooth_optax._depth.checked_groups import numbered_by
 from gradsmooth_optax._depth.depth import as_tuple
-from gradsmooth_optax._depth.paths import plain_path
+from gradsmooth_optax._depth.paths import MASKED, places_of
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec
 from gradsmooth_optax._transforms.smooth import with_depth_smoothing
 
@@ -231,17 +231,17 @@ def _agreeing(
 
 def _matrices_per_layer(spec: DepthSpec, tree: Any) -> Any:
     """`MuonDimensionNumbers` for leaves that are matrices per layer, else None."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [(plain_path(key_path), leaf) for key_path, leaf in flat]
-    numbers = []
-    for (_, leaf), assignment in zip(leaves, spec.locate(leaves), strict=True):
+    places, numbers = places_of(tree), []
+    for (_, leaf, _), assignment in zip(places, spec.locate(places), strict=True):
+        if leaf is MASKED:
+            continue
         rank = np.ndim(leaf)
         over_depth = as_tuple(assignment.depth.axis) if assignment else ()
         over_depth = {axis % max(rank, 1) for axis in over_depth}
         axes = [axis for axis in range(rank) if axis not in over_depth]
         is_matrix = len(axes) == 2
         numbers.append(contrib.MuonDimensionNumbers(*axes) if is_matrix else None)
-    return treedef.unflatten(numbers)
+    return jax.tree.unflatten(jax.tree.structure(tree), numbers)
 
 
 def _scale_by_shape(

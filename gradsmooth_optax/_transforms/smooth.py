@@ -167,11 +167,12 @@ def smooth_over_depth(
     check_choice("norm_scope", norm_scope, get_args(NormScope))
     check_flag("strict", strict)
     _check_mesh_axes(axis_name, axis_boundary, norm_axis_names)
+    said: set[str] = set()
 
     def init_fn(params):
         # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.
         if axis_name is None:
-            coupled_groups(spec, params, strict, warn=True)
+            coupled_groups(spec, params, strict, said)
         else:  # maybe those of one stage, maybe of all: gaps cannot be told
             check_structure(group_by_depth(spec, params), strict, wholes=())
         if operator.scheduled:
@@ -184,7 +185,7 @@ def smooth_over_depth(
         for name in norm_axis_names:
             axis_size(name, "norm_axis_names")
         if axis_name is None:
-            grouping = coupled_groups(spec, updates, strict)
+            grouping = coupled_groups(spec, updates, strict, said)
             groups: Sequence[DepthGroup] = grouping.groups
         else:
             grouping = group_by_depth(spec, updates)

@@ -90,9 +90,10 @@ def learning(
     if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"`dtype` must be a floating dtype or None, but is {dtype!r}.")
     sign = 1.0 if direction == "ascent" else -1.0
+    said: set[str] = set()
 
     def init_fn(params):
-        grouping = coupled_groups(spec, params, strict, warn=True)
+        grouping = coupled_groups(spec, params, strict, said)
         groups = grouping.coupled
         shapes = family.shapes(Units.of(groups, family.per))
         kept = {
@@ -109,7 +110,7 @@ def learning(
 
     def update_fn(updates, state, params=None, **extra_args):
         theta, means, kept, inner_state = state
-        gradients = coupled_groups(spec, updates, strict)
+        gradients = coupled_groups(spec, updates, strict, said)
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
         groups = gradients.coupled
         if not groups:

@@ -13,7 +13,7 @@ from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._coupling.layers import layers_of
 from gradsmooth_optax._coupling.totals import Units
 from gradsmooth_optax._depth.checked_groups import coupled_groups
-from gradsmooth_optax._depth.paths import plain_path, show_path
+from gradsmooth_optax._depth.paths import MASKED, places_of, show_path
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 
 
@@ -131,12 +131,11 @@ def _of_one_microbatch(leaf: Any) -> Any:
 
 def _num_microbatches(tree: Any) -> int:
     """M, the size of the first axis of all leaves that can be updates; 0 of none."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     first: tuple[str, int] | None = None
-    for key_path, leaf in flat:
-        if inexact_dtype(leaf) is None:
+    for place in places_of(tree):
+        if place.leaf is MASKED or inexact_dtype(place.leaf) is None:
             continue
-        path, shape = show_path(plain_path(key_path)), np.shape(leaf)
+        path, shape = show_path(place.path), np.shape(place.leaf)
         found = f"leaf {path!r} of `per_microbatch_updates` has shape {shape}"
         if not shape or shape[0] < 2:
             size = f"size {shape[0]}" if shape else "no size"

@@ -13,16 +13,10 @@ import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.checked_groups import check_structure
+from gradsmooth_optax._depth.doubts import doubts
 from gradsmooth_optax._depth.groups import Group, Grouping, group_by_depth
-from gradsmooth_optax._depth.paths import show_path
-from gradsmooth_optax._depth.reading.words import names_layers, split_number
-from gradsmooth_optax._depth.specs import (
-    DepthLike,
-    DepthSpec,
-    Leaves,
-    as_spec,
-    expanded,
-)
+from gradsmooth_optax._depth.paths import Place, show_path
+from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec, expanded
 
 _LONGEST_LIST = 50
 
@@ -41,6 +35,7 @@ class DepthSummary:
       smoothed: number of parameters that are coupled with another layer.
       total: number of parameters of floating or complex dtype.
       problem: the error that a transformation with `strict=True` raises, or "".
+      doubts: the warnings that it gives.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -60,6 +55,7 @@ class DepthSummary:
     smoothed: int
     total: int
     problem: str
+    doubts: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [self._headline()]
@@ -125,10 +121,8 @@ class DepthSummary:
             ),
             ("parts of the spec that matched nothing", list(map(repr, self.unmatched))),
         ]
-        if not self.groups and self.untouched:
-            lists.append(("to fix", ["`print(detect(params))` proposes a spec"]))
-        elif self.problem:
-            lists.append(("an error where `strict`", [self.problem]))
+        lists.append(("an error where `strict`", [self.problem] * bool(self.problem)))
+        lists.append(("a warning where `strict`", list(self.doubts)))
         return [(title, items) for title, items in lists if items]
 
 
@@ -181,7 +175,7 @@ def describe(depth: DepthLike, params: Any) -> DepthSummary:
         int((group.run_lengths > 1).sum()) * math.prod(group.shape)
         for group in grouping.groups
     )
-    leaves = list(zip(grouping.paths, grouping.leaves, strict=True))
+    problem = _problem(grouping)
     return DepthSummary(
         spec,
         grouping.groups,
@@ -190,10 +184,11 @@ def describe(depth: DepthLike, params: Any) -> DepthSummary:
             for i in grouping.untouched
             for leaf in [grouping.leaves[i]]
         ),
-        tuple(_unmatched(spec, leaves)),
+        tuple(_unmatched(spec, grouping.places)),
         coupled,
         sum(sizes),
-        _problem(grouping),
+        problem,
+        () if problem else tuple(doubts(grouping)),
     )
 
 
@@ -206,11 +201,11 @@ def _problem(grouping: Grouping) -> str:
     return ""
 
 
-def _unmatched(spec: DepthSpec, leaves: Leaves) -> list[DepthSpec]:
+def _unmatched(spec: DepthSpec, places: Sequence[Place]) -> list[DepthSpec]:
     """The parts of a composed spec that match nothing."""
-    if not any(spec.assign(leaves)):
+    if not any(spec.assign(places)):
         return [spec]
-    return [lost for part in spec.parts(leaves) for lost in _unmatched(part, leaves)]
+    return [lost for part in spec.parts for lost in _unmatched(part, places)]
 
 
 def _row(group: Group, stack_layers: set[int]) -> tuple[str, ...]:
@@ -230,13 +225,6 @@ def _row(group: Group, stack_layers: set[int]) -> tuple[str, ...]:
     if beyond:
         # Right for a role that only some layers have; a wrong axis looks like this too.
         notes.append(f"not in {_layers(beyond)} of the stack")
-    if any(member.axes for member in group.members):
-        # Right for a list inside a scanned block; two mistakes look like this too.
-        first = str(group.role).split("/")[0]
-        if first.isdecimal():
-            notes.append("number in the role: one leaf per layer?")
-        elif split_number(first) and names_layers(first):
-            notes.append(f"{first} in the role: a cycle of layers?")
     if group.missing:
         gaps = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in group.missing]
         one = len(gaps) == 1 and len(group.missing[0]) == 1

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
-from gradsmooth_optax._arrays import inexact_dtype
-from gradsmooth_optax._depth.paths import plain_path
-from gradsmooth_optax._depth.reading.boxes import named_axes
-from gradsmooth_optax._depth.reading.found_stack import DetectedStack, depths_of
-from gradsmooth_optax._depth.reading.numbered import numbered_stacks
-from gradsmooth_optax._depth.reading.stacked import perhaps_scanned, scanned_stacks
-from gradsmooth_optax._depth.specs import DepthSpec, Leaves, first_match
+from gradsmooth_optax._depth.paths import Place, places_of
+from gradsmooth_optax._depth.proposals import fitting_preset, proposed, tried
+from gradsmooth_optax._depth.reading import Stack, read
+from gradsmooth_optax._depth.specs import DepthSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,58 +110,29 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
             f"`params` of `detect` must be a pytree of arrays, but is the spec "
             f"{params!r}. To see what a spec does, write `describe(spec, params)`."
         )
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [
-        (plain_path(key_path), leaf)
-        for key_path, leaf in flat
-        if inexact_dtype(leaf) is not None
-    ]
-    stacks = list(scanned_stacks((), leaves, named_axes(params)))
-    left_out: list[str] = []
-    stacks += numbered_stacks((), _without(leaves, stacks), left_out)
-    doubts = [doubt for stack in stacks for doubt in stack.doubts]
-    doubts += perhaps_scanned((), _without(leaves, stacks))
-    members = _fewest_specs(stacks, leaves)
-    proposal = first_match(*members) if len(members) > 1 else next(iter(members), None)
+    places, treedef = places_of(params), jax.tree.structure(params)
+    stacks, left_out = read(places)
+    proposal = proposed(stacks, places)
+    doubts = [doubt for stack in stacks for doubt in _doubts(stack, places)]
+    if proposal is not None and not doubts:
+        at_least = tried(proposal, places, treedef)
+        proposal = fitting_preset(places, treedef, at_least) or proposal
     return Detection(
         "" if proposal is None else repr(proposal),
-        tuple(stack.reason for stack in stacks) or tuple(() if doubts else left_out),
+        tuple(stack.reason for stack in stacks) or left_out,
         tuple(doubts),
         proposal,
         bool(accept_uncertain),
     )
 
 
-def _without(leaves: Leaves, stacks: Sequence[DetectedStack]) -> Leaves:
-    taken = {path for stack in stacks for path, _ in stack.leaves}
-    return [(path, leaf) for path, leaf in leaves if path not in taken]
-
-
-def _fewest_specs(stacks: Sequence[DetectedStack], leaves: Leaves) -> list[DepthSpec]:
-    """Specs with short patterns that find these stacks and nothing else."""
-    specs, left = [], list(stacks)
-    while left:
-        specific = map(left[0].spec, left[0].patterns)
-        found = ((spec, _covered(spec, left, leaves)) for spec in specific)
-        alone = (left[0].whole, [left[0]])
-        spec, covered = next((pair for pair in found if pair[1]), alone)
-        specs.append(spec)
-        left = [stack for stack in left if stack not in covered]
-    return specs
-
-
-def _covered(
-    spec: DepthSpec, stacks: list[DetectedStack], leaves: Leaves
-) -> list[DetectedStack]:
-    """The stacks that the spec finds, the first among them; [] if it finds others."""
-    found = depths_of(spec, leaves)
-    covered = [
-        stack
-        for stack in stacks
-        if type(stack.whole) is type(spec) and stack.depths.items() <= found.items()
-    ]
-    finds_others = sum(len(stack.depths) for stack in covered) < len(found)
-    return [] if finds_others or stacks[0] not in covered else covered
+def _doubts(stack: Stack, places: Sequence[Place]) -> Iterator[str]:
+    yield from stack.doubts
+    if stack.rivals:
+        yield (
+            f"{stack.reason}; but also {stack.rivals[0].reason}. If those are the "
+            f"layers, write `{proposed(stack.rivals, places)!r}`"
+        )
 
 
 def _listed(items: Sequence[str]) -> str:

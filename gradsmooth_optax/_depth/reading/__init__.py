@@ -1,1 +1,0 @@
-"""What a tree looks like: layers by their names, boxes and shapes."""

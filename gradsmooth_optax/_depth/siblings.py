@@ -1,0 +1,175 @@
+"""Numbered siblings in a tree: layers_0, layers_1, … and what they hold in common."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradsmooth_optax._arrays import inexact_dtype
+from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path
+from gradsmooth_optax._depth.words import Meaning, meaning, split_number
+
+
+@dataclass(frozen=True, eq=False)
+class Siblings:
+    """Numbered children of one node: layers_0, layers_1, … or 0, 1, … of a list.
+
+    Attributes:
+      parent: path of the node.
+      stem: the children's name without the number.
+      children: the places of each, by number.
+      first_is_bare: whether number 0 is written without it, as Haiku does.
+    """
+
+    parent: Path
+    stem: str
+    children: dict[int, list[Place]]
+    first_is_bare: bool
+
+    @property
+    def places(self) -> list[Place]:
+        """The places of all."""
+        return list(itertools.chain.from_iterable(self.children.values()))
+
+    def path(self, number: int) -> Path:
+        """The path of one of them."""
+        return self.children[number][0].path[: len(self.parent) + 1]
+
+    def inside(self, place: Place) -> Path:
+        """The path of a place inside its sibling."""
+        return place.path[len(self.parent) + 1 :]
+
+    @functools.cached_property
+    def numbers_of(self) -> dict[Path, list[int]]:
+        """The numbers of the siblings that hold each path; wholly masked ones none."""
+        numbers: dict[Path, list[int]] = defaultdict(list)
+        for number, places in self.children.items():
+            for place in places:
+                if self.inside(place) or place.leaf is not MASKED:
+                    numbers[self.inside(place)].append(number)
+        return dict(numbers)
+
+    @functools.cached_property
+    def numbers_of_roles(self) -> dict[tuple, list[int]]:
+        """The numbers of the siblings that hold each (path, shape, dtype)."""
+        numbers: dict[tuple, list[int]] = defaultdict(list)
+        for number, places in self.children.items():
+            for place in places:
+                if place.leaf is not MASKED:
+                    numbers[(self.inside(place), *_kind(place.leaf))].append(number)
+        return dict(numbers)
+
+    @property
+    def shares(self) -> bool:
+        """Whether two of them hold a parameter of one shape, or may, where masked."""
+        has_masked = any(place.leaf is MASKED for place in self.places)
+        counts = map(len, self.numbers_of_roles.values())
+        return has_masked or max(counts, default=0) > 1
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether all of them have at least half of their parameters in common."""
+        known = {n for numbers in self.numbers_of.values() for n in numbers}
+        everywhere = sum(len(ns) == len(known) for ns in self.numbers_of.values())
+        most = max(map(len, self.children.values()))
+        return 2 * everywhere >= most or not known
+
+    @property
+    def num_modules(self) -> int:
+        """How many modules the largest of them has."""
+        modules = defaultdict(set)
+        for path, numbers in self.numbers_of.items():
+            for number in numbers:
+                modules[number].add(path[:-1])
+        return max(map(len, modules.values()), default=0)
+
+    @property
+    def meaning(self) -> Meaning:
+        """What their name says, with what they hold and what they are in."""
+        is_list = not self.stem
+        word = self.parent[-1] if is_list and self.parent else self.stem
+        found = meaning(word, is_list)
+        if found == "layers of parts":
+            return "layers" if self.num_modules > 2 else "parts"
+        holders = self.parent[:-1] if is_list else self.parent
+        are_of_part = any(meaning(name, True) in ("parts", "beside") for name in holders)
+        if found == "layers" and self.num_modules < 2 and are_of_part:
+            return "parts"
+        return found
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns for them, from the shortest end of the path to the whole path."""
+        number, stem = r"(\d+)", re.escape(self.stem)
+        if min(self.children) < 0:
+            number = r"(-?\d+)"
+        segment = stem + number
+        if self.first_is_bare:
+            segment = rf"{stem.removesuffix('_')}(?:_{number})?"
+        are_leaves = any(not self.inside(place) for place in self.places)
+        ending = "(?:/|$)" if are_leaves else "/"
+        patterns = patterns_of(self.parent, segment + ending)
+        return patterns if self.stem else patterns[1:]  # a bare number says too little
+
+    def __str__(self) -> str:
+        first, last = min(self.children), max(self.children)
+        return f"{show_path(self.path(first))} … {show_path(self.path(last))}"
+
+
+def _kind(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    return np.shape(leaf), inexact_dtype(leaf)
+
+
+def places_by_child(
+    node: Path, places: Iterable[Place]
+) -> dict[str | int, list[Place]]:
+    children = defaultdict(list)
+    for place in places:
+        if len(place.path) > len(node):
+            children[place.path[len(node)]].append(place)
+    return dict(children)
+
+
+def children_of(
+    node: Path, places: Iterable[Place]
+) -> tuple[list[Siblings], dict[str | int, list[Place]]]:
+    """The children of `node` with their places: numbered siblings, and the others."""
+    children = places_by_child(node, places)
+    by_stem: dict[str, dict[int, str | int]] = defaultdict(dict)
+    ambiguous = set()
+    for child in children:
+        if (split := split_number(child)) is not None:
+            if split[1] in by_stem[split[0]]:
+                ambiguous.add(split[0])  # layer_1 and layer_01
+            by_stem[split[0]][split[1]] = child
+    families = []
+    for stem, numbered in by_stem.items():
+        if stem in ambiguous:
+            continue
+        bare = stem.removesuffix("_")
+        counts_from_one = sorted(numbered) == list(range(1, len(numbered) + 1))
+        first_is_bare = bare != stem and bare in children and counts_from_one
+        if first_is_bare:
+            numbered[0] = bare
+        if len(numbered) > 1:
+            found = {n: children.pop(numbered[n]) for n in sorted(numbered)}
+            families.append(Siblings(node, stem, found, first_is_bare))
+    return families, children
+
+
+def patterns_of(parent: Path, segment: str) -> tuple[str, ...]:
+    """`segment` after more and more of the path, at last after all of it."""
+    parts = [re.escape(str(part)) for part in parent]
+    ends = ["/".join([*parts[i:], segment]) for i in range(len(parts), -1, -1)]
+    return (*ends, f"^{ends[-1]}")
+
+
+def are_consecutive(numbers: Sequence[int]) -> bool:
+    return all(b - a == 1 for a, b in itertools.pairwise(sorted(numbers)))

@@ -1,0 +1,72 @@
+"""What the names of numbered siblings say: layers, parts of one, or things beside."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, TypeAlias
+
+Meaning: TypeAlias = Literal["layers", "layers of parts", "parts", "beside", "other"]
+
+# How real stacks name their repeated blocks: layers_3, encoderblock_3, ...
+_LAYERS = re.compile(r"(?:layer|block)s?$|^stacked$")
+
+# What a scan makes a matrix of.
+VECTORS = {"b", "beta", "bias", "gain", "gamma", "g", "offset", "scale"}
+
+_PARTS = {
+    *("dense", "linear", "lin", "conv", "conv1d", "conv2d", "norm", "ln", "embed"),
+    *("embedding", "embedder", "dropout", "attention", "attn", "att", "mlp", "ff"),
+    *("ffn", "gate", "kernel", "weight", "bias", "scale", "bn", "fc", "proj", "w"),
+    *("wi", "wo", "b", "in", "out", "input", "output", "time", "layernorm", "rnn"),
+    *("lstm", "gru", "pos", "position", "param", "parameter", "query", "key", "value"),
+}
+# Never one after the other, whatever they hold.
+_BESIDE = {"expert", "head", "tower", "branch", "branche", "codebook", "vmap", "view"}
+# Things that hold layers. A list may be called as what it is in: `encoder/0`.
+_WHOLES = {
+    *("stage", "group", "critic", "actor", "policy", "model", "ensemble", "member"),
+    *("agent", "task", "client", "encoder", "decoder", "net", "network", "q", "qf"),
+    *("vf", "per_layer"),
+}
+_LISTS_OF_WHOLES = {f"{word}s" for word in _WHOLES} | {"policies", "ensemble"}
+
+
+def meaning(name: str | int, is_list: bool = False) -> Meaning:
+    """What numbered siblings of this name are, or the entries of a list of this name.
+
+    "layers of parts", such as `attention_blocks`, are whole layers or parts of them.
+    """
+    words = _words(name)
+    if not words:
+        return "other"
+    if words[:2] == ["layer", "stack"]:  # Haiku's
+        return "layers"
+    singular = [word.removesuffix("s") for word in words]
+    if _BESIDE & set(singular) or words[-2:] == ["per", "layer"]:
+        return "beside"
+    is_whole = words[-1] in _LISTS_OF_WHOLES if is_list else singular[-1] in _WHOLES
+    if is_whole:
+        return "beside"
+    if _LAYERS.search(words[-1]) or words in (["h"], ["l"]):
+        is_of_parts = _PARTS & {*words[:-1], *singular[:-1]}
+        return "layers of parts" if is_of_parts else "layers"
+    is_part = _PARTS & {words[-1], singular[-1]} or words[0] in ("w", "b")
+    return "parts" if is_part else "other"
+
+
+def _words(name: str | int) -> list[str]:
+    """["encoder", "block"] of `encoder_block_3` and of `EncoderBlock`."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", str(name))
+    parts = re.split(r"[^A-Za-z0-9]+", spaced)
+    words = (part.rstrip("0123456789").lower() for part in parts)
+    return [word for word in words if word]
+
+
+def split_number(segment: str | int) -> tuple[str, int] | None:
+    """("layers_", 3) of layers_3, ("", 3) of 3, None without a number at the end."""
+    text = str(segment)
+    stem = text.rstrip("0123456789")
+    stem = "" if stem == "-" else stem
+    digits = text[len(stem) :]
+    # Longer ones are hashes.
+    return (stem, int(digits)) if digits not in ("", "-") and len(digits) < 10 else None
