@@ -59,7 +59,7 @@ def flax_linen(
       ('encoder/encoderblock', 'Dense_0/kernel', (0, 1))
     """
     if scan_axis is None:
-        return unrolled(rf"(?:^|/){block}[._]?(\d+)/")
+        return unrolled(rf"(?:^|/){block}[/_]?(\d+)/")
     return scanned(rf"(?:^|/){block}(?:_\d+)?/", axis=scan_axis)
 
 
@@ -279,10 +279,10 @@ def uvit(*, join_at: int | None = None) -> DepthSpec:
       ('blocks', 'qkv/kernel', (0, 1, 2))
     """
     if join_at is None:
-        return unrolled(r"(?:^|/)(?:in|out)_blocks[_/.](\d+)/")
+        return unrolled(r"(?:^|/)(?:in|out)_blocks[_/](\d+)/")
     return first_match(
-        unrolled(r"(?:^|/)in_blocks[_/.](\d+)/", stack="blocks"),
-        unrolled(r"(?:^|/)out_blocks[_/.](\d+)/", start=join_at, stack="blocks"),
+        unrolled(r"(?:^|/)in_blocks[_/](\d+)/", stack="blocks"),
+        unrolled(r"(?:^|/)out_blocks[_/](\d+)/", start=join_at, stack="blocks"),
     )
 
 

@@ -1830,7 +1830,7 @@ DIFFUSION_STACKS = [
         "google-research/scenic 4a38d47 projects/baselines/segment_anything",
         each("image_encoder/blocks.{}/*", VIT_BLOCK, range(3))
         + outside({"image_encoder/pos_embed": (1, 4, 3)}),
-        gs.unrolled(r"blocks\.(\d+)/"),
+        gs.unrolled(r"blocks/(\d+)/"),
         gs.layouts.flax_linen(),
     ),
 ]

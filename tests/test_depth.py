@@ -77,21 +77,28 @@ def assert_reads(depth, path, expected, num_layers=3):
     oracle.assert_blocks_close(result, oracle.window(blocks, 0.4))
 
 
+def assert_reads_by_itself(depth, path, expected):
+    """The same, of the number that `unrolled()` takes, among siblings of the leaf."""
+    template, tree = "/".join(path) if isinstance(path, tuple) else path, {}
+    number = re.search(r"(?<![0-9])[0-9]+(?![0-9])", template)
+    for n in range(int(number[0]) + 1):
+        text = template[: number.start()] + str(n) + template[number.end() :]
+        node = tree
+        *parents, last = text.split("/")
+        for segment in parents:
+            node = node.setdefault(segment, {})
+        node[last] = leaf(n)
+    (group,) = gs.describe(depth, tree).groups
+    assert (group.stack, group.role) == (expected.stack, expected.role)
+    assert group.layers[-1] == expected.layer
+    assert group.num_layers == int(number[0]) + 1
+
+
 CONTRACT = [
-    (
-        gs.unrolled(),
-        "decoder/layers_3/mlp/kernel",
-        gs.Depth("decoder/layers", "mlp/kernel", 3),
-    ),
     (
         gs.unrolled(r"layers_(\d+)/"),
         "decoder/layers_3/mlp/kernel",
         gs.Depth("decoder/layers", "mlp/kernel", 3),
-    ),
-    (
-        gs.unrolled(),
-        "transformer/h/3/ln_1/scale",
-        gs.Depth("transformer/h", "ln_1/scale", 3),
     ),
     (
         gs.unrolled(r"block(?:_(\d+))?/"),
@@ -124,31 +131,6 @@ def test_every_row_of_the_contracts_table_of_paths(depth, path, expected):
 
 
 MORE = {
-    "stack names end where the number begins": (
-        gs.unrolled(),
-        "encoderblock_3/MlpBlock_0/Dense_1/kernel",
-        gs.Depth("encoderblock", "MlpBlock_0/Dense_1/kernel", 3),
-    ),
-    "the root may hold the layers": (
-        gs.unrolled(),
-        "layer_3/attn/q_einsum/w",
-        gs.Depth("layer", "attn/q_einsum/w", 3),
-    ),
-    "a list at the root has the empty stack name": (
-        gs.unrolled(),
-        ("3", "w"),
-        gs.Depth("", "w", 3),
-    ),
-    "numbers of several digits": (
-        gs.unrolled(),
-        "layers_12/w",
-        gs.Depth("layers", "w", 12),
-    ),
-    "the first numbered segment is the layer": (
-        gs.unrolled(),
-        "h/3/experts/1/w",
-        gs.Depth("h", "experts/1/w", 3),
-    ),
     "haiku's key with slashes, first layer": (
         gs.unrolled(r"block(?:_(\d+))?/"),
         ("transformer/block/linear", "w"),
@@ -162,7 +144,7 @@ MORE = {
     "dots are edges": (
         gs.unrolled(r"(\d+)"),
         ("model.h.3.weight",),
-        gs.Depth("model.h", "weight", 3),
+        gs.Depth("model/h", "weight", 3),
     ),
     "the pattern is searched, not matched from the start": (
         gs.unrolled(r"_(\d+)"),
@@ -179,25 +161,10 @@ MORE = {
         "encoder/layers_2/w",
         gs.Depth("enc", "w", 2),
     ),
-    "stack= replaces the stack": (
-        gs.unrolled(stack="all"),
-        "decoder/layers_2/w",
-        gs.Depth("all", "w", 2),
-    ),
-    "a stack name may be any hashable": (
-        gs.unrolled(stack=("decoder", 1)),
-        "decoder/layers_2/w",
-        gs.Depth(("decoder", 1), "w", 2),
-    ),
     "a group named role is put before what follows the match": (
         gs.unrolled(r"layers_(\d+)/(?P<role>\w+)_local/"),
         "layers_1/mlp_local/wo/kernel",
         gs.Depth("layers", "mlp/wo/kernel", 1),
-    ),
-    "start shifts the numbers": (
-        gs.unrolled(start=10),
-        "layers_2/w",
-        gs.Depth("layers", "w", 12),
     ),
     "scanned: the match without its slash": (
         gs.scanned("blocks"),
@@ -237,6 +204,67 @@ def test_reads(row):
     assert_reads(*MORE[row])
 
 
+# Without a pattern.
+
+BY_ITSELF = {
+    "the contract's table, a name with a number": (
+        gs.unrolled(),
+        "decoder/layers_3/mlp/kernel",
+        gs.Depth("decoder/layers", "mlp/kernel", 3),
+    ),
+    "the contract's table, a list": (
+        gs.unrolled(),
+        "transformer/h/3/ln_1/scale",
+        gs.Depth("transformer/h", "ln_1/scale", 3),
+    ),
+    "stack names end where the number begins": (
+        gs.unrolled(),
+        "encoderblock_3/MlpBlock_0/Dense_1/kernel",
+        gs.Depth("encoderblock", "MlpBlock_0/Dense_1/kernel", 3),
+    ),
+    "the root may hold the layers": (
+        gs.unrolled(),
+        "layer_3/attn/q_einsum/w",
+        gs.Depth("layer", "attn/q_einsum/w", 3),
+    ),
+    "a list at the root has the empty stack name": (
+        gs.unrolled(),
+        ("3", "w"),
+        gs.Depth("", "w", 3),
+    ),
+    "numbers of several digits": (
+        gs.unrolled(),
+        "layers_12/w",
+        gs.Depth("layers", "w", 12),
+    ),
+    "the first numbered segment is the layer": (
+        gs.unrolled(),
+        "h/3/experts/1/w",
+        gs.Depth("h", "experts/1/w", 3),
+    ),
+    "stack= replaces the stack": (
+        gs.unrolled(stack="all"),
+        "decoder/layers_2/w",
+        gs.Depth("all", "w", 2),
+    ),
+    "a stack name may be any hashable": (
+        gs.unrolled(stack=("decoder", 1)),
+        "decoder/layers_2/w",
+        gs.Depth(("decoder", 1), "w", 2),
+    ),
+    "start shifts the numbers": (
+        gs.unrolled(start=10),
+        "layers_2/w",
+        gs.Depth("layers", "w", 12),
+    ),
+}
+
+
+@pytest.mark.parametrize("row", BY_ITSELF)
+def test_without_a_pattern_it_takes_the_number_of_the_layers(row):
+    assert_reads_by_itself(*BY_ITSELF[row])
+
+
 def test_integer_segments_count_as_numbers():
     values = [leaf(i) for i in range(4)]
     blocks = [{"w": np.asarray(x)} for x in values]
@@ -269,13 +297,24 @@ class Pair(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Variable:
+    """Like Flax's."""
+
     value: object
+
+    def get_metadata(self):
+        return {}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class HalfBoxed:
+    """Like penzai's named arrays."""
+
     data_array: object
+
+    @property
+    def named_axes(self):
+        return {}
 
 
 class Opaque:
@@ -315,7 +354,7 @@ def test_a_function_gets_plain_segments_and_the_leaf():
         ({"a": {3: x}}, ("a", 3)),
         ({"a": Pair(x, None)}, ("a", "x")),
         ({"block/linear": {"w": x}}, ("block", "linear", "w")),
-        ({"a": Variable({"w": x})}, ("a", "value", "w")),
+        ({"a": Variable({"w": x})}, ("a", "w")),
     ]
     for tree, path in cases:
         assert record_paths(tree) == [path]

@@ -112,6 +112,7 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
         )
     places, treedef = places_of(params), jax.tree.structure(params)
     stacks, left_out = read(places)
+    stacks = [stack for stack in stacks if not stack.is_one_layer]
     proposal = proposed(stacks, places)
     doubts = [doubt for stack in stacks for doubt in _doubts(stack, places)]
     if proposal is not None and not doubts:
@@ -119,7 +120,7 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
         proposal = fitting_preset(places, treedef, at_least) or proposal
     return Detection(
         "" if proposal is None else repr(proposal),
-        tuple(stack.reason for stack in stacks) or left_out,
+        tuple(found.reason for found in (stacks or left_out)),
         tuple(doubts),
         proposal,
         bool(accept_uncertain),

@@ -20,6 +20,7 @@ from gradsmooth_optax._depth.specs import (
     restricted_like,
 )
 from gradsmooth_optax._depth.structure import Fault
+from gradsmooth_optax._depth.words import split_number
 
 
 class DepthWarning(UserWarning):
@@ -43,10 +44,14 @@ class DepthWarning(UserWarning):
 
 def message_of(fault: Fault, grouping: Grouping) -> str:
     """The error, with a call that was tried where the tree shows one."""
-    cure = ""
-    if fault.is_misread:
-        cure = _cure(grouping, read(grouping.places))
-    return f"{fault.found} To fix: {cure}{'; or ' * bool(cure)}{fault.fix}."
+    if not fault.is_misread:
+        return f"{fault.found} To fix: {fault.fix}."
+    reading = read(grouping.places)
+    found = fault.found
+    if not reading.stacks and reading.left_out:
+        found += f" The tree shows {reading.left_out[0].reason}."
+    cure = _cure(grouping, reading)
+    return f"{found} To fix: {cure}{'; or ' * bool(cure)}{fault.fix}."
 
 
 def rivals_of(grouping: Grouping) -> Iterator[str]:
@@ -73,6 +78,7 @@ def doubts(grouping: Grouping) -> list[str]:
     found = [
         *_nothing_coupled(grouping, reading),
         *_left_out(grouping, reading),
+        *_side_by_side(grouping, reading),
         *_wrong_axes(grouping),
     ]
     if not found:
@@ -89,8 +95,9 @@ def doubts(grouping: Grouping) -> list[str]:
 def _cure(grouping: Grouping, reading: Reading) -> str:
     """A call that was tried, as advice; "" where none does."""
     places, treedef = grouping.places, grouping.treedef
-    certain = [stack for stack in reading.stacks if stack.is_certain]
-    for stacks in (certain, list(reading.stacks)):
+    several = [stack for stack in reading.stacks if not stack.is_one_layer]
+    certain = [stack for stack in several if stack.is_certain]
+    for stacks in (certain, several):
         call = proposed(stacks, places)
         if call is None or call == grouping.spec:
             continue
@@ -100,7 +107,7 @@ def _cure(grouping: Grouping, reading: Reading) -> str:
         if at_least and (good := tried(restricted, places, treedef)):
             if good.spec != grouping.spec and not _contradictions(good, reading):
                 unsure = [d for s in stacks for d in s.doubts]
-                return f"write `{restricted!r}`" + f", if {unsure[0]}" * bool(unsure)
+                return f"write `{restricted!r}`" + "".join(f", if it is so: {doubt}" for doubt in unsure[:1])
     return ""
 
 
@@ -112,7 +119,7 @@ def _nothing_coupled(grouping: Grouping, reading: Reading) -> Iterator[str]:
     for group in grouping.groups:
         numbers[group.stack].update(group.layers)
     has_layers = any(len(layers) > 1 for layers in numbers.values())
-    shown = [s for s in reading.stacks if len(_numbers(s)) > 1]
+    shown = [stack for stack in reading.stacks if not stack.is_one_layer]
     if has_layers or shown:
         one = grouping.groups[0]
         yield (
@@ -121,12 +128,6 @@ def _nothing_coupled(grouping: Grouping, reading: Reading) -> Iterator[str]:
             f"({show_path(one.members[0].path)})"
             + "".join(f"; but the tree shows {s.reason}" for s in shown[:1])
         )
-
-
-def _numbers(stack: Stack) -> set:
-    if stack.function == "scanned":
-        return {0, 1}
-    return {depth.layer for depth in stack.depths.values()}
 
 
 def _left_out(grouping: Grouping, reading: Reading) -> Iterator[str]:
@@ -167,21 +168,22 @@ def _contradiction(stack: Stack, held: dict[Path, tuple[Group, Member]]) -> str:
     others of its layer are not.
     """
     there = {path: held[path] for path in stack.depths if path in held}
+    if stack.is_one_layer:
+        return ""
     if not there:
-        if stack.is_certain and len(_numbers(stack)) > 1:
+        if stack.is_certain:
             return f"leaves out all of {stack.reason}"
         return ""
     if not stack.is_certain and not _is_cycle(stack):
         return ""
     if stack.function == "unrolled" or _is_cycle(stack):
-        layers = _numbers(stack) if stack.function == "unrolled" else _positions(stack)
         seen = {stack.depths[path].layer for path in there}
-        if missing := sorted(layers - seen):
+        if missing := sorted({d.layer for d in stack.depths.values()} - seen):
             number = f"layer{'s' * (len(missing) > 1)} {some(missing)}"
             return f"leaves out {number} of {stack.reason}"
     for path, (_, member) in there.items():
         axes = tuple(sorted(as_tuple(stack.depths[path].axis)))
-        if stack.function == "unrolled" and member.axes:
+        if stack.function == "unrolled" and _holds_one_layer(path, held):
             return (
                 f"takes axis {some(member.axes)} of leaf {show_path(path)} for depth, "
                 f"but the layers are leaves of their own: {stack.reason}"
@@ -199,8 +201,40 @@ def _is_cycle(stack: Stack) -> bool:
     return "stride" in stack.options
 
 
-def _positions(stack: Stack) -> set[int]:
-    return {depth.layer for depth in stack.depths.values()}
+def _side_by_side(grouping: Grouping, reading: Reading) -> Iterator[str]:
+    """Models, experts, heads that are coupled with each other."""
+    for left_out in reading.left_out:
+        if not left_out.is_beside:
+            continue
+        start = len(left_out.node)
+        for group in grouping.coupled:
+            inside = [
+                m.path
+                for m in group.members
+                if m.path[:start] == left_out.node
+                and _is_one_of(m.path[start:], left_out.stem, m)
+            ]
+            one_inside = {show_path(path[start + 1 :]) for path in inside}
+            if left_out.stem is None and inside or len(inside) > len(one_inside):
+                yield f"couples {some(_paths(group), 3)}: {left_out.reason}"
+                break
+
+
+def _is_one_of(inside: Path, stem: str | None, member: Member) -> bool:
+    """Whether a path in a node is in one of the siblings, or in what is stacked."""
+    if stem is None:
+        return bool(member.axes)
+    split = split_number(inside[0]) if inside else None
+    return split is not None and split[0] == stem
+
+
+def _holds_one_layer(path: Path, held: dict[Path, tuple[Group, Member]]) -> bool:
+    """Whether a leaf that is taken for stacked is a vector or a matrix by its name."""
+    group, member = held[path]
+    rank = len(group.shape) + len(member.axes)
+    is_cycle = len(group.members) > 1
+    needed = 1 + (not is_cycle and str(path[-1]) in ("kernel", "weight", "w"))
+    return bool(member.axes) and rank <= needed
 
 
 def _counterparts(stack: Stack, there: dict[Path, tuple[Group, Member]]) -> str:
@@ -210,11 +244,13 @@ def _counterparts(stack: Stack, there: dict[Path, tuple[Group, Member]]) -> str:
         depth = stack.depths[path]
         roles[depth.role, group.shape, group.dtype].append((depth.layer, path))
     for layers in roles.values():
+        own = {path for _, path in layers}
         for (_, one), (_, other) in itertools.pairwise(sorted(layers)):
             (group, member), (next_group, next_member) = there[one], there[other]
             if group is next_group and _first(member) < _first(next_member):
                 continue
-            if max(group.num_layers, next_group.num_layers) < 2:
+            # A part of the stack by itself is a boundary that was set on purpose.
+            if not _is_cycle(stack) and {m.path for m in (*group.members, *next_group.members)} <= own:
                 continue
             return (
                 f"does not couple {show_path(one)} with {show_path(other)}, though "

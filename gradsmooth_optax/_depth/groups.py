@@ -187,6 +187,7 @@ class Grouping:
       treedef: the tree's structure.
       spec: the spec.
       places: of the leaves, and of those that are masked.
+      assignments: what the spec says of each place.
     """
 
     groups: tuple[Group, ...]
@@ -195,6 +196,7 @@ class Grouping:
     treedef: Any
     spec: DepthSpec
     places: tuple[Place, ...]
+    assignments: tuple[Assignment | None, ...]
 
     @functools.cached_property
     def coupled(self) -> tuple[Group, ...]:
@@ -231,7 +233,8 @@ def group_places(spec: DepthSpec, places: Sequence[Place], treedef: Any) -> Grou
     """The same, of a tree's places."""
     members: dict[tuple, list[Member]] = {}
     ranked: dict[tuple, set[bool]] = {}
-    found = zip(places, spec.assign(places), strict=True)
+    assignments = spec.assign(places)
+    found = zip(places, assignments, strict=True)
     there = [(place, a) for place, a in found if place.leaf is not MASKED]
     for i, ((path, leaf, _), assignment) in enumerate(there):
         dtype = inexact_dtype(leaf)
@@ -254,7 +257,9 @@ def group_places(spec: DepthSpec, places: Sequence[Place], treedef: Any) -> Grou
         groups.append(Group(*key, members=tuple(holders), ranked=True in ranked[key]))
     paths = tuple(place.path for place, _ in there)
     leaves = tuple(place.leaf for place, _ in there)
-    return Grouping(tuple(groups), paths, leaves, treedef, spec, tuple(places))
+    return Grouping(
+        tuple(groups), paths, leaves, treedef, spec, tuple(places), tuple(assignments)
+    )
 
 
 def member_of(

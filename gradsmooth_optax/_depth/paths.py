@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -50,7 +51,11 @@ def _places(path: Path, node: Any, names: tuple[Any, ...] = ()) -> Iterator[Plac
     flat, _ = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda child: child is not node and _is_special(child)
     )
+    # The number of an only child without a name says nothing.
+    siblings = Counter(key_path[:-1] for key_path, _ in flat)
     for key_path, child in flat:
+        if siblings[key_path[:-1]] == 1 and _is_unnamed(key_path):
+            key_path = key_path[:-1]
         here = (*path, *plain_path(key_path))
         if child is None or isinstance(child, optax.MaskedNode):
             yield Place(here, MASKED)
@@ -59,6 +64,11 @@ def _places(path: Path, node: Any, names: tuple[Any, ...] = ()) -> Iterator[Plac
         else:
             known = len(names) == np.ndim(child) > 0
             yield Place(here, child, names if known else ())
+
+
+def _is_unnamed(key_path: Sequence[Any]) -> bool:
+    last = key_path[-1] if key_path else None
+    return isinstance(last, jax.tree_util.FlattenedIndexKey)
 
 
 def _is_special(node: Any) -> bool:

@@ -91,7 +91,8 @@ def pairs_of(grouping: Grouping) -> set[tuple]:
     """The pairs of slices that are neighbors."""
     pairs = set()
     for group in grouping.coupled:
-        slots = [(group.members[m].leaf, index) for m, index in group.slots]
+        where = [(member.leaf, member.axes) for member in group.members]
+        slots = [(where[m], index) for m, index in group.slots]
         run = group.run_starts
         pairs |= {
             (slots[i], slots[i + 1])

@@ -24,7 +24,7 @@ from gradsmooth_optax._depth.siblings import (
     patterns_of,
     places_by_child,
 )
-from gradsmooth_optax._depth.words import VECTORS, meaning
+from gradsmooth_optax._depth.words import VECTORS, meaning, split_number
 
 # What nn.PARTITION_NAME is set to: "layers", "dense_layers", "layers_per_stage", …
 _DEPTH_AXIS = re.compile(r"(?:.*_)?layers(?:_.*)?|scanned_blocks|circular_repeats")
@@ -56,6 +56,12 @@ class Stack:
     rivals: tuple[Stack, ...] = ()
 
     @property
+    def is_one_layer(self) -> bool:
+        """Whether there is nothing to couple in it."""
+        layers = {depth.layer for depth in self.depths.values()}
+        return self.function == "unrolled" and len(layers) < 2
+
+    @property
     def is_certain(self) -> bool:
         """Whether there is nothing to decide."""
         return not self.doubts and not self.rivals
@@ -66,11 +72,27 @@ class Reading(NamedTuple):
 
     Attributes:
       stacks: no leaf is in two of them.
-      left_out: what looks like layers and is none, and why.
+      left_out: what looks like layers and is none.
     """
 
     stacks: tuple[Stack, ...]
-    left_out: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+class LeftOut(NamedTuple):
+    """What looks like layers and is none.
+
+    Attributes:
+      reason: why.
+      node: its parent.
+      stem: how its numbered siblings are called; None if it is stacked.
+      is_beside: whether it is said to be several things side by side.
+    """
+
+    reason: str
+    node: Path
+    stem: str | None
+    is_beside: bool
 
 
 def read(places: Sequence[Place]) -> Reading:
@@ -80,14 +102,14 @@ def read(places: Sequence[Place]) -> Reading:
       places: of the tree, masked ones too: what is masked counts as being there, so
         that a part of a tree is read as the whole.
     """
-    left_out: list[str] = []
+    left_out: list[LeftOut] = []
     tree = [p for p in places if p.leaf is MASKED or inexact_dtype(p.leaf) is not None]
     stacks = tuple(_stacks((), tree, tree, left_out))
     return Reading(stacks, tuple(left_out))
 
 
 def _stacks(
-    node: Path, places: list[Place], tree: list[Place], left_out: list[str]
+    node: Path, places: list[Place], tree: list[Place], left_out: list[LeftOut]
 ) -> Iterator[Stack]:
     """The stacks under a node: the highest nodes and siblings that are layers."""
     if stack := _stacked(node, places, tree):
@@ -100,21 +122,26 @@ def _stacks(
     for siblings in families:
         yield from _numbered(siblings, tree, left_out)
     for child, inside in others.items():
-        yield from _stacks((*node, child), inside, tree, left_out)
+        found = list(_stacks((*node, child), inside, tree, left_out))
+        if not found and (alone := split_number(child)):
+            # The only layer: it has no neighbor, but a place.
+            siblings = Siblings(node, alone[0], {alone[1]: inside}, False)
+            found = [_layers(siblings)] * (siblings.meaning == "layers")
+        yield from found
 
 
 # -- One leaf per layer ----------------------------------------------------------------
 
 
 def _numbered(
-    siblings: Siblings, tree: list[Place], left_out: list[str]
+    siblings: Siblings, tree: list[Place], left_out: list[LeftOut]
 ) -> Iterator[Stack]:
     """The siblings as layers, or the stacks in each of them; or both as rivals."""
     found, is_named = siblings.meaning, siblings.meaning == "layers"
     is_stack = siblings.shares and (
         is_named or (found == "other" and siblings.are_equal)
     )
-    left_out_inside: list[str] = []
+    left_out_inside: list[LeftOut] = []
     inner = [
         stack
         for number, places in siblings.children.items()
@@ -123,11 +150,22 @@ def _numbered(
     if not is_stack:
         inner = inner or list(_stacked_between(siblings))
         left_out += left_out_inside
-        if not inner and siblings.shares and siblings.are_equal:
-            left_out.append(
-                f"{siblings}: {len(siblings.children)} siblings alike, named or built "
-                f"as parts of a layer or as things that stand side by side"
+        if siblings.shares and siblings.are_equal and (found == "beside" or not inner):
+            what = (
+                "things that stand side by side"
+                if found == "beside"
+                else "parts of a layer"
             )
+            reason = (
+                f"{siblings}: {len(siblings.children)} siblings alike, named or built "
+                f"as {what}"
+            )
+            left_out.append(
+                LeftOut(reason, siblings.parent, siblings.stem, found == "beside")
+            )
+        elif is_named and not inner and not siblings.shares:
+            reason = f"{siblings}: no two of them have a parameter of one shape"
+            left_out.append(LeftOut(reason, siblings.parent, siblings.stem, False))
         yield from inner
         return
     whole = _cycle_or_layers(siblings, tree)
@@ -361,26 +399,41 @@ def _stacked_by_shapes(
     node: Path, places: list[Place], tree: list[Place]
 ) -> Stack | None:
     leaves, name = _present(places), str(node[-1]).rstrip("0123456789")
-    is_named = meaning(name) == "layers" or _is_whole_layers(name, leaves)
-    axes = stacked_axes(places)
     num_modules = len({p.path[:-1] for p in leaves})
-    if axes is None or not (is_named or num_modules > 1):
+    is_named = meaning(name) == "layers" or (
+        meaning(name) == "layers of parts" and num_modules > 1
+    )
+    has_vectors = stacked_axes(places) is not None
+    shapes = [np.shape(p.leaf) for p in leaves]
+    axes = _common_axes(shapes) if min(map(len, shapes)) > 1 else []
+    if not axes or max(map(len, shapes)) < 3:
         return None
-    if _layers_are_below(node, places) or _is_beside(node):
+    if not (is_named or has_vectors and num_modules > 1):
+        return None
+    if _layers_are_below(node, places) or _is_beside(node) or _are_beside(node, leaves):
+        return None
+    if not has_vectors and (children_of(node, places)[0] or len(leaves) < 2):
         return None
     others = [p for p in _present(tree) if p.path[: len(node)] != node]
     elsewhere = {n for p in others for n in np.shape(p.leaf)}
-    sizes = np.shape(leaves[0].leaf)
+    sizes = shapes[0]
+    # The model's width is the size of other leaves too, and comes after the layers.
     own = [axis for axis in axes if sizes[axis] not in elsewhere]
+    is_told = own[:1] == axes[:1] and len(own) == 1 and bool(others)
     axis = (own or axes)[0]
     doubts = []
+    if not has_vectors and not is_told:
+        doubts.append(
+            f"{show_path(node)}: all {len(leaves)} leaves have size {sizes[axis]} on "
+            f"axis {axis}, but none is a vector by its name"
+        )
     if not is_named:
         doubts.append(
             f"{show_path(node)}: all {len(leaves)} leaves have size {sizes[axis]} on "
             f"axis {axis}. Layers stacked by a scan look like that, and so do an "
             f"ensemble, experts and heads, whose axis this may be"
         )
-    if len(own or axes) > 1:
+    if len(axes) > 1 and not is_told:
         doubts.append(
             f"{show_path(node)}: all leaves have one size each on axes {some(axes)}. "
             f"Which one is of the layers?"
@@ -393,28 +446,28 @@ def _stacked_by_shapes(
             )
     reason = (
         f"{show_path(node)}: all {len(leaves)} leaves have size {sizes[axis]} on axis "
-        f"{axis}, vectors too" + ", named as layers" * is_named
+        f"{axis}" + ", vectors too" * has_vectors + ", named as layers" * is_named
     )
     return _scanned(node, places, (axis,), reason, tuple(doubts))
-
-
-def _is_whole_layers(name: str, leaves: Sequence[Place]) -> bool:
-    num_modules = len({place.path[:-1] for place in leaves})
-    return meaning(name) == "layers of parts" and num_modules > 2
 
 
 def _is_beside(node: Path) -> bool:
     return any(meaning(segment, True) == "beside" for segment in node)
 
 
-def _stacked_beside(node: Path, places: list[Place]) -> str:
-    """What is said of heads, experts and ensembles that `vmap` stacked."""
+def _are_beside(node: Path, leaves: Sequence[Place]) -> bool:
+    return all(_is_beside(p.path[len(node) : -1]) for p in leaves)
+
+
+def _stacked_beside(node: Path, places: list[Place]) -> LeftOut | None:
+    """Heads, experts and ensembles that `vmap` stacked."""
     if not node or not _is_beside(node) or not (axes := stacked_axes(places)):
-        return ""
-    return (
+        return None
+    reason = (
         f"{show_path(node)}: all leaves have one size on axis {some(axes)}, which is "
         f"probably of an ensemble, of experts or of heads and not of layers"
     )
+    return LeftOut(reason, node, None, True)
 
 
 def _layers_are_below(node: Path, places: Sequence[Place]) -> bool:
@@ -447,9 +500,10 @@ def _scanned(
     is_leaf = any(place.path == node for place in places)
     segment = re.escape(str(node[-1])) + ("(?:/|$)" if is_leaf else "/")
     stack = show_path(node).rstrip("/_.")
+    patterns = patterns_of(node[:-1], segment)
     return Stack(
         "scanned",
-        patterns_of(node[:-1], segment),
+        patterns[1:] if str(node[-1]).isdecimal() else patterns,
         {"axis": axis},
         False,
         {

@@ -14,7 +14,7 @@ import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path
-from gradsmooth_optax._depth.words import Meaning, meaning, split_number
+from gradsmooth_optax._depth.words import Meaning, is_part, meaning, split_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +99,7 @@ class Siblings:
         if found == "layers of parts":
             return "layers" if self.num_modules > 2 else "parts"
         holders = self.parent[:-1] if is_list else self.parent
-        are_of_part = any(meaning(name, True) in ("parts", "beside") for name in holders)
-        if found == "layers" and self.num_modules < 2 and are_of_part:
+        if found == "layers" and self.num_modules < 2 and any(map(is_part, holders)):
             return "parts"
         return found
 

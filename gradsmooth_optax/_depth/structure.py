@@ -101,9 +101,9 @@ def _nothing_matched(grouping: Grouping) -> Fault:
         f"`depth` {grouping.spec!r} matched none of the {len(paths)} leaves of the "
         f"tree: {some(paths, 12)}. It is probably written for another tree, or the "
         f"layers are masked here.",
-        "write `unrolled(r'layers_(\\d+)/')` for one leaf per layer or "
-        "`scanned('blocks/', axis=0)` for stacked layers, with names of this tree, or "
-        "pass `strict=False` if this tree may hold no layers",
+        "write `unrolled(pattern)` with the layer's number in parentheses for one leaf "
+        "per layer, or `scanned(pattern, axis=0)` for stacked layers, as the paths "
+        "here are; or pass `strict=False` if this tree may hold no layers",
         is_misread=True,
     )
 
@@ -146,6 +146,8 @@ def _other_numbers_of_layers(grouping: Grouping) -> Iterator[Fault]:
     said: dict[Hashable, set[int]] = defaultdict(set)
     layers: dict[Hashable, set[int]] = defaultdict(set)
     holders: dict[Hashable, list[str]] = defaultdict(list)
+    if all(a is None or a.num_layers is None for a in grouping.assignments):
+        return
     places = grouping.places
     for (path, leaf, _), found in zip(
         places, grouping.spec.locate(places), strict=True
@@ -170,7 +172,6 @@ def _other_numbers_of_layers(grouping: Grouping) -> Iterator[Fault]:
                 f"has another depth.",
                 f"check `print(describe(depth, params))` and write "
                 f"`num_layers={len(layers[stack])}` if that is the depth",
-                is_misread=True,
             )
 
 
@@ -258,7 +259,8 @@ def _of_another_kind(group: Group, grouping: Grouping) -> str:
     """What the missing layers hold instead."""
     for other in grouping.groups:
         layers = set(_first_missing(group)) & set(other.layers)
-        if other.stack == group.stack and layers:
+        instead = layers and not set(other.layers) & set(group.layers)
+        if other.stack == group.stack and instead:
             layer = min(layers)
             return f"layer {layer} holds {other.paths_of(layer)[0]} but no {group.role}"
     return ""
@@ -266,7 +268,7 @@ def _of_another_kind(group: Group, grouping: Grouping) -> str:
 
 def _masked(group: Group, grouping: Grouping) -> list[str]:
     masked = {show_path(p.path) for p in grouping.places if p.leaf is MASKED}
-    wanted = (path for _, path in _paths_of_missing(group))
+    wanted = dict.fromkeys(path for _, path in _paths_of_missing(group))
     return [f"{path} is masked or frozen" for path in wanted if _is_under(path, masked)]
 
 

@@ -39,8 +39,8 @@ def meaning(name: str | int, is_list: bool = False) -> Meaning:
     words = _words(name)
     if not words:
         return "other"
-    if words[:2] == ["layer", "stack"]:  # Haiku's
-        return "layers"
+    if words[:2] == ["layer", "stack"] or words[0] == "layers":
+        return "layers"  # Haiku's, and MaxText's layers_outside_pipeline
     singular = [word.removesuffix("s") for word in words]
     if _BESIDE & set(singular) or words[-2:] == ["per", "layer"]:
         return "beside"
@@ -52,6 +52,11 @@ def meaning(name: str | int, is_list: bool = False) -> Meaning:
         return "layers of parts" if is_of_parts else "layers"
     is_part = _PARTS & {words[-1], singular[-1]} or words[0] in ("w", "b")
     return "parts" if is_part else "other"
+
+
+def is_part(name: str | int) -> bool:
+    """Whether what is in a node of this name is in a part of a layer or a head."""
+    return meaning(name, True) == "parts" or bool({"head", "heads"} & set(_words(name)))
 
 
 def _words(name: str | int) -> list[str]:
