@@ -316,27 +316,37 @@ def _lines(node):
         content = (child,) if isinstance(child, str) else tuple(_lines(child))
         by_content[isinstance(child, str), content].append(name)
     for (is_leaf, content), names in by_content.items():
-        label = folded(names)
         tops = [line for line in content if not line.startswith(" ")]
         if is_leaf:
-            yield f"{label} {content[0]}"
+            yield from (f"{label} {content[0]}" for label in folded(names))
         elif len(tops) == 1:
-            yield f"{label}/{content[0]}"
-            yield from content[1:]
+            for label in folded(names):
+                yield f"{label}/{content[0]}"
+                yield from content[1:]
         else:
-            yield label
-            yield from (f"  {line}" for line in content)
+            for label in folded(names):
+                yield label
+                yield from (f"  {line}" for line in content)
 
 
 def folded(names):
-    """One text for several names."""
-    if len(names) == 1:
-        return names[0]
-    parts = [re.fullmatch(r"(.*?)(\d+)(\D*)", name) for name in names]
-    if all(parts) and len({(part[1], part[3]) for part in parts}) == 1:
-        numbers = sorted(int(part[2]) for part in parts)
-        before, after = parts[0][1], parts[0][3]
-        if numbers == list(range(numbers[0], numbers[-1] + 1)):
-            return f"{before}{{{numbers[0]}-{numbers[-1]}}}{after}"
-        return f"{before}{{{','.join(map(str, numbers))}}}{after}"
-    return f"{{{','.join(names)}}}"
+    """A text for each range of numbers among the names, and one for all others."""
+    ranges = defaultdict(list)
+    for name in names:
+        before, number, after = re.fullmatch(r"(.*?)(\d*)(\D*)", name).groups()
+        ranges[(before, after) if number else ("", name)].append(number)
+    single = []
+    for (before, after), numbers in ranges.items():
+        if len(numbers) == 1:
+            single.append(f"{before}{numbers[0]}{after}" if numbers[0] else after)
+        else:
+            yield f"{before}{{{_range(numbers)}}}{after}"
+    if single:
+        yield single[0] if len(single) == 1 else f"{{{','.join(single)}}}"
+
+
+def _range(numbers):
+    found = sorted(map(int, numbers))
+    if found == list(range(found[0], found[-1] + 1)):
+        return f"{found[0]}-{found[-1]}"
+    return ",".join(map(str, found))
