@@ -157,12 +157,12 @@ def hf_flax() -> DepthSpec:
       >>> group.stack, group.role, group.layers
       ('transformer/h', 'ln_1/scale', (0, 1))
     """
-    return unrolled(r"(?:^|/)(?:h|layers?|block)/(\d+)/")
+    return unrolled(r"(?:^|/)(?:h|layers?|block|albert_layers)/(\d+)/")
 
 
 @preset({})
 def big_vision() -> DepthSpec:
-    r"""big_vision: ViT, SigLIP, CapPa, GIVT, PaliGemma, unrolled or scanned.
+    r"""big_vision: ViT, SigLIP, CapPa, GIVT, PaliGemma, Gemma, unrolled or scanned.
 
     Encoder blocks are stacked on axis 0, CapPa's and GIVT's decoder blocks on axis 1.
 
@@ -181,8 +181,8 @@ def big_vision() -> DepthSpec:
       [('decoder/EncDecBlock', 6), ('encoder/encoderblock', 12)]
     """
     return first_match(
-        unrolled(r"(?:encoderblock_|EncDecBlock|llm/layers/)(\d+)/"),
-        scanned(r"(?:encoderblock|llm/layers)/"),
+        unrolled(r"(?:encoderblock_|EncDecBlock|(?:^|/)layers/)(\d+)/"),
+        scanned(r"(?:encoderblock|(?:^|/)layers)/"),
         scanned("EncDecBlock/", axis=1),
     )
 
@@ -323,7 +323,7 @@ def maxtext(
       ('norm/scale', (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12))
     """
     if scan_axis is None:
-        return unrolled(r"decoder/layers_(\d+)/")
+        return unrolled(r"(?:^|/)layers(?:_outside_pipeline)?_(\d+)/")
     if cycle == 1:
         return scanned("decoder/layers/", axis=scan_axis)
     remainder = r"decoder/layers_remainder/layers_(\d+)/"
@@ -438,12 +438,21 @@ def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
 
 
 @preset(*({"num_dense": n} for n in range(1, 9)))
-def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
+def maxtext_deepseek(
+    num_dense: int,
+    *,
+    scan_axis: int | None = 1,
+    num_outside: int | None = None,
+    pipeline_axis: int | tuple[int, ...] = (0, 1),
+) -> DepthSpec:
     r"""MaxText's DeepSeek: dense layers, then layers with experts, as one stack.
 
     Args:
       num_dense: the configuration's `first_num_dense_layers`.
       scan_axis: the configuration's `param_scan_axis`; None for `scan_layers=false`.
+      num_outside: how many layers with experts come before a pipeline of the others,
+        for those to go on after them. Without it they are a stack of their own.
+      pipeline_axis: the depth axes of the pipeline, as in `maxtext_pipeline`.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -465,12 +474,20 @@ def maxtext_deepseek(num_dense: int, *, scan_axis: int | None = 1) -> DepthSpec:
             unrolled(r"decoder/dense_layers_(\d+)/", stack="decoder"),
             unrolled(r"decoder/moe_layers_(\d+)/", start=num_dense, stack="decoder"),
         )
+    pipeline = maxtext_pipeline(pipeline_axis)
+    if num_outside is not None:
+        start = num_dense + num_outside
+        pipeline = scanned(_PIPELINE, axis=pipeline_axis, start=start, stack="decoder")
     return first_match(
         scanned("decoder/dense_layers/", axis=scan_axis, stack="decoder"),
         scanned(
             "decoder/moe_layers/", axis=scan_axis, start=num_dense, stack="decoder"
         ),
+        pipeline,
     )
+
+
+_PIPELINE = "pipeline_module/layers/(?:scanned_layers/)?"
 
 
 @preset({})
@@ -479,8 +496,12 @@ def maxtext_pipeline(
     *,
     layers_per_stage: int = 1,
     num_stages: int | None = None,
+    num_pipelined: int | None = None,
+    scan_axis: int = 1,
 ) -> DepthSpec:
     r"""MaxText with pipeline parallelism: repeats, stages, layers per stage.
+
+    Also the layers outside of a pipeline over a part of them, and DeepSeek's before it.
 
     Args:
       axis: the depth axes in this order: `(0, 1)` for repeats and stages, `0` without
@@ -490,6 +511,10 @@ def maxtext_pipeline(
         are not scanned but are `layers_0`, `layers_1`, … of a stage.
       num_stages: how many stages there are; needed for repeats and several layers per
         stage, where the next repeat goes on after all of them.
+      num_pipelined: the configuration's `pipeline_parallel_layers`, for
+        `layers_outside_pipeline` to go on after them. Without it those are a stack of
+        their own. For DeepSeek see `maxtext_deepseek`.
+      scan_axis: the configuration's `param_scan_axis`, of the layers outside.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -503,8 +528,17 @@ def maxtext_pipeline(
       >>> group.role, group.num_layers
       ('mlp/wo/kernel', 8)
     """
+    stack = None if num_pipelined is None else "decoder"
+    start = num_pipelined or 0
+    outside = (
+        scanned(
+            "layers_outside_pipeline/", axis=scan_axis, start=start, stack=stack
+        ),
+        unrolled(r"layers_outside_pipeline_(\d+)/", start=start, stack=stack),
+        scanned(r"decoder/(?:dense|moe)_layers/", axis=scan_axis),
+    )
     if layers_per_stage == 1:
-        return scanned("pipeline_module/layers/(?:scanned_layers/)?", axis=axis)
+        return first_match(scanned(_PIPELINE, axis=axis, stack=stack), *outside)
     if axis == 0:
         stride: int | tuple[int, ...] = layers_per_stage
     elif num_stages is None:
@@ -515,4 +549,7 @@ def maxtext_pipeline(
         )
     else:
         stride = (num_stages * layers_per_stage, layers_per_stage)
-    return scanned(r"pipeline_module/layers/layers_(\d+)/", axis=axis, stride=stride)
+    positions = r"pipeline_module/layers/layers_(\d+)/"
+    return first_match(
+        scanned(positions, axis=axis, stride=stride, stack=stack), *outside
+    )

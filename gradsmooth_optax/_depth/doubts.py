@@ -119,6 +119,7 @@ def _nothing_coupled(grouping: Grouping, reading: Reading) -> Iterator[str]:
     for group in grouping.groups:
         numbers[group.stack].update(group.layers)
     has_layers = any(len(layers) > 1 for layers in numbers.values())
+    has_layers |= any(left_out.is_beside for left_out in reading.left_out)
     shown = [stack for stack in reading.stacks if not stack.is_one_layer]
     if has_layers or shown:
         one = grouping.groups[0]
@@ -171,9 +172,11 @@ def _contradiction(stack: Stack, held: dict[Path, tuple[Group, Member]]) -> str:
     if stack.is_one_layer:
         return ""
     if not there:
-        if stack.is_certain:
+        if stack.is_certain or stack.is_named:
             return f"leaves out all of {stack.reason}"
         return ""
+    if stack.kinds and set(stack.kinds) <= _KINDS:
+        return _one_kind(stack, there)
     if not stack.is_certain and not _is_cycle(stack):
         return ""
     if stack.function == "unrolled" or _is_cycle(stack):
@@ -195,6 +198,25 @@ def _contradiction(stack: Stack, held: dict[Path, tuple[Group, Member]]) -> str:
                 f"are on axis {some(axes)}: {stack.reason}"
             )
     return _counterparts(stack, there)
+
+
+# Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.
+_KINDS = {"local", "global", "sliding", "full"}
+
+
+def _one_kind(stack: Stack, there: dict[Path, tuple[Group, Member]]) -> str:
+    """Layers of one kind that are coupled over those of another kind."""
+    groups = {
+        kind: {id(g) for p, (g, _) in there.items() if f"_{kind}/" in show_path(p)}
+        for kind in stack.kinds
+    }
+    if set.intersection(*groups.values()):
+        return ""
+    return (
+        f"couples layers of one kind with each other: in {stack.reason}, all parts are "
+        f"there as {some(stack.kinds)}, which are probably layers that follow each "
+        f"other"
+    )
 
 
 def _is_cycle(stack: Stack) -> bool:

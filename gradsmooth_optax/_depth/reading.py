@@ -28,7 +28,7 @@ from gradsmooth_optax._depth.words import VECTORS, meaning, split_number
 
 # What nn.PARTITION_NAME is set to: "layers", "dense_layers", "layers_per_stage", …
 _DEPTH_AXIS = re.compile(r"(?:.*_)?layers(?:_.*)?|scanned_blocks|circular_repeats")
-_KINDS = {"local", "global", "sliding", "full"}
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,8 @@ class Stack:
       reason: what the reading rests on.
       doubts: what a person has to decide.
       rivals: other readings of the same leaves.
+      is_named: whether they are called layers.
+      kinds: such as "local" and "global", if each holds all its parts in each kind.
     """
 
     function: Literal["unrolled", "scanned"]
@@ -54,6 +56,8 @@ class Stack:
     reason: str
     doubts: tuple[str, ...] = ()
     rivals: tuple[Stack, ...] = ()
+    is_named: bool = False
+    kinds: tuple[str, ...] = ()
 
     @property
     def is_one_layer(self) -> bool:
@@ -139,7 +143,8 @@ def _numbered(
     """The siblings as layers, or the stacks in each of them; or both as rivals."""
     found, is_named = siblings.meaning, siblings.meaning == "layers"
     is_stack = siblings.shares and (
-        is_named or (found == "other" and siblings.are_equal)
+        (is_named and (siblings.are_equal or siblings.num_modules > 1))
+        or (found == "other" and siblings.are_equal)
     )
     left_out_inside: list[LeftOut] = []
     inner = [
@@ -168,8 +173,9 @@ def _numbered(
             left_out.append(LeftOut(reason, siblings.parent, siblings.stem, False))
         yield from inner
         return
-    whole = _cycle_or_layers(siblings, tree)
-    named_inside = any("named as layers" in stack.reason for stack in inner)
+    whole = _cycle_or_layers(siblings)
+    inner = [stack for stack in inner if not stack.is_one_layer]
+    named_inside = any(stack.is_named for stack in inner)
     if inner and named_inside and not is_named:
         yield from inner
     elif inner and (named_inside or not is_named):
@@ -184,7 +190,7 @@ def _numbered(
         yield whole
 
 
-def _cycle_or_layers(siblings: Siblings, tree: list[Place]) -> Stack:
+def _cycle_or_layers(siblings: Siblings) -> Stack:
     axes = stacked_axes(siblings.places)
     if axes is None:
         return _layers(siblings)
@@ -203,6 +209,8 @@ def _layers(siblings: Siblings) -> Stack:
         for role, numbers in siblings.numbers_of_roles.items()
         if not are_consecutive(numbers) and len(numbers) > 1
     ]
+    first = next(iter(siblings.children))
+    kinds = layer_kinds(siblings.path(first), siblings.children[first])
     parent, start = show_path((*siblings.parent, "")), len(siblings.parent) + 1
     stack = (parent + siblings.stem).rstrip("/_.")
     return Stack(
@@ -217,11 +225,15 @@ def _layers(siblings: Siblings) -> Stack:
             if place.leaf is not MASKED
         },
         f"{siblings}: {len(siblings.children)} siblings {structure}{named}",
-        tuple(_doubts(siblings, scattered)),
+        tuple(_doubts(siblings, scattered, kinds)),
+        is_named=bool(named),
+        kinds=kinds,
     )
 
 
-def _doubts(siblings: Siblings, scattered: Sequence[tuple]) -> Iterator[str]:
+def _doubts(
+    siblings: Siblings, scattered: Sequence[tuple], kinds: tuple[str, ...]
+) -> Iterator[str]:
     numbers = list(siblings.children)
     if not are_consecutive(numbers):
         yield (
@@ -235,7 +247,7 @@ def _doubts(siblings: Siblings, scattered: Sequence[tuple]) -> Iterator[str]:
             f"the others: layers of several kinds that alternate, such as those with "
             f"experts"
         )
-    if kinds := layer_kinds(siblings.path(numbers[0]), siblings.children[numbers[0]]):
+    if kinds:
         yield (
             f"{siblings}: all parts of each are there as {some(kinds)}. Are they "
             f"{len(kinds)} layers? Then write a function that numbers them"
@@ -284,7 +296,9 @@ def _stacked_between(siblings: Siblings) -> Iterator[Stack]:
                 yield replace(stack, reason=reason, doubts=(doubt,))
 
 
-def layer_kinds(node: Path, places: Sequence[Place], num_axes: int = 0) -> list[str]:
+def layer_kinds(
+    node: Path, places: Sequence[Place], num_axes: int = 0
+) -> tuple[str, ...]:
     """The kinds of layers that a node holds: "local" and "global" of Gemma 2.
 
     Its modules are `<part>_<kind>`, and every part with matrices is there in each kind,
@@ -303,9 +317,9 @@ def layer_kinds(node: Path, places: Sequence[Place], num_axes: int = 0) -> list[
         for first in [next(iter(part_kinds.values()))]
     )
     if len(kinds) < 2 or len(found) > 1 or not alike:
-        return []
+        return ()
     (common_kinds,) = found
-    return sorted(common_kinds) if len(common_kinds) > 1 else []
+    return tuple(sorted(common_kinds)) if len(common_kinds) > 1 else ()
 
 
 # -- Layers along axes -----------------------------------------------------------------
@@ -433,6 +447,11 @@ def _stacked_by_shapes(
             f"axis {axis}. Layers stacked by a scan look like that, and so do an "
             f"ensemble, experts and heads, whose axis this may be"
         )
+    if min(map(len, shapes)) > 2:
+        doubts.append(
+            f"{show_path(node)}: no leaf has less than {min(map(len, shapes))} axes. "
+            f"Does depth run over more than one?"
+        )
     if len(axes) > 1 and not is_told:
         doubts.append(
             f"{show_path(node)}: all leaves have one size each on axes {some(axes)}. "
@@ -489,9 +508,15 @@ def _scanned(
     cycle = next((f for f in families if f.meaning == "layers"), None)
     if cycle and not others and len(families) == len(axes) == 1:
         return _cycle(cycle, axes[0], f"{reason}; {cycle}: a cycle", doubts)
-    if cycle:
-        doubts += (f"{cycle}: each holds layers of the stack. Is this a cycle?",)
-    elif kinds := layer_kinds(node, places, len(axes)):
+    kinds = layer_kinds(node, places, len(axes))
+    below = {s for p in places for s in p.path[len(node) : -1]}
+    layers = {s for s in below if meaning(s) == "layers" and not split_number(s)}
+    if inner := sorted(map(str, layers)):
+        doubts += (
+            f"{show_path(node)}: it holds {some(inner)}. Are these a cycle, or stacked "
+            f"once more?",
+        )
+    elif kinds:
         doubts += (
             f"{show_path(node)}: all parts are there as {some(kinds)}. Are they layers "
             f"of a cycle? Then write one `scanned(pattern, axis={axis}, start=..., "
@@ -512,6 +537,8 @@ def _scanned(
         },
         reason,
         doubts,
+        is_named="named" in reason,
+        kinds=kinds,
     )
 
 

@@ -21,7 +21,10 @@ _PARTS = {
     *("lstm", "gru", "pos", "position", "param", "parameter", "query", "key", "value"),
 }
 # Never one after the other, whatever they hold.
-_BESIDE = {"expert", "head", "tower", "branch", "branche", "codebook", "vmap", "view"}
+_BESIDE = {
+    *("expert", "head", "tower", "branch", "branche", "codebook", "vmap", "view"),
+    *("mtp",),
+}
 # Things that hold layers. A list may be called as what it is in: `encoder/0`.
 _WHOLES = {
     *("stage", "group", "critic", "actor", "policy", "model", "ensemble", "member"),
