@@ -175,6 +175,13 @@ def _contradiction(stack: Stack, held: dict[Path, tuple[Group, Member]]) -> str:
         if stack.is_certain or stack.is_named:
             return f"leaves out all of {stack.reason}"
         return ""
+    for path, (_, member) in there.items():
+        if 0 < len(member.axes) < stack.num_axes:
+            return (
+                f"takes axis {some(member.axes)} of leaf {show_path(path)} for depth, "
+                f"but vectors have {stack.num_axes} axes beside their own: "
+                f"{stack.reason}. Probably depth runs over all of them"
+            )
     if stack.kinds and set(stack.kinds) <= _KINDS:
         return _one_kind(stack, there)
     if not stack.is_certain and not _is_cycle(stack):

@@ -46,6 +46,7 @@ class Stack:
       rivals: other readings of the same leaves.
       is_named: whether they are called layers.
       kinds: such as "local" and "global", if each holds all its parts in each kind.
+      num_axes: how many axes its vectors have beside their own.
     """
 
     function: Literal["unrolled", "scanned"]
@@ -58,6 +59,7 @@ class Stack:
     rivals: tuple[Stack, ...] = ()
     is_named: bool = False
     kinds: tuple[str, ...] = ()
+    num_axes: int = 0
 
     @property
     def is_one_layer(self) -> bool:
@@ -168,9 +170,12 @@ def _numbered(
             left_out.append(
                 LeftOut(reason, siblings.parent, siblings.stem, found == "beside")
             )
-        elif is_named and not inner and not siblings.shares:
-            reason = f"{siblings}: no two of them have a parameter of one shape"
-            left_out.append(LeftOut(reason, siblings.parent, siblings.stem, False))
+        elif is_named and not inner:
+            what = "have a parameter of one shape"
+            if siblings.shares:
+                what = "are built alike, though they are called layers"
+            reason = f"{siblings}: no two of them {what}"
+            left_out.append(LeftOut(reason, siblings.parent, siblings.stem, True))
         yield from inner
         return
     whole = _cycle_or_layers(siblings)
@@ -467,7 +472,9 @@ def _stacked_by_shapes(
         f"{show_path(node)}: all {len(leaves)} leaves have size {sizes[axis]} on axis "
         f"{axis}" + ", vectors too" * has_vectors + ", named as layers" * is_named
     )
-    return _scanned(node, places, (axis,), reason, tuple(doubts))
+    stack = _scanned(node, places, (axis,), reason, tuple(doubts))
+    num_axes = min(map(len, shapes)) - 1 if has_vectors else 1
+    return replace(stack, num_axes=num_axes)
 
 
 def _is_beside(node: Path) -> bool:

@@ -75,11 +75,14 @@ class Siblings:
 
     @property
     def are_equal(self) -> bool:
-        """Whether all of them have at least half of their parameters in common."""
+        """Whether all of them have at least half of their parameters in common.
+
+        Single modules more than half: a norm and a linear layer both have a bias.
+        """
         known = {n for numbers in self.numbers_of.values() for n in numbers}
         everywhere = sum(len(ns) == len(known) for ns in self.numbers_of.values())
         most = max(map(len, self.children.values()))
-        return 2 * everywhere >= most or not known
+        return 2 * everywhere >= most + (self.num_modules < 2) or not known
 
     @property
     def num_modules(self) -> int:
