@@ -1,6 +1,7 @@
 """The real models behind some of the trees: built by their packages, as shapes."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -305,10 +306,99 @@ def _old_clip():
         jnp.clip = clip
 
 
-# -- Others ----------------------------------------------------------------------------
+# -- penzai 0.2 ------------------------------------------------------------------------
+
+
+def penzai_model(num_blocks, **kwargs):
+    from penzai.models.transformer.variants import llamalike_common as common
+
+    config = common.LlamalikeTransformerConfig(
+        num_kv_heads=2,
+        query_head_multiplier=2,
+        embedding_dim=4,
+        projection_dim=3,
+        mlp_hidden_dim=6,
+        num_decoder_blocks=num_blocks,
+        vocab_size=7,
+        mlp_variant="swiglu",
+        tie_embedder_and_logits=False,
+        **kwargs,
+    )
+    make = common.build_llamalike_transformer
+    return make(config, init_base_rng=jax.random.key(0))
+
+
+def penzai_parameters(*args, **kwargs):
+    """The tuple that penzai's own trainer gives to an optimizer."""
+    from penzai import pz
+
+    return pz.freeze_params(pz.unbind_params(penzai_model(*args, **kwargs))[1])
+
+
+def penzai_labels(*args, **kwargs):
+    return {p.label: p for p in penzai_parameters(*args, **kwargs)}
+
+
+def penzai_frozen(*args):
+    from penzai import pz
+
+    return pz.freeze_params(penzai_model(*args))
+
+
+# -- Equinox, Haiku --------------------------------------------------------------------
+
+
+def equinox_mlp():
+    import equinox as eqx
+
+    model = eqx.nn.MLP(3, 2, 4, depth=5, key=jax.random.key(0))
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def haiku_mlp():
+    import haiku as hk
+
+    net = hk.transform(lambda x: hk.nets.MLP([4, 4, 4, 2])(x))
+    return jax.eval_shape(net.init, jax.random.PRNGKey(0), jnp.ones((1, 4)))
+
+
+def haiku_transformer():
+    """The modules of Haiku's example, made and called in its order."""
+    import haiku as hk
+
+    def norm(x):
+        return hk.LayerNorm(axis=-1, create_scale=True, create_offset=True)(x)
+
+    class Transformer(hk.Module):
+        def __call__(self, x):
+            for _ in range(3):
+                attend = hk.MultiHeadAttention(2, 2, model_size=4, w_init_scale=1.0)
+                y = norm(x)
+                x = x + attend(y, y, y)
+                dense = hk.Sequential([hk.Linear(8), jax.nn.gelu, hk.Linear(4)])
+                x = x + dense(norm(x))
+            return norm(x)
+
+    class LanguageModel(hk.Module):
+        def __call__(self, tokens):
+            positions = hk.get_parameter("positional_embeddings", [5, 4], init=jnp.ones)
+            x = hk.Embed(7, 4)(tokens) + positions
+            return hk.Linear(7)(Transformer(name="transformer")(x))
+
+    net = hk.transform(lambda tokens: LanguageModel(name="language_model")(tokens))
+    return jax.eval_shape(net.init, jax.random.PRNGKey(0), jnp.ones((1, 5), int))
+
 
 # name: (the package to import, a function that builds the tree)
 BUILDERS: dict[str, tuple[str, Callable[[], Any]]] = {
-    name: ("transformers", lambda name=name: hugging_face(name))
+    name: ("transformers", functools.partial(hugging_face, name))
     for name in (*HF, *PAIRS)
+} | {
+    "pz-llamalike": ("penzai", lambda: penzai_labels(4)),
+    "pz-llamalike-stack": ("penzai", lambda: penzai_labels(4, use_layer_stack=True)),
+    "pz-frozen-model": ("penzai", lambda: penzai_frozen(3)),
+    "pz-tuple": ("penzai", lambda: penzai_parameters(3)),
+    "eqx-mlp": ("equinox", equinox_mlp),
+    "haiku-mlp": ("haiku", haiku_mlp),
+    "haiku-transformer-example": ("haiku", haiku_transformer),
 }
