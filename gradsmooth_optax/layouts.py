@@ -34,6 +34,7 @@ def flax_linen(
     block: str = r"\w*(?:[Bb]lock|[Ll]ayer)s?",
     *,
     scan_axis: int | tuple[int, ...] | None = None,
+    num_layers: int | None = None,
 ) -> DepthSpec:
     r"""Flax Linen: a loop of numbered modules, or `nn.scan` over one.
 
@@ -45,6 +46,7 @@ def flax_linen(
       scan_axis: None for one leaf per layer, else the axis that `nn.scan` stacks
         parameters on (its `variable_axes={"params": scan_axis}`), or the axes, such as
         `(0, 1)` for `nn.remat_scan` with two lengths.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -64,7 +66,12 @@ def flax_linen(
 
 
 @preset({})
-def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
+def flax_nnx(
+    layers: str = "layers",
+    *,
+    scan_axis: int | None = None,
+    num_layers: int | None = None,
+) -> DepthSpec:
     r"""Flax NNX: a list of modules, or `nnx.vmap` and `nnx.scan` over one.
 
     Also for tunix, bonsai and EasyDeL, which keep their layers in such a list. Close
@@ -73,6 +80,7 @@ def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSp
     Args:
       layers: regular expression for the name of the attribute with the layers.
       scan_axis: None for a list, else the axis that `nnx.vmap` stacks parameters on.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -91,13 +99,19 @@ def flax_nnx(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSp
 
 
 @preset({})
-def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpec:
+def equinox(
+    layers: str = "layers",
+    *,
+    scan_axis: int | None = None,
+    num_layers: int | None = None,
+) -> DepthSpec:
     r"""Equinox: a list of modules, or `eqx.filter_vmap` over their construction.
 
     Args:
       layers: regular expression for the name of the field with the layers.
       scan_axis: None for a list, else the axis of the stacked layers (0 as
         `eqx.filter_vmap` makes it).
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -114,12 +128,15 @@ def equinox(layers: str = "layers", *, scan_axis: int | None = None) -> DepthSpe
 
 
 @preset({})
-def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
+def haiku(
+    block: str = "block", *, layer_stack: bool = False, num_layers: int | None = None
+) -> DepthSpec:
     r"""Haiku: a loop of modules, the first without a number, or `hk.layer_stack`.
 
     Args:
       block: regular expression for the name of the block, without its number.
       layer_stack: whether the layers are stacked by `hk.layer_stack`.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -140,10 +157,13 @@ def haiku(block: str = "block", *, layer_stack: bool = False) -> DepthSpec:
 
 
 @preset({})
-def hf_flax() -> DepthSpec:
+def hf_flax(*, num_layers: int | None = None) -> DepthSpec:
     r"""Hugging Face's Flax models, and EasyLM: digits as keys, `h/3`, `layers/3`.
 
     Takes the outer number of T5 (`block/3/layer/1`), whose inner ones are sublayers.
+
+    Args:
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -161,10 +181,13 @@ def hf_flax() -> DepthSpec:
 
 
 @preset({})
-def big_vision() -> DepthSpec:
+def big_vision(*, num_layers: int | None = None) -> DepthSpec:
     r"""big_vision: ViT, SigLIP, CapPa, GIVT, PaliGemma, Gemma, unrolled or scanned.
 
     Encoder blocks are stacked on axis 0, CapPa's and GIVT's decoder blocks on axis 1.
+
+    Args:
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -188,12 +211,13 @@ def big_vision() -> DepthSpec:
 
 
 @preset({})
-def gemma(*, interleaved: bool = False) -> DepthSpec:
+def gemma(*, interleaved: bool = False, num_layers: int | None = None) -> DepthSpec:
     r"""google-deepmind/gemma: `layer_3` at the root.
 
     Args:
       interleaved: whether layers of two kinds alternate whose attention differs in
         shape, as in Gemma 4. Each kind is then coupled over the other (`ranked`).
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -212,8 +236,11 @@ def gemma(*, interleaved: bool = False) -> DepthSpec:
 
 
 @preset({})
-def levanter() -> DepthSpec:
+def levanter(*, num_layers: int | None = None) -> DepthSpec:
     r"""levanter and haliax: `Stacked` layers on axis 0, or a `BlockSeq` of them.
+
+    Args:
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -231,11 +258,12 @@ def levanter() -> DepthSpec:
 
 
 @preset({})
-def t5x(*, scan_axis: int = 1) -> DepthSpec:
+def t5x(*, scan_axis: int = 1, num_layers: int | None = None) -> DepthSpec:
     r"""T5X and flaxformer: `layers_3` in encoder and decoder, or scanned in both.
 
     Args:
       scan_axis: axis of the scanned layers.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -258,13 +286,14 @@ def t5x(*, scan_axis: int = 1) -> DepthSpec:
 
 
 @preset()
-def uvit(*, join_at: int | None = None) -> DepthSpec:
+def uvit(*, join_at: int | None = None, num_layers: int | None = None) -> DepthSpec:
     r"""U-ViT, the paper's: `in_blocks` and `out_blocks`, and `mid_block` alone.
 
     Args:
       join_at: None for two stacks, `in_blocks` and `out_blocks`; else the number of
         `in_blocks`, whose last is then coupled with the first of `out_blocks` in the
         roles that both have.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -288,7 +317,11 @@ def uvit(*, join_at: int | None = None) -> DepthSpec:
 
 @preset({})
 def maxtext(
-    *, scan_axis: int | None = 1, cycle: int = 1, num_cycles: int | None = None
+    *,
+    scan_axis: int | None = 1,
+    cycle: int = 1,
+    num_cycles: int | None = None,
+    num_layers: int | None = None,
 ) -> DepthSpec:
     r"""MaxText: the decoder's layers.
 
@@ -304,6 +337,7 @@ def maxtext(
       num_cycles: how many steps the scan has, where layers remain after it
         (`layers_remainder`), for them to go on at `cycle * num_cycles`. Without it
         they are a stack of their own.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -341,11 +375,14 @@ def maxtext(
 
 
 @preset({}, {"scan_axis": 0}, {"scan_axis": None})
-def maxtext_gemma2(*, scan_axis: int | None = 1) -> DepthSpec:
+def maxtext_gemma2(
+    *, scan_axis: int | None = 1, num_layers: int | None = None
+) -> DepthSpec:
     r"""MaxText's Gemma 2: pairs of a local and a global layer.
 
     Args:
       scan_axis: the configuration's `param_scan_axis`; None for `scan_layers=false`.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -393,7 +430,9 @@ def _gemma2_pairs(path: Path, leaf: Any) -> Depth | None:
 
 
 @preset({})
-def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
+def maxtext_gemma4(
+    *, scan_axis: int = 1, num_local: int = 5, num_layers: int | None = None
+) -> DepthSpec:
     r"""MaxText's Gemma 4: scanned blocks of scanned local layers and a global one.
 
     Attention differs in shape between the two kinds, so each is coupled over the other
@@ -402,6 +441,7 @@ def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
     Args:
       scan_axis: the configuration's `param_scan_axis`.
       num_local: how many local layers come before the global one.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -437,13 +477,17 @@ def maxtext_gemma4(*, scan_axis: int = 1, num_local: int = 5) -> DepthSpec:
     )
 
 
-@preset(*({"num_dense": n} for n in range(1, 9)))
+@preset(
+    *({"num_dense": n} for n in range(1, 5)),
+    *({"num_dense": n, "scan_axis": None} for n in range(1, 5)),
+)
 def maxtext_deepseek(
     num_dense: int,
     *,
     scan_axis: int | None = 1,
     num_outside: int | None = None,
     pipeline_axis: int | tuple[int, ...] = (0, 1),
+    num_layers: int | None = None,
 ) -> DepthSpec:
     r"""MaxText's DeepSeek: dense layers, then layers with experts, as one stack.
 
@@ -453,6 +497,7 @@ def maxtext_deepseek(
       num_outside: how many layers with experts come before a pipeline of the others,
         for those to go on after them. Without it they are a stack of their own.
       pipeline_axis: the depth axes of the pipeline, as in `maxtext_pipeline`.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -498,6 +543,7 @@ def maxtext_pipeline(
     num_stages: int | None = None,
     num_pipelined: int | None = None,
     scan_axis: int = 1,
+    num_layers: int | None = None,
 ) -> DepthSpec:
     r"""MaxText with pipeline parallelism: repeats, stages, layers per stage.
 
@@ -515,6 +561,7 @@ def maxtext_pipeline(
         `layers_outside_pipeline` to go on after them. Without it those are a stack of
         their own. For DeepSeek see `maxtext_deepseek`.
       scan_axis: the configuration's `param_scan_axis`, of the layers outside.
+      num_layers: how many layers each stack must have; another number is an error.
 
     Returns:
       A spec: see `DepthSpec`.
@@ -531,9 +578,7 @@ def maxtext_pipeline(
     stack = None if num_pipelined is None else "decoder"
     start = num_pipelined or 0
     outside = (
-        scanned(
-            "layers_outside_pipeline/", axis=scan_axis, start=start, stack=stack
-        ),
+        scanned("layers_outside_pipeline/", axis=scan_axis, start=start, stack=stack),
         unrolled(r"layers_outside_pipeline_(\d+)/", start=start, stack=stack),
         scanned(r"decoder/(?:dense|moe)_layers/", axis=scan_axis),
     )

@@ -174,9 +174,7 @@ NO_LAYERS = {
     },
     "views": many("encoderblock_0_view{}"),
     "stages": many("stage_{}"),
-    "a plain list": [block(), block()],
-    "pairs of a plain list": [(X, X[0]), (X, X[0])],
-    "parameters in a row": [stacks.Attributes({"value": X}) for _ in range(4)],
+    "a plain list of chains": [{"mlp": many("Dense_{}", dense)} for _ in range(2)],
     "convolutions": {
         "conv_layers": [{"conv": dense(), "norm": X[0]} for _ in range(3)]
     },
@@ -204,7 +202,9 @@ MISTAKEN = {
     "experts called blocks": {"moe": many("ExpertBlock_{}")},
     "experts called layers": {"moe": many("expert_layers_{}")},
     "heads called blocks": many("HeadBlock_{}"),
-    "parts called blocks": many("MlpBlock_{}"),
+    "parts called blocks": many(
+        "MlpBlock_{}", lambda: {"Dense_0": dense(), "Dense_1": dense()}
+    ),
     "parts called layers": many("output_layer_{}", dense),
     "layers of a head": {"head": {"layers": [dense(), dense()]}},
     "layers of an embedding": {"time_mlp": {"layers": [dense(), dense()]}},
@@ -258,15 +258,24 @@ STACKED = [
 
 
 @pytest.mark.parametrize("name", [name for name in STACKED if name in NAMES])
-def test_it_does_not_take_a_stacked_axis_from_shapes_alone(name):
+def test_a_stack_that_shapes_show_is_in_its_headline(name):
     detection = detected(name)
-    assert detection.code == ""
-    assert any("scanned(" in doubt for doubt in detection.uncertain)
+    assert "scanned(" in str(detection).splitlines()[0]
+    assert "on axis" in str(detection)
 
 
-def test_it_points_at_what_may_be_stacked():
-    (doubt,) = detected("t5x-scanned").uncertain[1:]
-    assert "scanned('encoder/encoder/', axis=1)" in doubt
+ALIKE = {
+    "a plain list": [block(), block()],
+    "pairs of a plain list": [(X, X[0]), (X, X[0])],
+    "parameters in a row": [stacks.Attributes({"value": X}) for _ in range(4)],
+    "whole blocks called attention": {"attention_blocks": [block(), block()]},
+    "whole blocks called so": many("MlpBlock_{}"),
+}
+
+
+@pytest.mark.parametrize("tree", ALIKE.values(), ids=ALIKE)
+def test_what_has_one_reading_it_is_certain_of(tree):
+    assert confidently_found(tree)
 
 
 # Names and numbers.
@@ -307,6 +316,7 @@ def test_layers_of_two_kinds_are_a_doubt_and_say_which_parameters():
     (doubt,) = gs.detect(tree).uncertain
     assert "mlp/kernel" in doubt
     assert "norm" not in doubt
+    assert "alternate" in doubt
 
 
 # Names of axes in metadata.

@@ -10,12 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradsmooth_optax._depth.doubts import (
-    DepthWarning,
-    doubts,
-    message_of,
-    rivals_of,
-)
+from gradsmooth_optax._depth.doubts import DepthWarning
 from gradsmooth_optax._depth.groups import (
     Group,
     Grouping,
@@ -24,8 +19,8 @@ from gradsmooth_optax._depth.groups import (
     member_of,
 )
 from gradsmooth_optax._depth.paths import MASKED, show_path
+from gradsmooth_optax._depth.proposals import errors, warnings_of
 from gradsmooth_optax._depth.specs import DepthSpec
-from gradsmooth_optax._depth.structure import faults
 
 
 def coupled_groups(
@@ -49,10 +44,10 @@ def coupled_groups(
     grouping = group_by_depth(spec, tree)
     check_structure(grouping, strict)
     if said is not None and strict:
-        for doubt in doubts(grouping):
-            if doubt not in said:
-                said.add(doubt)
-                warnings.warn(doubt, DepthWarning, stacklevel=3)
+        for warning in warnings_of(grouping):
+            if warning not in said:
+                said.add(warning)
+                warnings.warn(warning, DepthWarning, stacklevel=3)
     return grouping
 
 
@@ -62,11 +57,8 @@ def check_structure(
     """Raises where the grouping is certainly wrong: the arguments are of `faults`."""
     if (outer := _outer.get()) not in (None, grouping.spec):
         _check_agreement(grouping, outer)
-    if strict:
-        for rivals in rivals_of(grouping):
-            raise ValueError(rivals)
-    for fault in faults(grouping, strict, wholes):
-        raise ValueError(message_of(fault, grouping))
+    for error in errors(grouping, strict, wholes):
+        raise ValueError(error)
 
 
 # -- Two specs in one optimizer --------------------------------------------------------

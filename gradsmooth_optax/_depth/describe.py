@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
-from gradsmooth_optax._depth.checked_groups import check_structure
-from gradsmooth_optax._depth.doubts import doubts
-from gradsmooth_optax._depth.groups import Group, Grouping, group_by_depth
+from gradsmooth_optax._depth.groups import Group, group_by_depth
 from gradsmooth_optax._depth.paths import Place, show_path
+from gradsmooth_optax._depth.proposals import errors, warnings_of
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec, expanded
 
 _LONGEST_LIST = 50
@@ -175,7 +174,7 @@ def describe(depth: DepthLike, params: Any) -> DepthSummary:
         int((group.run_lengths > 1).sum()) * math.prod(group.shape)
         for group in grouping.groups
     )
-    problem = _problem(grouping)
+    problem = next(errors(grouping, strict=True), "")
     return DepthSummary(
         spec,
         grouping.groups,
@@ -188,17 +187,8 @@ def describe(depth: DepthLike, params: Any) -> DepthSummary:
         coupled,
         sum(sizes),
         problem,
-        () if problem else tuple(doubts(grouping)),
+        () if problem else tuple(warnings_of(grouping)),
     )
-
-
-def _problem(grouping: Grouping) -> str:
-    """What `init` says of the tree."""
-    try:
-        check_structure(grouping, strict=True)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _unmatched(spec: DepthSpec, places: Sequence[Place]) -> list[DepthSpec]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gradsmooth_optax._depth.paths import Place, places_of
-from gradsmooth_optax._depth.proposals import fitting_preset, proposed, tried
+from gradsmooth_optax._depth.proposals import best_spec, proposed
 from gradsmooth_optax._depth.reading import Stack, read
 from gradsmooth_optax._depth.specs import DepthSpec
 
@@ -111,16 +111,15 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
             f"{params!r}. To see what a spec does, write `describe(spec, params)`."
         )
     places, treedef = places_of(params), jax.tree.structure(params)
-    stacks, left_out = read(places)
-    stacks = [stack for stack in stacks if not stack.is_one_layer]
-    proposal = proposed(stacks, places)
+    reading = read(places)
+    stacks = [stack for stack in reading.stacks if not stack.is_one_layer]
     doubts = [doubt for stack in stacks for doubt in _doubts(stack, places)]
-    if proposal is not None and not doubts:
-        at_least = tried(proposal, places, treedef)
-        proposal = fitting_preset(places, treedef, at_least) or proposal
+    proposal = proposed(stacks, places)
+    if not doubts:
+        proposal = best_spec(stacks, reading, places, treedef) or proposal
     return Detection(
         "" if proposal is None else repr(proposal),
-        tuple(found.reason for found in (stacks or left_out)),
+        tuple(found.reason for found in (stacks or reading.left_out)),
         tuple(doubts),
         proposal,
         bool(accept_uncertain),

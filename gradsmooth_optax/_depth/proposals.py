@@ -5,48 +5,51 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gradsmooth_optax._depth.depth import Depth
+from gradsmooth_optax._depth.doubts import doubts
 from gradsmooth_optax._depth.groups import Grouping, group_places
-from gradsmooth_optax._depth.paths import MASKED, Path, Place
-from gradsmooth_optax._depth.reading import Stack
+from gradsmooth_optax._depth.paths import MASKED, Place
+from gradsmooth_optax._depth.reading import Reading, Stack, read
 from gradsmooth_optax._depth.specs import (
     PRESET_TRIES,
     DepthSpec,
     first_match,
+    is_default_unrolled,
     ranked,
+    restricted_like,
     scanned,
     unrolled,
 )
-from gradsmooth_optax._depth.structure import faults
+from gradsmooth_optax._depth.structure import Fault, faults
 
 
 def proposed(stacks: Sequence[Stack], places: Sequence[Place]) -> DepthSpec | None:
-    """The fewest specs, with short patterns, that find these stacks and nothing else."""
+    """The fewest specs, of short patterns, that find these stacks and nothing else."""
     members, left = [], list(stacks)
     while left:
-        whole = _spec(left[0], left[0].patterns[-1])
-        found = ((s, _covered(s, left, places)) for s in _specs(left[0]))
-        spec, covered = next((pair for pair in found if pair[1]), (whole, left[:1]))
+        found = ((spec, _covered(spec, left, places)) for spec in _specs(left[0]))
+        alone = (list(_specs(left[0]))[-1], left[:1])
+        spec, covered = next((pair for pair in found if pair[1]), alone)
         members.append(spec)
         left = [stack for stack in left if stack not in covered]
     return first_match(*members) if len(members) > 1 else next(iter(members), None)
 
 
 def _specs(stack: Stack) -> Iterator[DepthSpec]:
-    return (_spec(stack, pattern) for pattern in stack.patterns)
-
-
-def _spec(stack: Stack, pattern: str) -> DepthSpec:
     make = unrolled if stack.function == "unrolled" else scanned
-    spec = make(pattern, **stack.options)
-    return ranked(spec) if stack.ranked else spec
+    for pattern in stack.patterns:
+        spec = make(pattern, **stack.options)
+        yield ranked(spec) if stack.ranked else spec
 
 
 def _covered(
     spec: DepthSpec, stacks: list[Stack], places: Sequence[Place]
 ) -> list[Stack]:
     """The stacks that the spec finds, the first among them; [] if it finds others."""
-    found = depths_of(spec, places)
+    found = {
+        place.path: assignment.depth
+        for place, assignment in zip(places, spec.assign(places), strict=True)
+        if assignment is not None and place.leaf is not MASKED
+    }
     covered = [
         stack
         for stack in stacks
@@ -56,47 +59,104 @@ def _covered(
     return [] if finds_others or stacks[0] not in covered else covered
 
 
-def depths_of(spec: DepthSpec, places: Sequence[Place]) -> dict[Path, Depth]:
-    """The `Depth` that a spec gives each leaf."""
-    return {
-        place.path: assignment.depth
-        for place, assignment in zip(places, spec.assign(places), strict=True)
-        if assignment is not None and place.leaf is not MASKED
-    }
+def best_spec(
+    stacks: Sequence[Stack], reading: Reading, places: Sequence[Place], treedef: Any
+) -> DepthSpec | None:
+    """What finds the stacks: a preset if one couples all of that and more."""
+    spec = proposed(stacks, places)
+    found = spec and _tried(spec, reading, places, treedef)
+    for make, options in PRESET_TRIES if spec else ():
+        other = _tried(make(**options), reading, places, treedef)
+        if other and (not found or _pairs(found) < _pairs(other)):
+            found = other
+    return found.spec if found else None
 
 
-def tried(spec: DepthSpec, places: Sequence[Place], treedef: Any) -> Grouping | None:
-    """How the spec groups the tree, None where that is an error or couples nothing."""
+def _tried(
+    spec: DepthSpec, reading: Reading, places: Sequence[Place], treedef: Any
+) -> Grouping | None:
+    """How the spec groups the tree; None if that is wrong, doubted or no coupling."""
     try:
         grouping = group_places(spec, places, treedef)
     except (TypeError, ValueError):
         return None
-    fine = grouping.coupled and next(faults(grouping, strict=True), None) is None
-    return grouping if fine else None
+    wrong = next(faults(grouping, strict=True), None) or next(
+        doubts(grouping, reading), None
+    )
+    return grouping if grouping.coupled and wrong is None else None
 
 
-def fitting_preset(
-    places: Sequence[Place], treedef: Any, at_least: Grouping | None
-) -> DepthSpec | None:
-    """A preset that couples all that is coupled here, and more; else None."""
-    best = at_least
-    for make, options in PRESET_TRIES:
-        found = tried(make(**options), places, treedef)
-        if found and (best is None or pairs_of(best) < pairs_of(found)):
-            best = found
-    return None if best is None or best is at_least else best.spec
-
-
-def pairs_of(grouping: Grouping) -> set[tuple]:
+def _pairs(grouping: Grouping) -> set[tuple]:
     """The pairs of slices that are neighbors."""
     pairs = set()
     for group in grouping.coupled:
         where = [(member.leaf, member.axes) for member in group.members]
         slots = [(where[m], index) for m, index in group.slots]
-        run = group.run_starts
         pairs |= {
             (slots[i], slots[i + 1])
             for i in range(len(slots) - 1)
-            if run[i] == run[i + 1]
+            if group.run_starts[i] == group.run_starts[i + 1]
         }
     return pairs
+
+
+# -- What is said ----------------------------------------------------------------------
+
+
+def errors(
+    grouping: Grouping, strict: bool, wholes: Sequence[Any] | None = None
+) -> Iterator[str]:
+    """What is wrong with a grouping, each with a call that was tried on the tree."""
+    if strict and is_default_unrolled(grouping.spec):
+        yield from _rivals(grouping)
+    for fault in faults(grouping, strict, wholes):
+        yield _message(fault, grouping)
+
+
+def _rivals(grouping: Grouping) -> Iterator[str]:
+    """Where `unrolled()` would have to choose between two numbers: both calls."""
+    assigned = {m.path for group in grouping.groups for m in group.members}
+    for stack in read(grouping.places).stacks:
+        if stack.rivals and not assigned & stack.depths.keys():
+            calls = [proposed(s, grouping.places) for s in ([stack], stack.rivals)]
+            yield (
+                f"`depth` {grouping.spec!r} finds two numbers that may be the layer's: "
+                f"{stack.reason}; and {stack.rivals[0].reason}. To fix: write "
+                f"`{calls[0]!r}` or `{calls[1]!r}`."
+            )
+
+
+def _message(fault: Fault, grouping: Grouping) -> str:
+    if not fault.is_misread:
+        return f"{fault.found} To fix: {fault.fix}."
+    reading, found = read(grouping.places), fault.found
+    if not reading.stacks and reading.left_out:
+        found += f" The tree shows {reading.left_out[0].reason}."
+    cure = _cure(grouping, reading)
+    return f"{found} To fix: {cure}{'; or ' * bool(cure)}{fault.fix}."
+
+
+def warnings_of(grouping: Grouping) -> list[str]:
+    """What is doubted, each with a call that was tried on the tree."""
+    reading = read(grouping.places)
+    found = list(doubts(grouping, reading))
+    cure = _cure(grouping, reading) if found else ""
+    advice = f"To fix: {cure}" if cure else "No call was found that does better"
+    return [
+        f"`depth` {grouping.spec!r} {doubt}. {advice}; or pass `strict=False` if it is "
+        f"meant."
+        for doubt in found
+    ]
+
+
+def _cure(grouping: Grouping, reading: Reading) -> str:
+    """A call that was tried, as advice; "" where none does better."""
+    several = [stack for stack in reading.stacks if not stack.is_one_layer]
+    certain = [stack for stack in several if stack.is_certain]
+    for stacks in (certain, several):
+        spec = best_spec(stacks, reading, grouping.places, grouping.treedef)
+        call = spec and restricted_like(spec, grouping.spec)
+        if call and call != grouping.spec:
+            unsure = [doubt for stack in stacks for doubt in stack.doubts]
+            return f"write `{call!r}`" + "".join(f", if so: {d}" for d in unsure[:1])
+    return ""

@@ -14,7 +14,13 @@ import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path
-from gradsmooth_optax._depth.words import Meaning, is_part, meaning, split_number
+from gradsmooth_optax._depth.words import (
+    VECTORS,
+    Meaning,
+    is_part,
+    meaning,
+    split_number,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +83,17 @@ class Siblings:
     def are_equal(self) -> bool:
         """Whether all of them have at least half of their parameters in common.
 
-        Single modules more than half: a norm and a linear layer both have a bias.
+        And not vectors alone: a norm and a linear layer both have a bias.
         """
         known = {n for numbers in self.numbers_of.values() for n in numbers}
-        everywhere = sum(len(ns) == len(known) for ns in self.numbers_of.values())
+        common = [
+            p for p, numbers in self.numbers_of.items() if len(numbers) == len(known)
+        ]
         most = max(map(len, self.children.values()))
-        return 2 * everywhere >= most + (self.num_modules < 2) or not known
+        vectors_alone = all(path and str(path[-1]) in VECTORS for path in common)
+        return not known or (
+            2 * len(common) >= most and not (vectors_alone and len(common) < most)
+        )
 
     @property
     def num_modules(self) -> int:

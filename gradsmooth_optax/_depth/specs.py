@@ -505,16 +505,20 @@ class _DepthFn(_ShowsItsCall):
 class _Preset(DepthSpec):
     call: str = dataclasses.field(compare=False)
     member: DepthSpec
+    num_layers: int | None = None
 
     def assign(self, places: Sequence[Place]) -> Assignments:
-        return self.member.assign(places)
+        assignments = self.member.assign(places)
+        if self.num_layers is None:
+            return assignments
+        return [a and a._replace(num_layers=self.num_layers) for a in assignments]
 
     @property
     def parts(self) -> tuple[DepthSpec, ...]:
         return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
-        return _Preset(self.call, self.member.unrestricted())
+        return _Preset(self.call, self.member.unrestricted(), self.num_layers)
 
     def __repr__(self) -> str:
         return self.call
@@ -525,6 +529,8 @@ def preset(
 ) -> Callable[[Callable[P, DepthSpec]], Callable[P, DepthSpec]]:
     """Gives a layout its name; the spec that it returns shows this call.
 
+    A layout declares `num_layers`, for its signature, and it is checked here.
+
     Args:
       *tries: the options with which an error may propose it, if the tree fits.
     """
@@ -534,7 +540,9 @@ def preset(
         def named(*args: P.args, **options: P.kwargs) -> DepthSpec:
             call = shown_call(f"layouts.{function.__name__}", args, options)
             spec = function(*args, **options)
-            return _Preset(call, spec.member if isinstance(spec, _Preset) else spec)
+            count = cast(int | None, options.get("num_layers"))
+            member = spec.member if isinstance(spec, _Preset) else spec
+            return _Preset(call, member, _positive("num_layers", count))
 
         PRESETS[function.__name__] = named
         PRESET_TRIES.extend((named, options) for options in tries)

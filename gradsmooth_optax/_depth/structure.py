@@ -103,7 +103,8 @@ def _nothing_matched(grouping: Grouping) -> Fault:
         f"layers are masked here.",
         "write `unrolled(pattern)` with the layer's number in parentheses for one leaf "
         "per layer, or `scanned(pattern, axis=0)` for stacked layers, as the paths "
-        "here are; or pass `strict=False` if this tree may hold no layers",
+        "here are (`print(detect(params))` shows what the tree looks like); or pass "
+        "`strict=False` if this tree may hold no layers",
         is_misread=True,
     )
 
@@ -152,7 +153,7 @@ def _other_numbers_of_layers(grouping: Grouping) -> Iterator[Fault]:
     for (path, leaf, _), found in zip(
         places, grouping.spec.locate(places), strict=True
     ):
-        if found is None or leaf is MASKED and found.depth.axis is not None:
+        if found is None or (leaf is MASKED and found.depth.axis is not None):
             continue
         depth, shape = found.depth, np.shape(leaf if leaf is not MASKED else 0)
         if found.num_layers is not None:
@@ -280,9 +281,9 @@ def _is_under(path: str, nodes: set[str]) -> bool:
 def _unmatched_leaves(group: Group, grouping: Grouping) -> list[str]:
     """Untouched leaves whose paths read like those of the missing layers."""
     untouched = {show_path(grouping.paths[i]) for i in grouping.untouched}
-    wanted = dict(
-        (layer, path) for layer, path in _paths_of_missing(group) if path in untouched
-    )
+    wanted = {
+        layer: path for layer, path in _paths_of_missing(group) if path in untouched
+    }
     return [
         f"{path} is in the tree, but `depth` leaves it out" for path in wanted.values()
     ]

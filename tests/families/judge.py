@@ -117,7 +117,8 @@ def stack_case(stack):
 
     def truth(stack):
         return [
-            (slices[name, a], slices[name, b]) for name, a, b in stacks.true_pairs(stack)
+            (slices[name, a], slices[name, b])
+            for name, a, b in stacks.true_pairs(stack)
         ]
 
     truths = [truth(stack)]

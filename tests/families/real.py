@@ -244,7 +244,12 @@ PAIRS = {
         "SpeechEncoderDecoderConfig",
         (
             "Wav2Vec2Config",
-            {**BERT, **CONV, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
+            {
+                **BERT,
+                **CONV,
+                "feat_extract_norm": "layer",
+                "do_stable_layer_norm": True,
+            },
         ),
         ("BartConfig", {**BART, "is_decoder": True}),
     ),

@@ -55,14 +55,14 @@ def test_a_spec_that_couples_something_else_is_called_wrong_or_partly():
 
 
 def test_the_notation_says_which_leaves_there_are():
-    text = '''== small
+    text = """== small
 source: this test
 layers stack axis=1 : blocks/
 
 blocks
   {k,q}/w 2x3 @embed,layers
   {0-1}/.value 4 @embed
-'''
+"""
     (tree,) = notation.read_file(text)
     assert [(leaf.path, leaf.shape, leaf.names) for leaf in tree.leaves] == [
         ("blocks/k/w", (2, 3), ("embed", "layers")),

@@ -1,0 +1,552 @@
+"""A wrong grouping is loud: an error or a `DepthWarning`, with a call that helps."""
+
+import re
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import gradsmooth_optax as gs
+
+# -- Trees -----------------------------------------------------------------------------
+
+
+def dense(*shape):
+    return {"kernel": jnp.ones(shape or (4, 4)), "bias": jnp.ones(shape[-1:] or 4)}
+
+
+def block(width=8):
+    """A layer of two modules and a norm."""
+    return {"attn": dense(4, 4), "fc": dense(4, width), "norm": {"scale": jnp.ones(4)}}
+
+
+def stacked(tree, count, axis=0):
+    return jax.tree.map(lambda x: jnp.stack([x] * count, min(axis, x.ndim)), tree)
+
+
+def many(template, count=3, make=block):
+    return {template.format(i): make() for i in range(count)}
+
+
+def entries(count=3, make=block):
+    return [make() for _ in range(count)]
+
+
+def digits(count=3, make=block):
+    return {str(i): make() for i in range(count)}
+
+
+def mlp(count=3):
+    return {"MLP_0": many("Dense_{}", count, dense)}
+
+
+def wide(*names):
+    """Stacked layers in a node that holds other parameters too."""
+    layers = {"attn": (6, 16, 16), "mlp": (6, 16, 64), "ln": (6, 16)}
+    others = {"pos": (128, 16), "tok": (256, 16), "out": (16, 16)}
+    tree = {"layers": layers, **{name: others[name] for name in names}}
+    ones = jax.tree.map(jnp.ones, tree, is_leaf=lambda x: isinstance(x, tuple))
+    return {"decoder": ones}
+
+
+def maxtext(*lead, axis=0):
+    def leaf(*shape):
+        return jnp.ones((*shape[:axis], *lead, *shape[axis:]))
+
+    return {
+        "mlp": {"wo": {"kernel": leaf(16, 8)}},
+        "self_attention": {"out": {"kernel": leaf(2, 4, 8)}},
+        "norm": {"scale": leaf(8)},
+    }
+
+
+LAYERS = maxtext(3, axis=1)
+GEMMA2 = {
+    f"{part}_{kind}": module
+    for part, module in LAYERS.items()
+    for kind in ("local", "global")
+}
+
+
+def haiku(*modules):
+    names = ["block", "block_1", "block_2", "block_3"]
+    return {f"net/{n}/{m}": {"w": jnp.ones((4, 4))} for n in names for m in modules}
+
+
+def conv(width):
+    return {"kernel": jnp.ones((3, 3, width, width)), "bias": jnp.ones(width)}
+
+
+# -- What init says --------------------------------------------------------------------
+
+
+def said(depth, tree):
+    """The error, or the warnings, that `init` gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            gs.smooth_over_depth(depth, 0.2).init(tree)
+        except ValueError as error:
+            return [str(error)]
+    assert all(issubclass(w.category, gs.DepthWarning) for w in caught)
+    return [str(warning.message) for warning in caught]
+
+
+class Case(NamedTuple):
+    """A depth that is wrong for a tree.
+
+    Attributes:
+      words: patterns of what has to be said.
+      call: what has to be proposed; None where nothing can be.
+    """
+
+    depth: object
+    tree: object
+    words: tuple[str, ...]
+    call: str | None = None
+
+
+UNROLLED = gs.unrolled()
+CASES = {
+    # Nothing is coupled, though the tree has layers.
+    "the number of a model": Case(
+        gs.unrolled(r"([0-9]+)/"),
+        {"net_0": {"layers": digits()}},
+        ("couples nothing", "net_0/layers/0"),
+        r"gs.unrolled(r'layers/(\d+)/')",
+    ),
+    "one layer by a wrong pattern": Case(
+        gs.unrolled(r"Block_(1)/"),
+        many("Block_{}", 12),
+        ("couples nothing",),
+        r"gs.unrolled(r'Block_(\d+)/')",
+    ),
+    "layers of different widths": Case(
+        gs.unrolled(r"Conv_(\d+)/"),
+        {f"Conv_{i}": conv(i + 1) for i in range(3)},
+        ("couples nothing", "No call was found"),
+    ),
+    "blocks of different widths by themselves": Case(
+        UNROLLED,
+        {f"Block_{i}": dense(4, i + 1) for i in range(3)},
+        ("matched none", "no two of them have parameters of one shape"),
+    ),
+    "a first, stacked hidden and a last layer": Case(
+        UNROLLED,
+        {"layers": (dense(3, 16), stacked(dense(16, 16), 5), dense(16, 2))},
+        ("matched none", "of one more rank than its siblings"),
+        "gs.scanned('layers/1/')",
+    ),
+    "the same by a preset": Case(
+        gs.layouts.equinox(),
+        {"layers": (dense(3, 16), stacked(dense(16, 16), 5), dense(16, 2))},
+        ("couples nothing",),
+        "gs.scanned('layers/1/')",
+    ),
+    "a prefix that the tree has not": Case(
+        gs.scanned("params/blocks/"),
+        {"blocks": stacked(block(), 3), "head": dense(4, 9)},
+        ("matched none",),
+        "gs.scanned('blocks/')",
+    ),
+    "dotted names by a pattern for others": Case(
+        gs.unrolled(r"layers_(\d+)/"),
+        {f"model.layers.{i}.mlp.weight": jnp.ones((4, 4)) for i in range(3)},
+        ("matched none",),
+        r"gs.unrolled(r'layers/(\d+)/')",
+    ),
+    # A part of the layers is left out.
+    "numbers of one digit": Case(
+        gs.unrolled(r"Block_(\d)/"),
+        many("Block_{}", 12),
+        ("leaves out layers 10, 11",),
+        r"gs.unrolled(r'Block_(\d+)/')",
+    ),
+    "a first layer without a number": Case(
+        gs.unrolled(r"block_(\d+)/"),
+        haiku("linear", "linear_1"),
+        ("leaves out layer 0", "net/block"),
+        r"gs.unrolled(r'block(?:_(\d+))?/')",
+    ),
+    "one stack of two": Case(
+        gs.unrolled(r"encoder/layers_(\d+)/"),
+        {"encoder": many("layers_{}"), "decoder": many("layers_{}", 4)},
+        ("leaves out all of decoder/layers_0",),
+        r"gs.unrolled(r'layers_(\d+)/')",
+    ),
+    "a scanned stack beside an unrolled one": Case(
+        gs.scanned("decoder/blocks/"),
+        {
+            "encoder": {"layers": entries()},
+            "decoder": {"blocks": stacked(block(), 5)},
+            "embed": jnp.ones((9, 4)),
+        },
+        ("leaves out all of encoder/layers/0",),
+        r"gs.first_match(gs.scanned('blocks/'), gs.unrolled(r'layers/(\d+)/'))",
+    ),
+    "an unrolled stack beside a scanned one, by itself": Case(
+        UNROLLED,
+        {
+            "encoder": {"layers": entries()},
+            "decoder": {"blocks": stacked(block(), 5)},
+            "embed": jnp.ones((9, 4)),
+        },
+        ("leaves out all of decoder/blocks",),
+        r"gs.first_match(gs.scanned('blocks/'), gs.unrolled(r'layers/(\d+)/'))",
+    ),
+    "a preset that takes the layers in each block": Case(
+        gs.layouts.equinox(),
+        {
+            "blocks": [
+                {**block(), "mlp": {"layers": [dense(), dense()]}} for _ in range(3)
+            ]
+        },
+        ("does not couple blocks/0/mlp/layers/0/bias with blocks/1/mlp",),
+        r"gs.unrolled(r'blocks/(\d+)/')",
+    ),
+    "DeepSeek's tree by the plain preset": Case(
+        gs.layouts.maxtext(),
+        {"decoder": {"dense_layers": LAYERS, "moe_layers": maxtext(5, axis=1)}},
+        ("matched none",),
+        "gs.layouts.maxtext_deepseek(num_dense=3)",
+    ),
+    # Other things than layers are coupled.
+    "counterparts of stages": Case(
+        gs.unrolled(r"stage_(\d+)/"),
+        {f"stage_{s}": many("block_{}") for s in range(2)},
+        ("does not couple stage_0/block_0/attn/bias with stage_0/block_1/attn/bias",),
+        r"gs.unrolled(r'block_(\d+)/')",
+    ),
+    "counterparts of two models": Case(
+        gs.unrolled(r"^(\d+)/"),
+        ({"layers": entries()}, {"layers": entries()}),
+        ("does not couple 0/layers/0/attn/bias",),
+        r"gs.unrolled(r'layers/(\d+)/')",
+    ),
+    "twin critics": Case(
+        gs.unrolled(r"Critic_(\d+)/"),
+        {f"Critic_{c}": mlp() for c in range(2)},
+        ("couples Critic_0", "side by side", "No call was found"),
+    ),
+    "experts": Case(
+        gs.unrolled(r"experts/(\d+)/"),
+        {"moe": {"experts": entries()}},
+        ("couples moe/experts/0", "side by side"),
+    ),
+    "an ensemble that vmap stacked": Case(
+        gs.scanned("VmapQ_0/"),
+        {"VmapQ_0": stacked(mlp(), 2)},
+        ("ensemble",),
+    ),
+    "a norm and a linear layer of a list": Case(
+        gs.layouts.flax_nnx(),
+        {
+            "stem": {
+                "layers": [dense(4, 4), {"scale": jnp.ones(4), "bias": jnp.ones(4)}]
+            },
+            "body": {"layers": entries()},
+        },
+        ("couples stem/layers/0/bias, stem/layers/1/bias",),
+    ),
+    # Layers of their own, axes over layers: the other way round.
+    "a list by scanned": Case(
+        gs.scanned("layers/"),
+        {"layers": entries()},
+        ("4 in layers/0/attn/bias", "8 in layers/0/fc/bias"),
+        r"gs.unrolled(r'layers/(\d+)/')",
+    ),
+    "a list of matrices by scanned": Case(
+        gs.scanned("blocks/"),
+        {"blocks": digits(make=lambda: {"kernel": jnp.ones((4, 2))})},
+        ("takes axis 0 of leaf blocks/0/kernel",),
+        r"gs.unrolled(r'blocks/(\d+)/')",
+    ),
+    "stacked layers by themselves": Case(
+        UNROLLED,
+        {"blocks": stacked(block(), 5), "embed": jnp.ones((9, 4))},
+        ("matched none",),
+        "gs.scanned('blocks/')",
+    ),
+    "a stacked cycle by itself": Case(
+        UNROLLED,
+        {"decoder": {"layers": many("layers_{}", 6, lambda: LAYERS)}},
+        ("matched none",),
+        r"gs.scanned(r'layers_(\d+)/', axis=1, stride=6)",
+    ),
+    "a stacked cycle by unrolled": Case(
+        gs.unrolled(r"layers_(\d+)/"),
+        {"decoder": {"layers": many("layers_{}", 6, lambda: LAYERS)}},
+        ("takes no axis", "layers are on axis 1"),
+        r"gs.scanned(r'layers_(\d+)/', axis=1, stride=6)",
+    ),
+    "each position of a cycle by itself": Case(
+        gs.scanned("decoder/layers/", axis=1),
+        {"decoder": {"layers": many("layers_{}", 6, lambda: LAYERS)}},
+        ("does not couple decoder/layers/layers_0",),
+        r"gs.scanned(r'layers_(\d+)/', axis=1, stride=6)",
+    ),
+    "the layers of one kind": Case(
+        gs.layouts.maxtext(),
+        {"decoder": {"layers": GEMMA2}},
+        ("layers of one kind", "global, local"),
+        "gs.layouts.maxtext_gemma2()",
+    ),
+    # Wrong axes.
+    "the model's width": Case(
+        gs.scanned("layers/", axis=1),
+        wide("pos", "tok", "out"),
+        ("takes axis 1 of leaf decoder/layers/attn", "on axis 0"),
+        "gs.scanned('layers/')",
+    ),
+    "the model's width, of all of the decoder": Case(
+        gs.scanned("decoder/", axis=1),
+        wide("pos", "tok", "out"),
+        ("takes axis 1 of leaf decoder/layers/attn", "on axis 0"),
+        "gs.scanned('layers/')",
+    ),
+    "a pattern that is a bit too wide": Case(
+        gs.scanned("decoder/"),
+        wide("pos", "tok", "out"),
+        ("6 in decoder/layers/attn", "128 in decoder/pos"),
+        "gs.scanned('layers/')",
+    ),
+    "another axis under only": Case(
+        gs.scanned("layers/", axis=1).only(lambda path, leaf: "attn" in path),
+        wide("pos", "tok", "out"),
+        ("takes axis 1 of leaf decoder/layers/attn", "on axis 0"),
+    ),
+    "one axis of two": Case(
+        gs.scanned("pipeline_module/layers/"),
+        {"decoder": {"pipeline_module": {"layers": maxtext(2, 4)}}},
+        ("vectors have 2 axes beside their own",),
+    ),
+    # The depth that a spec asserts.
+    "another depth": Case(
+        gs.unrolled(r"layers_(\d+)/", num_layers=5),
+        many("layers_{}", 4),
+        ("num_layers=5", "'layers' has 4", "1 in layers_0/attn/bias"),
+    ),
+    "another depth of a scan": Case(
+        gs.scanned("layers/", axis=1, num_layers=6),
+        wide("pos", "tok", "out"),
+        ("num_layers=6", "has 16"),
+    ),
+    "another depth of a preset": Case(
+        gs.layouts.hf_flax(num_layers=12),
+        {"h": digits(3)},
+        ("num_layers=12", "'h' has 3"),
+    ),
+    # Two numbers that may be the layer's.
+    "layers of layers": Case(
+        UNROLLED,
+        {f"layers_{i}": many("layers_{}") for i in range(2)},
+        ("two numbers", r"r'layers_\(\\d\+\)/layers_|r'layers_0/layers_\(\\d\+\)/'"),
+    ),
+    "units of blocks": Case(
+        UNROLLED,
+        {f"block{s}": many("unit{}") for s in (1, 2, 3)},
+        ("two numbers", r"block\(\\d\+\)/", r"unit\(\\d\+\)/"),
+    ),
+    # Not the parameters.
+    "a module": Case(UNROLLED, object(), ("one leaf of type object", "parameters")),
+    # Layers that alternate.
+    "a mixture of experts in every second layer": Case(
+        UNROLLED,
+        {
+            f"layers_{i}": {"attn": dense(), ("moe" if i % 2 else "mlp"): dense()}
+            for i in range(4)
+        },
+        ("several kinds alternate", "layer 1 holds layers_1/moe/bias", "ranked"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_probably_wrong_is_said_with_a_call_that_helps(name):
+    depth, tree, words, call = CASES[name]
+    found = said(depth, tree)
+    assert found, "silent"
+    for word in words:
+        assert any(re.search(word, text) for text in found), found
+    if call is not None:
+        assert f"`{call}`" in found[0]
+        assert said(eval(call, {"gs": gs}), tree) == []
+        assert gs.describe(eval(call, {"gs": gs}), tree).smoothed > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_describe_says_what_init_says(name):
+    depth, tree, _, _ = CASES[name]
+    summary, found = gs.describe(depth, tree), said(depth, tree)
+    assert [summary.problem] * bool(summary.problem) + list(summary.doubts) == found
+    for text in found:
+        assert text in str(summary)
+
+
+SILENT = {
+    "one layer": (UNROLLED, {"layers_0": block(), "head": dense()}),
+    "a restriction to one stack": (
+        gs.unrolled(r"layers_(\d+)/").only(lambda path, leaf: "encoder" in path),
+        {"encoder": many("layers_{}"), "decoder": many("layers_{}", 4)},
+    ),
+    "a boundary that was set on purpose": (
+        lambda path, leaf: gs.Depth(path[0] > "layers_1", path[1:], int(path[0][-1])),
+        many("layers_{}", 4),
+    ),
+    "the layers of an MLP by their names": (
+        gs.unrolled(r"Dense_(\d+)/"),
+        {"MLP_0": many("Dense_{}", 3, dense)},
+    ),
+    "a function that joins two stacks": (
+        lambda path, leaf: gs.Depth(
+            "all", path[2:], int(path[1][-1]) + 3 * (path[0] == "out")
+        ),
+        {"in": many("blocks_{}"), "out": many("blocks_{}")},
+    ),
+    "streams of one layer": (
+        UNROLLED,
+        {
+            f"Block_{i}": {
+                f"{part}_{stream}": dense()
+                for part in ("attn", "mlp")
+                for stream in ("img", "txt")
+            }
+            for i in range(3)
+        },
+    ),
+    "the number of layers that there are": (
+        gs.layouts.hf_flax(num_layers=3),
+        {"h": digits(3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_what_is_right_or_meant_is_not_doubted(name):
+    assert said(*SILENT[name]) == []
+
+
+def test_a_masked_part_of_a_tree_is_grouped_as_the_whole_tree_or_not_at_all():
+    tree = {"net2": many("layers_{}", 4), "wi_0": dense(), "wi_1": dense()}
+    whole = gs.describe(UNROLLED, tree)
+    layers = {group.stack: group.layers for group in whole.groups}
+    for mask in (
+        {"net2": {f"layers_{i}": i != 1 for i in range(4)}, "wi_0": True, "wi_1": True},
+        {"net2": dict.fromkeys(tree["net2"], False), "wi_0": True, "wi_1": True},
+        {"net2": {f"layers_{i}": i > 1 for i in range(4)}, "wi_0": False, "wi_1": True},
+    ):
+        tx = optax.masked(gs.smooth_over_depth(UNROLLED, 0.2), mask)
+        kept = jax.tree.map(
+            lambda m, x: x if m else optax.MaskedNode(),
+            mask,
+            tree,
+            is_leaf=lambda m: isinstance(m, bool),
+        )
+        part = gs.describe(UNROLLED, kept)
+        for group in part.groups:
+            assert set(group.layers) <= set(layers[group.stack])
+        if part.problem:
+            with pytest.raises(ValueError, match=r"masked or frozen|matched none"):
+                tx.init(tree)
+        else:
+            tx.init(tree)
+
+
+def test_the_same_warning_is_given_once_for_each_transformation():
+    tree = many("Block_{}", 12)
+
+    def count(tx, function):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            function(tx)
+        return len(caught)
+
+    def updated(tx):
+        tx.update(tree, optax.EmptyState())
+
+    tx = gs.smooth_over_depth(gs.unrolled(r"Block_(\d)/"), 0.2)
+    assert [count(tx, lambda tx: tx.init(tree)), count(tx, updated)] == [1, 0]
+    tx = gs.smooth_over_depth(gs.unrolled(r"Block_(\d)/"), 0.2)
+    assert [count(tx, updated), count(tx, updated)] == [1, 0]
+
+
+# -- Names survive ---------------------------------------------------------------------
+
+
+def test_integer_and_string_keys_mean_the_same_layers():
+    numbers = {"layers": {i: block() for i in range(11)}}
+    strings = {"layers": {str(i): block() for i in range(11)}}
+    for spec in (UNROLLED, gs.layouts.flax_nnx(), gs.ranked(UNROLLED)):
+        one, other = (gs.describe(spec, tree).groups for tree in (numbers, strings))
+        assert {(g.stack, g.role, g.layers) for g in one} == {
+            (g.stack, g.role, g.layers) for g in other
+        }
+
+
+def test_keys_that_are_paths_are_read_as_paths():
+    trees = {
+        "dotted": {f"model.layers.{i}.mlp.weight": jnp.ones((2, 2)) for i in range(3)},
+        "slashes": {
+            f"model/layers/{i}/mlp": {"weight": jnp.ones((2, 2))} for i in range(3)
+        },
+        "tuples": {
+            ("model", "layers", str(i), "mlp", "weight"): jnp.ones((2, 2))
+            for i in range(3)
+        },
+        "tuples of numbers": {
+            ("model", "layers", i, "mlp", "weight"): jnp.ones((2, 2)) for i in range(3)
+        },
+    }
+    for tree in trees.values():
+        (group,) = gs.describe(UNROLLED.only_projections(), tree).groups
+        assert (group.stack, group.role) == ("model/layers", "mlp/weight")
+        assert group.layers == (0, 1, 2)
+
+
+def test_negative_numbers_are_numbers():
+    updates = {i: {"w": jnp.array([float(i)])} for i in range(-2, 3)}
+    tx = gs.smooth_over_depth(UNROLLED, 0.5)
+    new, _ = tx.update(updates, tx.init(updates))
+    found = [float(new[i]["w"][0]) for i in range(-2, 3)]
+    assert found == [-1.75, -1.0, 0.0, 1.0, 1.75]
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {f"m\u00b2{i}": {"w": jnp.ones(2)} for i in range(3)},
+        {"1" * 5000: jnp.ones(2), "l0": {"w": jnp.ones(2)}, "l1": {"w": jnp.ones(2)}},
+        {
+            "1" * 8000 + "x": jnp.ones(2),
+            "l0": {"w": jnp.ones(2)},
+            "l1": {"w": jnp.ones(2)},
+        },
+    ],
+    ids=["a superscript", "thousands of digits", "thousands of digits and a letter"],
+)
+def test_names_of_all_kinds_are_names(tree):
+    (group,) = gs.describe(UNROLLED, tree).groups
+    assert said(UNROLLED, tree) == []
+    assert group.num_layers > 1
+
+
+def test_a_number_of_thousands_of_digits_is_no_layer_number():
+    with pytest.raises(ValueError, match="too large"):
+        gs.describe(
+            gs.unrolled(r"layer_(\d+)/"), {f"layer_{'1' * 5000}/w": jnp.ones(2)}
+        )
+
+
+def test_a_stride_fits_into_32_bits():
+    with pytest.raises(ValueError, match="`stride`"):
+        gs.scanned("b", stride=2**63)
+
+
+def test_a_lone_array_is_passed_on_where_nothing_has_to_match():
+    lone = jnp.ones(3)
+    for depth in (UNROLLED, gs.scanned("blocks/"), lambda path, leaf: None):
+        tx = gs.smooth_over_depth(depth, 0.2, strict=False)
+        assert tx.update(lone, tx.init(lone))[0] is lone
