@@ -196,7 +196,8 @@ def _coupled_apart(left_out: LeftOut, grouping: Grouping) -> str:
         if stem is None:
             found = any(member.axes for member in inside)
         else:
-            tails = [m.path[start:] for m in inside if len(m.path) > start]
+            alone = [m.path for m in inside if not m.axes and len(m.path) > start]
+            tails = [path[start:] for path in alone]
             splits = [(split_number(tail[0]), tail[1:]) for tail in tails]
             alike = [tail for split, tail in splits if split and split[0] == stem]
             found = len(alike) > len(set(alike))

@@ -268,7 +268,8 @@ def _chains(siblings: Siblings) -> list[Siblings]:
         while not families and len(others) == 1:
             families, others = children_of(node, places)
             node = (*node, *others)
-        if others or len(families) != 1 or not families[0].are_equal:
+        alike = [f for f in families if f.are_equal and f.shares]
+        if others or len(families) != 1 or not alike:
             return []
         chains += families
     return chains
@@ -410,7 +411,8 @@ def _stacked_by_shapes(
     is_named = word == "layers" or (word == "layers of parts" and num_modules > 1)
     if not axes or not (is_named or (has_vectors and num_modules > 1)):
         return None
-    if not has_vectors and (children_of(node, places)[0] or len(leaves) < 2):
+    is_numbered = split_number(node[-1]) or children_of(node, places)[0]
+    if not has_vectors and (is_numbered or len(leaves) < 2):
         return None
     are_apart = all(_is_apart(p.path[:-1]) for p in leaves)
     if are_apart or _layers_are_below(node, places):

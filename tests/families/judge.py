@@ -5,6 +5,8 @@ update of the next one: the result tells, for every element, who its neighbor is
 Nothing of the library's own description is believed.
 """
 
+import dataclasses
+import itertools
 import re
 import warnings
 from typing import NamedTuple
@@ -17,7 +19,13 @@ import gradsmooth_optax as gs
 
 from . import notation
 
-NEXT = gs.operator_fn(lambda n: np.eye(n, k=1))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Next(gs.Operator):
+    """Every layer gets the update of the next one, and the last of a run zeros."""
+
+    def couple(self, layers):
+        return layers.shifted(1, missing="zero")
 
 
 class Case(NamedTuple):
@@ -161,10 +169,11 @@ def judge(case, spec_of):
         return Verdict("loud", f"{type(error).__name__}: {error}")
     if caught:
         return Verdict("loud", f"{caught[0].category.__name__}: {caught[0].message}")
-    return _verdict(case, pairs)
+    return verdict(case, pairs)
 
 
-def _verdict(case, pairs):
+def verdict(case, pairs):
+    """How pairs of elements agree with the truths of a case."""
     partly = False
     for truth, optional in zip(case.truths, case.optional, strict=True):
         left = pairs - truth
@@ -176,13 +185,14 @@ def _verdict(case, pairs):
     if partly:
         most = max(case.truths, key=len)
         return Verdict("partly", f"{len(pairs)} of {len(most)} pairs of elements")
-    false = len(pairs - frozenset().union(*case.truths, *sum(case.optional, [])))
+    optional = itertools.chain.from_iterable(case.optional)
+    false = len(pairs - frozenset().union(*case.truths, *optional))
     return Verdict("wrong", f"{false} of {len(pairs)} pairs of elements are false")
 
 
 def coupled(depth, params):
     """The pairs of numbered elements that a transformation couples."""
-    smooth = gs.smooth_over_depth(depth, NEXT)
+    smooth = gs.smooth_over_depth(depth, Next())
     updates, _ = smooth.update(params, smooth.init(params))
     pairs = set()
     before, after = jax.tree.leaves(params), jax.tree.leaves(updates)
@@ -191,18 +201,24 @@ def coupled(depth, params):
             continue
         own, got = np.asarray(own).ravel(), np.asarray(got).ravel()
         moved = (got != own) & (got != 0)
-        pairs |= set(
-            zip(own[moved].astype(int).tolist(), got[moved].astype(int).tolist())
-        )
+        here, there = (x[moved].astype(int).tolist() for x in (own, got))
+        pairs |= set(zip(here, there, strict=True))
     return frozenset(map(_ordered, pairs))
+
+
+def in_place_of(params, other):
+    """The tree `other`, with the numbers of `params`, which has the same paths."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    numbers = {notation.text(path): x for path, x in flat}
+    flat, treedef = jax.tree_util.tree_flatten_with_path(other)
+    return treedef.unflatten([numbers[notation.text(path)] for path, _ in flat])
 
 
 # -- Readers ---------------------------------------------------------------------------
 
 
 def detected(params):
-    detection = gs.detect(params)
-    return detection.spec
+    return gs.detect(params).spec
 
 
 def unrolled(params):

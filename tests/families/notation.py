@@ -28,9 +28,13 @@ The truth is a list of rules, the first that is found in the plain path wins:
 
 The first unnamed group, times `step`, plus `start`, is the layer of the leaf's first
 slice; without a group it is `start`. The role is `(?P<role>..)` and what follows the
-match; `(?P<chain>..)` tells several chains of one rule apart. `ranked`: layers of one kind are neighbors over those of other kinds. `maybe` in
-place of `layers` is a chain that a reader may as well leave alone. "or" begins another
-truth that is as good. No rule at all: the tree has no layers.
+match; `(?P<chain>..)` tells several chains of one rule apart. `ranked`: layers of one
+kind are neighbors over those of other kinds. `maybe` in place of `layers` is a chain
+that a reader may as well leave alone. "or" begins another truth that is as good. No
+rule at all: the tree has no layers.
+
+`preset` is a call that is meant for the tree, `misuse` one that a user might try and
+that must not be silently wrong. `must` names the readers that have to be right.
 """
 
 import itertools

@@ -69,6 +69,8 @@ CONV = {
     "conv_kernel": (3, 2, 2),
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
 }
 WHISPER = {
     **BART,
@@ -214,7 +216,7 @@ HF: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hf-wav2vec2": (
         "FlaxWav2Vec2ForCTC",
         "Wav2Vec2Config",
-        {**BERT, **CONV, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
+        {**BERT, **CONV},
     ),
     "hf-whisper": ("FlaxWhisperForConditionalGeneration", "WhisperConfig", WHISPER),
     "hf-xglm": (
