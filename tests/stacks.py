@@ -584,9 +584,8 @@ MAXTEXT_STACKS = [
             ),
             *MAXTEXT_OUTSIDE,
         ],
-        gs.unrolled(r"decoder/layers_(\d+)/"),
+        gs.unrolled(r"(?:^|/)layers_(\d+)/"),
         gs.layouts.maxtext(scan_axis=None),
-        chains=("layers",),
     ),
     Stack(
         "maxtext-gemma2-scanned-pairs",

@@ -201,16 +201,15 @@ def test_an_axis_out_of_range_names_the_leaf_and_its_shape(axis, strict):
     )
 
 
-@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
     "depth", [gs.unrolled(), gs.scanned("blocks/")], ids=["unrolled", "scanned"]
 )
-def test_a_tree_hidden_by_flatten_is_an_error(depth, strict):
-    tx = optax.flatten(gs.smooth_over_depth(depth, 0.3, strict=strict))
+def test_a_tree_hidden_by_flatten_is_an_error(depth):
+    tx = optax.flatten(gs.smooth_over_depth(depth, 0.3))
     with pytest.raises(ValueError, match=r"flatten") as info:
         tx.init(layers(range(3)))
     assert_says(info, r"\bdepth\b", r"array")
-    tx = gs.smooth_over_depth(depth, 0.3, strict=strict)
+    tx = gs.smooth_over_depth(depth, 0.3)
     with pytest.raises(ValueError, match=r"flatten"):
         tx.update(jnp.ones((18,)), optax.EmptyState())
 
@@ -536,17 +535,22 @@ def test_a_gap_beside_a_leaf_without_layers_is_still_our_error():
         gs.smooth_over_depth(spec).init(tree)
 
 
-def test_children_without_keys_are_told_to_be_registered_with_keys():
+def test_children_without_keys_are_told_apart_by_their_numbers():
     class Keyless:
-        pass
+        def __init__(self, *children):
+            self.children = children
 
     jax.tree_util.register_pytree_node(
-        Keyless, lambda node: ((node.a, node.b), None), lambda _, children: None
+        Keyless,
+        lambda node: (node.children, None),
+        lambda _, children: Keyless(*children),
     )
-    node = Keyless()
-    node.a, node.b = jnp.ones(2), jnp.ones(2)
-    with pytest.raises(ValueError, match="register_pytree_with_keys"):
-        gs.smooth_over_depth(gs.unrolled()).init({"layers_0": node})
+    tree = {f"layers_{i}": Keyless(jnp.ones(2), jnp.ones(2)) for i in range(3)}
+    groups = gs.describe(gs.unrolled(), tree).groups
+    assert [(group.role, group.layers) for group in groups] == [
+        ("0", (0, 1, 2)),
+        ("1", (0, 1, 2)),
+    ]
 
 
 # What new users ran into.

@@ -277,8 +277,6 @@ def test_a_preset_for_another_layout_is_an_error(name, depth):
         # Nothing: ScanBlock_0 and block are each one layer, layer 0.
         ("linen-scan-axis-0", gs.layouts.flax_linen()),
         ("haiku-two-layer-stacks", gs.layouts.haiku()),
-        # Only one tower: in the other, Encoder_0 is the layer.
-        ("big-vision-siglip-unrolled", gs.unrolled()),
         # Layer l of each stage with layer l of the next stage.
         ("maxtext-pipeline-unrolled-layers-per-stage", gs.layouts.maxtext_pipeline()),
         # Local layers with local ones.

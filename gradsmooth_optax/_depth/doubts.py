@@ -120,8 +120,9 @@ def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> s
     for path, (group, member) in there.items():
         axes = set(as_tuple(stack.depths[path].axis))
         if stack.function == "unrolled" and member.axes:
-            # A cycle couples the siblings with each other.
-            if _is_vector(group, member) or len(group.members) == 1:
+            # A cycle has a stride, and couples the siblings with each other.
+            is_alone = len(group.members) == 1
+            if _is_vector(group, member) or (is_alone and not _has_stride(member)):
                 return (
                     f"takes axis {some(member.axes)} of leaf {show_path(path)} for "
                     f"depth, but there are {stack.reason}. Probably the layers are "
@@ -135,6 +136,10 @@ def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> s
                 f"are on axis {some(sorted(axes))}: {stack.reason}"
             )
     return _counterparts(stack, there)
+
+
+def _has_stride(member: Member) -> bool:
+    return getattr(member.scan, "stride", None) is not None
 
 
 def _is_vector(group: Group, member: Member) -> bool:

@@ -187,7 +187,7 @@ def _numbered(
     if equal and is_named:
         rivals = [s for s in rivals if "partly alike" not in s.reason]
     chains = _chains(siblings)
-    if not rivals and not (is_named and any(c.meaning == "parts" for c in chains)):
+    if not rivals and not (is_named and all(c.num_modules < 2 for c in chains)):
         rivals = list(map(_layers, chains))
     yield replace(_layers_or_cycle(siblings), rivals=tuple(rivals))
 
@@ -281,7 +281,7 @@ def _stacked_between(siblings: Siblings) -> Iterator[Stack]:
         number: {siblings.inside(p): np.ndim(p.leaf) for p in _present(places)}
         for number, places in siblings.children.items()
     }
-    for number, own in ranks.items():
+    for number, own in list(ranks.items())[1:-1]:
         others = [r for n, r in ranks.items() if n != number and r.keys() == own.keys()]
         if own and others and all(own[p] == r[p] + 1 for r in others for p in own):
             node = siblings.path(number)

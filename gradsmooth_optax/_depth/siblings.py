@@ -108,7 +108,9 @@ class Siblings:
     def meaning(self) -> Meaning:
         """What their name says, with what they hold and what they are in."""
         is_list = not self.stem
-        word = self.parent[-1] if is_list and self.parent else self.stem
+        word: str | int = self.stem
+        if is_list and self.parent and not split_number(self.parent[-1]):
+            word = self.parent[-1]
         found = meaning(word, is_list)
         if found == "layers of parts":
             return "layers" if self.num_modules > 2 else "parts"

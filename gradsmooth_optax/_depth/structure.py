@@ -186,13 +186,6 @@ def _duplicate(group: Group) -> Fault:
             f"{given} several slices of leaf {paths[0]}: its strides overlap.",
             "write the step along each axis, as in `axis=(0, 1), stride=(4, 1)`",
         )
-    if len(set(paths)) == 1:
-        return Fault(
-            f"{given} {len(paths)} leaves with the same path {paths[0]!r}: their "
-            f"container names its children by number only.",
-            "register it by `jax.tree_util.register_pytree_with_keys`, or leave them "
-            "out with `.only(lambda path, leaf: ...)`",
-        )
     if all(member.axes for member in holders):
         return Fault(
             f"{given} {len(paths)} stacked leaves: {some(paths)}. They are probably "

@@ -25,14 +25,8 @@ def written(judged):
         words = {name: verdict.word for name, verdict in verdicts.items()}
         for name, word in words.items():
             totals[kind(case, name), word] += 1
-<<<<<<< HEAD
-        calls = [
-            f"{word} {name}" for name, word in words.items() if name not in READERS
-        ]
-=======
         others = [name for name in words if name not in READERS]
         calls = [f"{words[name]} {name}" for name in others]
->>>>>>> wt-families
         cells = "".join(f"{words[name]:9}" for name in READERS)
         lines.append(f"{case.name:52}{cells}{'; '.join(calls)}".rstrip())
     head = f"{'tree':52}{'detect':9}{'unrolled':9}presets and misuses"
