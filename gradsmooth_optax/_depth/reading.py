@@ -178,18 +178,21 @@ def _numbered(
             left_out.append(LeftOut(reason, siblings.parent, siblings.stem, is_apart))
         yield from inner
         return
+    whole = _layers_or_cycle(siblings)
     inner = [stack for stack in inner if not stack.is_one_layer]
-    named_inside = [s for s in inner if s.is_named]
-    if named_inside and not is_named:
+    if whole.is_cycle:
+        yield whole
+        return
+    if not is_named and any(stack.is_named for stack in inner):
         yield from inner
         return
-    rivals = named_inside if is_named else inner
+    rivals = [s for s in inner if not (is_named and s.is_small)]
     if equal and is_named:
         rivals = [s for s in rivals if "partly alike" not in s.reason]
     chains = _chains(siblings)
     if not rivals and not (is_named and all(c.num_modules < 2 for c in chains)):
         rivals = list(map(_layers, chains))
-    yield replace(_layers_or_cycle(siblings), rivals=tuple(rivals))
+    yield replace(whole, rivals=tuple(rivals))
 
 
 def _reason_to_leave_out(siblings: Siblings, is_alone: bool) -> str:
