@@ -11,9 +11,8 @@ import numpy as np
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import Group, Grouping, Member, group_places
 from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
-from gradsmooth_optax._depth.reading import LeftOut, Reading, Stack, read
+from gradsmooth_optax._depth.reading import Reading, Stack, read
 from gradsmooth_optax._depth.specs import DepthSpec
-from gradsmooth_optax._depth.words import split_number
 
 # Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.
 _KINDS = {"local", "global", "sliding", "full"}
@@ -50,9 +49,11 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
     for stack in reading.stacks:
         if not stack.rivals and not stack.is_one_layer:
             yield from filter(None, [_contradiction(stack, held)])
-    for left_out in reading.left_out:
-        if left_out.is_apart:
-            yield from filter(None, [_coupled_apart(left_out, grouping)])
+    for reason, stack, is_apart in reading.left_out:
+        if is_apart and (group := _coupled_apart(stack, grouping)):
+            yield f"couples {_shown(group)}: {reason}"
+        elif not is_apart and any(path in held for path in stack.depths):
+            yield from filter(None, [_missing(stack, held)])
     yield from _wrong_axes(grouping)
 
 
@@ -112,11 +113,8 @@ def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> s
         return _one_kind(stack, there)
     if not stack.is_certain and not stack.is_cycle:
         return ""
-    if stack.function == "unrolled" or stack.is_cycle:
-        seen = {stack.depths[path].layer for path in there}
-        if missing := sorted({d.layer for d in stack.depths.values()} - seen):
-            number = f"layer{'s' * (len(missing) > 1)} {some(missing)}"
-            return f"leaves out {number} of {stack.reason}"
+    if missing := _missing(stack, held):
+        return missing
     for path, (group, member) in there.items():
         axes = set(as_tuple(stack.depths[path].axis))
         if stack.function == "unrolled" and member.axes:
@@ -136,6 +134,16 @@ def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> s
                 f"are on axis {some(sorted(axes))}: {stack.reason}"
             )
     return _counterparts(stack, there)
+
+
+def _missing(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> str:
+    """Layers of which nothing is taken, though of others something is."""
+    there = {depth.layer for path, depth in stack.depths.items() if path in held}
+    missing = sorted({depth.layer for depth in stack.depths.values()} - there)
+    if not missing:
+        return ""
+    number = f"layer{'s' * (len(missing) > 1)} {some(missing)}"
+    return f"leaves out {number} of {stack.reason}"
 
 
 def _has_stride(member: Member) -> bool:
@@ -193,22 +201,19 @@ def _shown(group: Group) -> str:
     return some(paths, 3) if len(paths) > 1 else f"the slices of {paths[0]}"
 
 
-def _coupled_apart(left_out: LeftOut, grouping: Grouping) -> str:
-    """Models, experts, heads that are coupled with each other."""
-    start, stem = len(left_out.node), left_out.stem
+def _coupled_apart(stack: Stack, grouping: Grouping) -> Group | None:
+    """A group that couples models, experts or heads with each other."""
     for group in grouping.coupled:
-        inside = [m for m in group.members if m.path[:start] == left_out.node]
-        if stem is None:
-            found = any(member.axes for member in inside)
-        else:
-            alone = [m.path for m in inside if not m.axes and len(m.path) > start]
-            tails = [path[start:] for path in alone]
-            splits = [(split_number(tail[0]), tail[1:]) for tail in tails]
-            alike = [tail for split, tail in splits if split and split[0] == stem]
-            found = len(alike) > len(set(alike))
-        if found:
-            return f"couples {_shown(group)}: {left_out.reason}"
-    return ""
+        layers: dict[Hashable, set[int]] = defaultdict(set)
+        for member in group.members:
+            if found := stack.depths.get(member.path):
+                if stack.function == "scanned" and member.axes:
+                    return group
+                if not member.axes:
+                    layers[found.role].add(found.layer)
+        if any(len(numbers) > 1 for numbers in layers.values()):
+            return group
+    return None
 
 
 def _wrong_axes(grouping: Grouping) -> Iterator[str]:

@@ -90,15 +90,13 @@ class LeftOut(NamedTuple):
 
     Attributes:
       reason: why.
-      node: its parent.
-      stem: how its numbered siblings are called; None if it is stacked.
+      stack: what they would be as layers.
       is_apart: whether they should not be coupled, whoever says so; parts of a layer
         may be the layers of a small model.
     """
 
     reason: str
-    node: Path
-    stem: str | None
+    stack: Stack
     is_apart: bool
 
 
@@ -123,7 +121,7 @@ def read(places: Sequence[Place]) -> Reading:
         # Names of layers come before others.
         for stack in [stack for stack in stacks if stack.is_small]:
             stacks.remove(stack)
-            left_out.append(LeftOut(stack.reason, (), "", False))
+            left_out.append(LeftOut(stack.reason, stack, False))
     return Reading(tuple(stacks), tuple(left_out))
 
 
@@ -141,7 +139,8 @@ def _stacks(
                 f"which is probably of an ensemble, of experts or of heads and not of "
                 f"layers"
             )
-            left_out.append(LeftOut(reason, node, None, True))
+            stack = _scanned(node, places, (axes[0],), reason, False)
+            left_out.append(LeftOut(reason, stack, True))
             return
     families, others = children_of(node, places)
     for siblings in families:
@@ -175,7 +174,7 @@ def _numbered(
         inner = inner or list(_stacked_between(siblings))
         if reason := _reason_to_leave_out(siblings, not inner):
             is_apart = found in ("beside", "layers")
-            left_out.append(LeftOut(reason, siblings.parent, siblings.stem, is_apart))
+            left_out.append(LeftOut(reason, _layers(siblings), is_apart))
         yield from inner
         return
     whole = _layers_or_cycle(siblings)
