@@ -257,6 +257,35 @@ def levanter(*, num_layers: int | None = None) -> DepthSpec:
     return first_match(scanned("(?:^|/)stacked/"), unrolled(r"(?:^|/)blocks/(\d+)/"))
 
 
+@preset({}, {"layer_stack": True})
+def penzai(*, layer_stack: bool = False, num_layers: int | None = None) -> DepthSpec:
+    r"""penzai: `block_3` in the labels of its parameters, or a `LayerStack`.
+
+    The tree is `{parameter.label: parameter.value}`; a bare tuple of parameters does
+    not tell its layers.
+
+    Args:
+      layer_stack: whether the blocks are stacked (`use_layer_stack=True`).
+      num_layers: how many layers each stack must have; another number is an error.
+
+    Returns:
+      A spec: see `DepthSpec`.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {
+      ...     f"transformer/block_{i}/mlp/out.weights": jnp.ones((2, 2)) for i in range(3)
+      ... }
+      >>> group, = gs.describe(gs.layouts.penzai(), params).groups
+      >>> group.stack, group.role, group.layers
+      ('transformer/block', 'mlp/out/weights', (0, 1, 2))
+    """
+    if layer_stack:
+        return scanned("(?:^|/)blocks/")
+    return unrolled(r"(?:^|/)block_(\d+)/")
+
+
 @preset({})
 def t5x(*, scan_axis: int = 1, num_layers: int | None = None) -> DepthSpec:
     r"""T5X and flaxformer: `layers_3` in encoder and decoder, or scanned in both.
