@@ -139,6 +139,7 @@ def learn_operator(
         depth,
         Family("layer", functools.partial(_shapes, width), _coupled, _products),
         LearnOperatorState,
+        "learn_operator",
         start=number_in("alpha", alpha, high=alpha_max) / (2 * width),
         highest=alpha_max / (2 * width),
         learning_rate=number_in("learning_rate", learning_rate) / (2 * width),

@@ -17,6 +17,7 @@ from gradsmooth_optax._coupling.totals import Per, Units
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, Grouping
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._transforms.states import with_checked_state
 
 Direction: TypeAlias = Literal["ascent", "descent"]
 Signal: TypeAlias = Literal["coupling", "full"]
@@ -60,6 +61,7 @@ def learning(
     depth: DepthLike,
     family: Family,
     state_of: type,
+    name: str,
     *,
     start: Any,
     highest: Any,
@@ -77,6 +79,7 @@ def learning(
       depth: where depth is.
       family: of operators.
       state_of: the named tuple of θ, running means, last update and inner state.
+      name: of the transformation.
       start: θ of the first step.
       highest: the largest θ, the smallest is 0.
       learning_rate: change of θ per step at a cosine of 1.
@@ -147,7 +150,7 @@ def learning(
         new = grouping.replaced(leaves_of(coupled, layers))
         return new, state_of(theta, means, _only(grouping, kept), inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return with_checked_state(name, init_fn, update_fn)
 
 
 # -- One step of θ ---------------------------------------------------------------------
