@@ -618,7 +618,7 @@ def test_layers_without_neighbors_are_not_said_to_be_unmatched(name):
     draws = [lambda draw=draw: draw(record) for draw in OF_RECORDS]
     draws.append(lambda: plots.cosine_matrix(tree, depth, strict=False))
     for draw in draws:
-        with pytest.raises(ValueError, match="no layers .*that have a neighbor"):
+        with pytest.raises(ValueError, match=r"no layers .*that have a neighbor"):
             draw()
 
 

@@ -13,7 +13,17 @@ import numpy as np
 import optax
 from optax import contrib
 
-from gradsmooth_optax._checks import check_choice, transformation
+from gradsmooth_optax._checks import (
+    check_choice,
+    check_flag,
+    floating_dtype,
+    is_traced,
+    positive_int,
+    scalar,
+    scalar_or_schedule,
+    shown,
+    transformation,
+)
 from gradsmooth_optax._depth.checked_groups import numbered_by
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.paths import plain_path, show_path
@@ -73,6 +83,10 @@ def adamw(
     smoothing = transformation(
         "smoothing", smoothing, "adamw(learning_rate, smooth_over_depth(depth, 0.1))"
     )
+    _check_schedules(learning_rate=learning_rate, weight_decay=weight_decay)
+    _check_numbers(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    floating_dtype("mu_dtype", mu_dtype)
+    check_flag("nesterov", nesterov)
     preconditioner = optax.scale_by_adam(
         b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
     )
@@ -175,12 +189,29 @@ def muon(
             "muon(learning_rate, depth, smooth_over_depth(depth, 0.1))",
         ),
     )
+    _check_schedules(learning_rate=learning_rate, weight_decay=weight_decay)
+    if adam_learning_rate is not None:
+        _check_schedules(adam_learning_rate=adam_learning_rate)
+    if adam_weight_decay is not None:
+        _check_schedules(adam_weight_decay=adam_weight_decay)
+    _check_numbers(beta=beta, eps=eps, adam_b1=adam_b1, adam_b2=adam_b2)
+    _check_numbers(adam_eps_root=adam_eps_root)
+    if consistent_rms is not None:
+        _check_numbers(consistent_rms=consistent_rms)
+    floating_dtype("mu_dtype", mu_dtype)
+    check_flag("nesterov", nesterov)
+    check_flag("adaptive", adaptive)
+    if isinstance(ns_steps, jax.Array) and not is_traced(ns_steps):
+        ns_steps = np.asarray(ns_steps)[()]
+    ns_steps = positive_int("ns_steps", ns_steps)
+    if not callable(muon_weight_dimension_numbers):
+        _check_dimension_numbers(muon_weight_dimension_numbers)
 
     def dimension_numbers(tree):
         if muon_weight_dimension_numbers is None:
             return _matrices_per_layer(spec, tree)
         if callable(muon_weight_dimension_numbers):
-            return muon_weight_dimension_numbers(tree)
+            return _check_dimension_numbers(muon_weight_dimension_numbers(tree))
         return muon_weight_dimension_numbers
 
     def labels(params):
@@ -199,7 +230,7 @@ def muon(
 
     of_muon = functools.partial(
         contrib.scale_by_muon,
-        ns_coeffs=_coefficients(ns_coeffs),
+        ns_coeffs=_coefficients(ns_coeffs, ns_steps),
         ns_steps=ns_steps,
         beta=beta,
         eps=eps,
@@ -235,6 +266,16 @@ def muon(
         last = (optax.partition({"muon": optax.chain(*last), "adam": of_adam}, labels),)
     # Outside the partition, so that norms over a block see all of the block.
     return with_checked_state("muon", *optax.chain(preconditioner, smoothing, *last))
+
+
+def _check_schedules(**options: Any) -> None:
+    for name, value in options.items():
+        scalar_or_schedule(name, value)
+
+
+def _check_numbers(**options: Any) -> None:
+    for name, value in options.items():
+        scalar(name, value)
 
 
 def _agreeing(
@@ -351,10 +392,30 @@ def _numbers_of_layer(
     return contrib.MuonDimensionNumbers(*map(of_layer, numbers))
 
 
-def _coefficients(ns_coeffs: Any) -> Any:
+def _coefficients(ns_coeffs: Any, ns_steps: int) -> Any:
     """The coefficients, those of a preset as `optax.contrib.muon` knows it."""
-    if not isinstance(ns_coeffs, str):
-        return ns_coeffs
+    if isinstance(ns_coeffs, str):
+        ns_coeffs = _preset(ns_coeffs)
+    try:
+        shape = jnp.shape(jnp.asarray(ns_coeffs, jnp.float32))
+    except (TypeError, ValueError, OverflowError):
+        shape = None
+    if shape is None or len(shape) not in (1, 2) or shape[-1] != 3:
+        raise TypeError(
+            f"`ns_coeffs` must be three numbers, rows of three, one for each step, or "
+            f"the name of a preset, but is {shown(ns_coeffs)}. Write "
+            f"`ns_coeffs=(3.4445, -4.775, 2.0315)`."
+        )
+    if len(shape) == 2 and not 0 < shape[0] <= ns_steps:
+        raise ValueError(
+            f"`ns_coeffs` has {shape[0]} rows, one for each step, but `ns_steps` is "
+            f"{ns_steps}. Write `ns_steps={max(shape[0], 1)}`."
+        )
+    return ns_coeffs
+
+
+def _preset(ns_coeffs: str) -> np.ndarray:
+    """The coefficients of this name."""
     try:
         # More steps than any preset has: of fewer coefficients it takes all.
         with jax.ensure_compile_time_eval():
@@ -410,6 +471,22 @@ def _size(shape: Sequence[int], axes: int | Sequence[int]) -> int:
 
 def _as_axes(axes: int | Sequence[int]) -> Sequence[int]:
     return (axes,) if isinstance(axes, int) else axes
+
+
+def _check_dimension_numbers(numbers: Any) -> Any:
+    """The tree, if it holds dimension numbers and nothing else."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        numbers, is_leaf=_is_numbers_or_none
+    ):
+        if not _is_numbers_or_none(leaf):
+            raise TypeError(
+                f"`muon_weight_dimension_numbers` must be a tree like the parameters "
+                f"of `optax.contrib.MuonDimensionNumbers`, or None for a leaf of "
+                f"Adam's, but {jax.tree_util.keystr(path) or 'it'} is {shown(leaf)}. "
+                f"Write `lambda params: jax.tree.map(numbers_of, params)`, or leave "
+                f"the argument out."
+            )
+    return numbers
 
 
 def _map_prefix(function: Callable[[Any], Any], prefix: Any, tree: Any) -> Any:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._arrays import axis_size
-from gradsmooth_optax._checks import NormScope, check_choice, check_flag, transformation
+from gradsmooth_optax._checks import (
+    NormScope,
+    axis_names,
+    check_axis_name,
+    check_choice,
+    check_flag,
+    transformation,
+)
 from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
 from gradsmooth_optax._coupling.norms import (
     inverse_norm,
@@ -251,18 +258,14 @@ def _check_mesh_axes(axis_name: Any, axis_boundary: Any, norm_axis_names: Any) -
             f"`axis_name` must be the name of one mesh axis, but is {axis_name!r}. "
             f"Write `axis_name='stage'`."
         )
-    if axis_name is None and axis_boundary != "couple":
+    if axis_name is not None:
+        check_axis_name("axis_name", axis_name)
+    elif axis_boundary != "couple":
         raise ValueError(
             f"`axis_boundary={axis_boundary!r}` needs the mesh axis over which depth "
             f"is split: write `axis_name='stage'` as well."
         )
-    if not isinstance(norm_axis_names, tuple | list):
-        raise TypeError(
-            f"`norm_axis_names` must be a tuple of names of mesh axes, but is "
-            f"{norm_axis_names!r}. Write `norm_axis_names=({norm_axis_names!r},)`."
-        )
-    if len(set(norm_axis_names)) < len(norm_axis_names):
-        raise ValueError(f"`norm_axis_names` names an axis twice: {norm_axis_names!r}.")
+    norm_axis_names = axis_names("norm_axis_names", norm_axis_names)
     if axis_name is not None and axis_name in norm_axis_names:
         raise ValueError(
             f"`norm_axis_names` holds {axis_name!r}, which is the `axis_name` that "

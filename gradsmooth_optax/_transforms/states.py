@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,10 @@ def with_checked_state(
       init_fn: that of the transformation.
       update_fn: that of the transformation.
     """
-    of_nothing = _init_or_none(init_fn, ())
+    try:
+        of_nothing = _made(init_fn, ())
+    except Exception:
+        of_nothing = None
 
     def checked_update_fn(updates, state, params=None, **extra_args):
         if of_nothing is None or not _fits(state, of_nothing, ()):
@@ -53,22 +57,28 @@ def _check(name: str, init_fn: Any, updates: Any, state: Any) -> None:
     """Raises if the state fits neither that of the updates nor that of no leaves."""
     masked = jax.tree.map(lambda _: optax.MaskedNode(), updates)
     expected = []
+    wrong_updates = None
     for tree in (updates, masked, ()):
-        made = _init_or_none(init_fn, tree)
-        if made is not None:
-            if _fits(state, made, tree):
-                return
-            expected.append((made, tree))
+        try:
+            made = _made(init_fn, tree)
+        except Exception as error:
+            if tree is updates and isinstance(error, ValueError):
+                wrong_updates = error
+            continue
+        if _fits(state, made, tree):
+            return
+        expected.append((made, tree))
+    if wrong_updates:
+        raise wrong_updates  # for another reason than the state
     if expected:
         raise TypeError(_message(name, state, *expected[0]))
 
 
-def _init_or_none(init_fn: Any, tree: Any) -> Any:
-    """The state, without memory for it; None where `init_fn` needs another tree."""
-    try:
+def _made(init_fn: Any, tree: Any) -> Any:
+    """The state that `init_fn` makes, without memory for it, and without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return jax.eval_shape(lambda: init_fn(tree))
-    except Exception:
-        return None
 
 
 # -- The spine of a state --------------------------------------------------------------

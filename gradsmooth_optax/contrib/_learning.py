@@ -12,7 +12,12 @@ import numpy as np
 import optax
 
 from gradsmooth_optax._arrays import in_dtype, inexact_dtype
-from gradsmooth_optax._checks import check_choice, check_flag, number_below_one
+from gradsmooth_optax._checks import (
+    check_choice,
+    check_flag,
+    floating_dtype,
+    number_below_one,
+)
 from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
 from gradsmooth_optax._coupling.totals import Per, Units
 from gradsmooth_optax._depth.checked_groups import coupled_groups
@@ -99,8 +104,7 @@ def learning(
     check_choice("signal", signal, get_args(Signal))
     decay = number_below_one("decay", decay)
     check_flag("strict", strict)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"`dtype` must be a floating dtype or None, but is {dtype!r}.")
+    dtype = floating_dtype("dtype", dtype)
     sign = 1.0 if direction == "ascent" else -1.0
 
     def init_fn(params):
