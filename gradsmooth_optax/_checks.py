@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Hashable
@@ -16,7 +17,7 @@ from jax.core import Tracer
 NormScope: TypeAlias = Literal["param", "block"]
 Matrix: TypeAlias = np.ndarray | jax.Array
 
-LARGEST_LAYER = 2**31 - 1
+LARGEST_LAYER = _LARGEST_INT = 2**31 - 1
 _LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -163,7 +164,7 @@ def strength_in(argument: str, value: Any, high: float = math.inf) -> Any:
         hint = ""
         if high == 1 and 1 < value <= 100:
             hint = f" It is a fraction: write {value / 100:g} for {value} %."
-        found = value if len(str(_number(value))) < 20 else shown(value)
+        found = shown(value) if isinstance(value, int) else value
         raise ValueError(f"`{argument}` must be {allowed}, but is {found}.{hint}")
     # A NumPy array could be written to later.
     return float(value) if isinstance(value, np.ndarray) else value
@@ -185,15 +186,20 @@ def scalar(argument: str, value: Any, more: str = "") -> Any:
         raise ValueError(
             f"`{argument}` must be one scalar, but has shape {np.shape(value)}."
         )
+    if isinstance(value, int) and abs(value) > _LARGEST_INT:
+        raise ValueError(
+            f"`{argument}` is an int of more than 32 bits, {shown(value)}. Write a "
+            f"float."
+        )
     return value
 
 
 def floating_dtype(argument: str, value: Any) -> Any:
     """The dtype, if it is a floating or complex one, or None."""
-    try:
-        is_floating = value is None or jnp.issubdtype(jnp.dtype(value), jnp.inexact)
-    except TypeError:  # no dtype at all
-        is_floating = False
+    is_floating = value is None
+    if not is_floating and not isinstance(value, np.ndarray | np.generic | jax.Array):
+        with contextlib.suppress(Exception):  # of what is no dtype at all
+            is_floating = jnp.issubdtype(jnp.dtype(value), jnp.inexact)
     if not is_floating:
         raise TypeError(
             f"`{argument}` must be a floating dtype or None, but is {shown(value)}."
@@ -282,7 +288,7 @@ def _number(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _is_real(value: Any) -> bool:

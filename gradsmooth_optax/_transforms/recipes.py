@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -202,7 +204,8 @@ def muon(
     check_flag("nesterov", nesterov)
     check_flag("adaptive", adaptive)
     if isinstance(ns_steps, jax.Array) and not is_traced(ns_steps):
-        ns_steps = np.asarray(ns_steps)[()]
+        with contextlib.suppress(TypeError):  # what is no int `positive_int` tells
+            ns_steps = operator.index(ns_steps)
     ns_steps = positive_int("ns_steps", ns_steps)
     if not callable(muon_weight_dimension_numbers):
         _check_dimension_numbers(muon_weight_dimension_numbers)
@@ -308,7 +311,7 @@ def _matrices_per_layer(spec: DepthSpec, tree: Any) -> Any:
 
 
 def _by_layer(
-    of_muon: Callable[..., optax.GradientTransformation],
+    of_muon: Callable[..., Any],
     spec: DepthSpec,
     dimension_numbers: Callable[[Any], Any],
 ) -> optax.GradientTransformation:
@@ -357,8 +360,8 @@ def _by_layer(
         )
         new = dict(zip(lone, zip(found, new_state.mu, strict=True), strict=True))
         new.update({i: over_layers(i) for i in range(len(leaves)) if axes[i]})
-        pairs = [new[i] for i in range(len(leaves))]
-        updates, mu = (treedef.unflatten([pair[k] for pair in pairs]) for k in (0, 1))
+        updates = treedef.unflatten([new[i][0] for i in range(len(leaves))])
+        mu = treedef.unflatten([new[i][1] for i in range(len(leaves))])
         return updates, new_state._replace(mu=mu)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -24,7 +24,7 @@ _PARTS = ("inner_state", "smoothing_state")
 
 def with_checked_state(
     name: str,
-    init_fn: Callable[[Any], Any],
+    init_fn: optax.TransformInitFn,
     update_fn: Callable[..., tuple[Any, Any]],
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation, which refuses a state that other settings have made.
@@ -119,7 +119,7 @@ def _differences(
             yield at, found, expected
             return
         for i, parts in enumerate(zip(found, expected, strict=True)):
-            step = f".{expected._fields[i]}" if kind else f"[{i}]"
+            step = f".{kind[1][i]}" if kind else f"[{i}]"
             yield from _differences(*parts, of_tree, at + step)
 
 
