@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -203,10 +201,7 @@ def muon(
     floating_dtype("mu_dtype", mu_dtype)
     check_flag("nesterov", nesterov)
     check_flag("adaptive", adaptive)
-    if isinstance(ns_steps, jax.Array) and not is_traced(ns_steps):
-        with contextlib.suppress(TypeError):  # what is no int `positive_int` tells
-            ns_steps = operator.index(ns_steps)
-    ns_steps = positive_int("ns_steps", ns_steps)
+    ns_steps = positive_int("ns_steps", _as_int(ns_steps))
     if not callable(muon_weight_dimension_numbers):
         _check_dimension_numbers(muon_weight_dimension_numbers)
 
@@ -269,6 +264,13 @@ def muon(
         last = (optax.partition({"muon": optax.chain(*last), "adam": of_adam}, labels),)
     # Outside the partition, so that norms over a block see all of the block.
     return with_checked_state("muon", *optax.chain(preconditioner, smoothing, *last))
+
+
+def _as_int(value: Any) -> Any:
+    """An array that holds one int, which optax takes too, as an int."""
+    if not isinstance(value, jax.Array) or is_traced(value) or value.ndim:
+        return value
+    return int(value) if jnp.issubdtype(value.dtype, jnp.integer) else value
 
 
 def _check_schedules(**options: Any) -> None:
