@@ -836,3 +836,119 @@ def test_a_wrong_structure_is_told_before_the_state_is_looked_at():
     tx = gs.smooth_over_depth(depth, lambda count: 0.1, strict=False)
     with pytest.raises(ValueError, match="gives layer 0"):
         tx.update(tree, None)
+
+
+# Arguments of the wrong kind, of every kind: a sentence that names the argument.
+
+
+class Odd:
+    """Neither hashable nor to be shown."""
+
+    __hash__ = None
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
+UNHASHABLE = {
+    "dict": {},
+    "list": [["a"]],
+    "array": np.ones(3),
+    "empty array": np.ones(0),
+    "array of jax": jnp.ones(3),
+    "object array": np.array([None, {}], dtype=object),
+    "object": Odd(),
+}
+NO_NUMBERS = {
+    **UNHASHABLE,
+    "text": "x",
+    "text array": np.array("x"),
+    "flag": True,
+    "flag of jax": jnp.array(True),
+    "complex": 1j,
+    "key": jax.random.key(0),
+    "long int": 10**400,
+    "endless int": 10**5000,
+    "operator": gs.window(0.1),
+    "masked": optax.MaskedNode(),
+}
+NO_ROWS = {k: v for k, v in NO_NUMBERS.items() if "array" not in k}
+NO_STARTS = {k: v for k, v in NO_NUMBERS.items() if "int" not in k}
+ADAM, PLACE = optax.scale_by_adam(), gs.scanned("blocks/")
+SMOOTH = gs.smooth_over_depth(PLACE)
+
+
+def smooth_with(**kwargs):
+    return gs.smooth_over_depth(PLACE, 0.1, **kwargs)
+
+
+def adamw_with(**kwargs):
+    return gs.adamw(**{"learning_rate": 0.1, "smoothing": SMOOTH, **kwargs})
+
+
+def muon_with(**kwargs):
+    given = {"learning_rate": 0.1, "depth": PLACE, "smoothing": SMOOTH}
+    return gs.muon(**{**given, **kwargs})
+
+
+def alpha_with(**kwargs):
+    return gs.contrib.learn_alpha(ADAM, PLACE, **kwargs)
+
+
+def operator_with(**kwargs):
+    return gs.contrib.learn_operator(ADAM, PLACE, **kwargs)
+
+
+# What takes the argument, its name, and what it does not take.
+WRONG_KINDS = [
+    *((smooth_with, name, NO_NUMBERS) for name in ("variant", "norm_scope")),
+    (smooth_with, "axis_boundary", NO_NUMBERS),
+    (smooth_with, "strict", {**NO_NUMBERS, "flag": 1, "numpy": np.bool_(True)}),
+    (smooth_with, "axis_name", {**UNHASHABLE, "flag": True, "int": 3, "set": {"a"}}),
+    (smooth_with, "norm_axis_names", {**UNHASHABLE, "ints": (0,), "names": "data"}),
+    (smooth_with, "norm_axis_names", {"list": (["a"],), "none": (None,), "2": "aa"}),
+    *((adamw_with, name, NO_NUMBERS) for name in ("learning_rate", "weight_decay")),
+    *((adamw_with, name, NO_NUMBERS) for name in ("b1", "b2", "eps", "eps_root")),
+    *((adamw_with, name, {"function": abs}) for name in ("b1", "eps")),
+    *((tx, "mu_dtype", {**NO_NUMBERS, "int": int}) for tx in (adamw_with, muon_with)),
+    *((tx, "nesterov", {**NO_NUMBERS, "flag": 1}) for tx in (adamw_with, muon_with)),
+    *((muon_with, name, NO_NUMBERS) for name in ("beta", "eps", "consistent_rms")),
+    *((muon_with, name, NO_NUMBERS) for name in ("adam_b1", "adam_b2")),
+    (muon_with, "adam_eps_root", NO_NUMBERS),
+    (muon_with, "ns_steps", NO_STARTS),
+    *((muon_with, name, NO_NUMBERS) for name in ("learning_rate", "weight_decay")),
+    *((muon_with, f"adam_{x}", NO_NUMBERS) for x in ("learning_rate", "weight_decay")),
+    (muon_with, "ns_coeffs", {**NO_ROWS, "two": (1.0, 2.0), "array": jnp.ones(4)}),
+    (muon_with, "ns_coeffs", {"rows": jnp.ones((6, 3)), "none": jnp.ones((0, 3))}),
+    (muon_with, "ns_steps", {"zero": 0, "half": 1.5, "array": jnp.ones(2, int)}),
+    (muon_with, "adaptive", {**NO_NUMBERS, "flag": 1}),
+    (muon_with, "preconditioning", NO_NUMBERS),
+    (muon_with, "muon_weight_dimension_numbers", {"int": 3, "pair": (0, 1), "x": "x"}),
+    (alpha_with, "dtype", {**NO_NUMBERS, "int": int}),
+    *((alpha_with, name, NO_NUMBERS) for name in ("per", "decay", "alpha")),
+    *((operator_with, name, NO_NUMBERS) for name in ("signal", "direction", "radius")),
+    *((operator_with, name, NO_NUMBERS) for name in ("alpha_max", "learning_rate")),
+    (gs.window, "alpha", NO_NUMBERS),
+    (gs.ema, "rho", NO_NUMBERS),
+    (gs.tikhonov, "strength", NO_NUMBERS),
+    (gs.layer_scale, "factors", {"text": "x", "key": jax.random.key(0), "flag": True}),
+    (gs.layer_scale, "factors", {"long": 10**400, "flags": jnp.array([True])}),
+    (gs.diagnostics.line_shape_score, "states", {"none": None, "text": "x", "d": {}}),
+    (gs.diagnostics.residual_alignment, "states", {"long": 10**400, "of": [None]}),
+    (gs.unrolled, "start", NO_STARTS),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "argument", "kinds"),
+    [pytest.param(*row, id=f"{row[0].__name__}, {row[1]}") for row in WRONG_KINDS],
+)
+def test_an_argument_of_the_wrong_kind_is_named_whatever_it_is(make, argument, kinds):
+    for kind, value in kinds.items():
+        with pytest.raises((TypeError, ValueError)) as info:
+            make(**{argument: value})
+        assert f"`{argument}`" in str(info.value), (kind, info.value)
+        assert len(str(info.value)) < 700, kind
+        # Said by this library, and not by what it calls.
+        raised_in = info.traceback[-1].path
+        assert "gradsmooth_optax" in str(raised_in), (kind, raised_in)

@@ -756,3 +756,107 @@ def test_flags_and_dtypes_are_checked_at_construction(learn):
     for wrong in ({"strict": "no"}, {"dtype": jnp.int8}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
             learn(optax.identity(), gs.scanned("blocks/"), **wrong)
+
+
+# Layers in several dtypes, which `inner` may bring to one.
+
+
+def in_dtypes(dtypes, seed=0):
+    """Layers of small whole numbers, which every dtype holds."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(-8, 9, (len(dtypes), 3))
+    return {
+        f"layers_{i}": {"w": jnp.asarray(block, dtype)}
+        for i, (block, dtype) in enumerate(zip(blocks, dtypes, strict=True))
+    }
+
+
+def cast_to(*dtypes):
+    """To one dtype, or one of each layer."""
+
+    def cast(updates, params):
+        del params
+        each = dict(zip(updates, dtypes * (len(updates) // len(dtypes)), strict=True))
+        return {k: {"w": x["w"].astype(each[k])} for k, x in updates.items()}
+
+    return optax.stateless(cast)
+
+
+HALVES = (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32)
+IN_TURN = (jnp.float16, jnp.float32, jnp.float16, jnp.float32)
+SINGLE = (jnp.float32,) * 4
+
+
+@pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
+@pytest.mark.parametrize(
+    ("params", "gradients"),
+    [(HALVES, HALVES), (HALVES, SINGLE), (SINGLE, IN_TURN), (SINGLE, HALVES)],
+    ids=["halves", "halves of parameters", "gradients in turn", "halves of gradients"],
+)
+def test_layers_that_inner_brings_to_one_dtype_learn_as_if_they_had_it(
+    learn, params, gradients
+):
+    settings = {"strict": False, "alpha": 0.2, "learning_rate": 0.1}
+    mixed = learn(cast_to(jnp.float32), UNROLLED, **settings)
+    plain = learn(optax.identity(), UNROLLED, **settings)
+    state = mixed.init(in_dtypes(params))
+    expected_state = plain.init(in_dtypes(SINGLE))
+    for seed in range(3):
+        updates, state = mixed.update(in_dtypes(gradients, seed), state)
+        expected, expected_state = plain.update(in_dtypes(SINGLE, seed), expected_state)
+        # The kept update is in the dtype of the parameters.
+        close = {"rtol": 1e-2 if params == HALVES else 1e-5, "atol": 1e-5}
+        chex.assert_trees_all_close(updates, expected, **close)
+        got, want = learned_of(state), learned_of(expected_state)
+        np.testing.assert_allclose(got, want, **close)
+    assert not np.allclose(want, learned_of(plain.init(in_dtypes(SINGLE))))
+
+
+@pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
+@pytest.mark.parametrize(
+    ("params", "inner"),
+    [
+        (IN_TURN, cast_to(jnp.float32)),
+        (SINGLE, cast_to(*IN_TURN)),
+        ((jnp.bfloat16, *SINGLE[1:]), cast_to(jnp.float32)),
+    ],
+    ids=["to one", "to two", "one layer"],
+)
+def test_an_inner_whose_dtypes_couple_other_layers_than_the_parameters_is_told(
+    learn, params, inner
+):
+    tx = learn(inner, UNROLLED, strict=False)
+    tree = in_dtypes(params)
+    with pytest.raises(ValueError, match=r"dtype") as info:
+        tx.update(tree, tx.init(tree))
+    assert "`inner`" in str(info.value)
+
+
+@pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: {**tree, "layers_4": {"w": jnp.ones(3)}},
+        lambda tree: {k: x for k, x in tree.items() if k != "layers_3"},
+        lambda tree: {k: {"v": x["w"]} for k, x in tree.items()},
+        lambda tree: {k: {"w": x["w"][:2]} for k, x in tree.items()},
+    ],
+    ids=["one more", "one less", "other names", "other shapes"],
+)
+def test_an_inner_that_returns_another_tree_is_told(learn, change):
+    tree = in_dtypes(SINGLE)
+    inner = optax.stateless(lambda updates, params: change(updates))
+    tx = learn(inner, UNROLLED, strict=False)
+    with pytest.raises(ValueError, match="`inner`"):
+        tx.update(tree, tx.init(tree))
+
+
+@pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
+def test_layers_of_two_dtypes_are_coupled_within_each(learn):
+    tree = in_dtypes(HALVES)
+    tx = learn(optax.identity(), UNROLLED, alpha=0.2, strict=False)
+    updates, state = tx.update(tree, tx.init(tree))
+    smooth = gs.smooth_over_depth(UNROLLED, 0.2, strict=False)
+    expected, _ = smooth.update(tree, smooth.init(tree))
+    chex.assert_trees_all_close(updates, expected, rtol=1e-2)
+    tx.update(tree, state)

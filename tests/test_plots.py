@@ -598,6 +598,30 @@ def test_a_stack_has_to_be_one_of_those_there(draw):
         draw(DepthRecord(np.int32(0), {}, {}))
 
 
+def lone_layers():
+    """Trees in which `depth` matches layers, none of which has a neighbor."""
+    one, none = {"w": jnp.ones((1, 3))}, {"w": jnp.ones((0, 3))}
+    apart = {f"layers_{i}": {"w": jnp.ones(3)} for i in (0, 2)}
+    return {
+        "one layer": (gs.scanned("blocks/"), {"blocks": one}),
+        "no layers": (gs.scanned("blocks/"), {"blocks": none}),
+        "two stacks": (gs.scanned("(?:a|b)locks/"), {"alocks": one, "blocks": none}),
+        "a gap": (gs.unrolled(r"layers_(\d+)/"), apart),
+    }
+
+
+@pytest.mark.parametrize("name", lone_layers())
+def test_layers_without_neighbors_are_not_said_to_be_unmatched(name):
+    depth, tree = lone_layers()[name]
+    tx = gs.diagnostics.monitor_depth(optax.identity(), depth, strict=False)
+    record = gs.diagnostics.monitored(tx.update(tree, tx.init(tree))[1])
+    draws = [lambda draw=draw: draw(record) for draw in OF_RECORDS]
+    draws.append(lambda: plots.cosine_matrix(tree, depth, strict=False))
+    for draw in draws:
+        with pytest.raises(ValueError, match=r"no layers .*that have a neighbor"):
+            draw()
+
+
 @pytest.mark.parametrize("draw", OF_RECORDS)
 def test_a_role_has_to_be_one_of_those_there(draw):
     argument = "record" if draw is plots.layer_norms else "records"

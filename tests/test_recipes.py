@@ -1,5 +1,7 @@
 """The ready chains: smoothing in the right place of AdamW and Muon."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from optax import contrib
 
 import gradsmooth_optax as gs
 
@@ -293,6 +296,178 @@ def test_muon_smooths_what_adam_produces_as_well():
     # Signs 1, 1, -1, smoothed: 1, 0.5 + 0.25 (1 - 1) and -0.75 + 0.25.
     np.testing.assert_allclose(
         out["blocks"]["scale"][:, 0], [-1.0, -0.5, 0.5], rtol=1e-4
+    )
+
+
+# Every option of Muon, against optax's own on every layer of the unrolled model.
+
+
+def some_matrices(tree):
+    """Numbers as a user gives them: of scanned and of unrolled kernels alike."""
+
+    def numbers(path, leaf):
+        if path[-1].key != "kernel":
+            return None
+        return contrib.MuonDimensionNumbers(leaf.ndim - 1, leaf.ndim - 2)
+
+    return jax.tree_util.tree_map_with_path(numbers, tree)
+
+
+def over_heads(tree):
+    """(d, heads, k) kernels: a matrix for each head."""
+
+    def numbers(path, leaf):
+        if path[-1].key != "heads":
+            return None
+        return contrib.MuonDimensionNumbers(leaf.ndim - 3, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, tree)
+
+
+def kernels_decay(tree):
+    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key != "square", tree)
+
+
+NEW_IN_0_2_8 = "preconditioning" in inspect.signature(contrib.muon).parameters
+NEW = pytest.mark.skipif(not NEW_IN_0_2_8, reason="optax has it from 0.2.8 on")
+
+MUON_OPTIONS = {
+    "ns_coeffs": {"ns_coeffs": (3.0, -4.0, 2.0), "ns_steps": 2},
+    "ns_coeffs by step": {
+        "ns_coeffs": ((4.0, -6.9, 2.9), (3.7, -5.6, 2.3)),
+        "ns_steps": 2,
+    },
+    "beta": {"beta": 0.8, "ns_steps": 3},
+    "eps": {"eps": 0.1},
+    "mu_dtype": {"mu_dtype": jnp.bfloat16},
+    "nesterov": {"nesterov": False},
+    "adaptive": {"adaptive": True},
+    "adaptive, in bfloat16": {"adaptive": True, "mu_dtype": jnp.bfloat16},
+    "adaptive without momentum": {"adaptive": True, "nesterov": False, "beta": 0.0},
+    "adaptive, numbers": {
+        "adaptive": True,
+        "muon_weight_dimension_numbers": some_matrices,
+    },
+    "adaptive, heads": {
+        "adaptive": True,
+        "muon_weight_dimension_numbers": over_heads,
+    },
+    "adam": {"adam_b1": 0.8, "adam_b2": 0.9, "adam_eps_root": 1e-4},
+    "adam_learning_rate": {"adam_learning_rate": 0.3},
+    "adam_learning_rate, schedule": {
+        "adam_learning_rate": optax.linear_schedule(0.3, 0.1, 2)
+    },
+    "adam_weight_decay": {"adam_weight_decay": 0.2},
+    "both decays": {
+        "weight_decay": 0.3,
+        "adam_weight_decay": 0.2,
+        "adam_learning_rate": 0.05,
+    },
+    "both decays, masked": {
+        "weight_decay": 0.3,
+        "weight_decay_mask": kernels_decay,
+        "adam_weight_decay": 0.2,
+    },
+    "muon_weight_dimension_numbers": {"muon_weight_dimension_numbers": some_matrices},
+    "consistent_rms": {"consistent_rms": 0.2},
+    "ns_coeffs='dion'": {"ns_coeffs": "dion", "ns_steps": 5},
+    "ns_coeffs='standard'": {"ns_coeffs": "standard", "ns_steps": 2},
+    "spectral": {"preconditioning": "spectral", "ns_steps": 2},
+    "aol": {"preconditioning": "aol", "ns_steps": 2},
+    "aol, dion": {"preconditioning": "aol", "ns_coeffs": "dion", "ns_steps": 5},
+    "aol, transposed numbers": {
+        "preconditioning": "aol",
+        "ns_steps": 2,
+        "muon_weight_dimension_numbers": some_matrices,
+    },
+    "schatten": {"preconditioning": "schatten", "ns_steps": 2, "adaptive": True},
+}
+
+
+def options_of(name, axis=0):
+    """A test parameter, skipped where the installed optax lacks an option."""
+    options = MUON_OPTIONS[name]
+    is_new = "preconditioning" in options or isinstance(options.get("ns_coeffs"), str)
+    case = (options, axis)
+    return pytest.param(*case, id=f"{name}, {axis}", marks=NEW if is_new else ())
+
+
+@pytest.mark.parametrize(
+    ("options", "axis"),
+    [*map(options_of, MUON_OPTIONS), options_of("adaptive", 1), options_of("beta", 1)],
+)
+def test_muon_on_scanned_layers_is_optaxs_on_unrolled_ones(options, axis):
+    """With every option: no layer sees another one."""
+    shapes = {"kernel": (4, 3), "square": (3, 3), "bias": (3,)}
+    if options.get("muon_weight_dimension_numbers") is over_heads:
+        shapes = {"heads": (4, 2, 3), "bias": (3,)}
+    options = {"ns_steps": 1, **options}
+
+    def unrolled_trees(seed):
+        return tree_of(seed, shapes)
+
+    def scanned_trees(seed):
+        return scanned(tree_of(seed, shapes), axis)
+
+    depth = gs.scanned("blocks/", axis=axis)
+    theirs = contrib.muon(0.1, **options)
+    expected, _ = train(theirs, trees=unrolled_trees, steps=2)
+    ours = gs.muon(0.1, depth, optax.identity(), **options)
+    got, _ = train(ours, trees=scanned_trees, steps=2)
+    chex.assert_trees_all_close(got, scanned(expected, axis), rtol=2e-4, atol=2e-5)
+
+
+def test_muon_takes_every_option_of_the_installed_optax():
+    theirs = inspect.signature(contrib.muon).parameters
+    assert set(theirs) <= set(inspect.signature(gs.muon).parameters)
+
+
+def test_muons_options_are_all_tried():
+    tried = {option for options in MUON_OPTIONS.values() for option in options}
+    options = set(inspect.signature(gs.muon).parameters)
+    assert tried == options - {"learning_rate", "depth", "smoothing"}
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (-3, 2), ((0, 1), 2), (1, (2, 0))])
+def test_dimension_numbers_that_name_a_depth_axis_are_refused(numbers):
+    params = {"blocks": {"kernel": jnp.ones((3, 4, 2))}}
+    depth = gs.scanned("blocks/")
+    numbers = {"blocks": {"kernel": contrib.MuonDimensionNumbers(*numbers)}}
+    tx = gs.muon(0.1, depth, optax.identity(), muon_weight_dimension_numbers=numbers)
+    with pytest.raises(ValueError, match="muon_weight_dimension_numbers") as info:
+        tx.update(params, tx.init(params), params)
+    assert "blocks/kernel" in str(info.value)
+    assert "axis 0" in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["dion2", "muon", ""])
+def test_the_name_of_no_preset_is_refused_at_construction(name):
+    with pytest.raises(ValueError, match="ns_coeffs") as info:
+        gs.muon(0.1, UNROLLED, smooth(), ns_coeffs=name)
+    assert repr(name) in str(info.value)
+    assert "0.2.8" in str(info.value)
+
+
+def test_what_an_older_optax_lacks_is_refused_only_where_it_is_asked_for(monkeypatch):
+    def scale_by_muon(ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, adaptive):
+        return optax.identity()
+
+    monkeypatch.setattr(contrib, "scale_by_muon", scale_by_muon)
+    with pytest.raises(ValueError, match=r"needs optax 0\.2\.8"):
+        gs.muon(0.1, UNROLLED, smooth(), preconditioning="aol")
+    gs.muon(0.1, UNROLLED, smooth())
+
+
+def test_adams_leaves_decay_as_muons_unless_they_are_told_otherwise():
+    kwargs = {"weight_decay": 0.2, "ns_steps": 1}
+    depth = UNROLLED
+    assert_same_training(
+        gs.muon(0.1, depth, smooth(0.0), **kwargs),
+        contrib.muon(0.1, adam_weight_decay=0.2, **kwargs),
+    )
+    assert_same_training(
+        gs.muon(0.1, depth, smooth(0.0), adam_weight_decay=0.0, **kwargs),
+        contrib.muon(0.1, **kwargs),
     )
 
 

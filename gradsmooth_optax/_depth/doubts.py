@@ -243,12 +243,16 @@ def _wrong_axes(grouping: Grouping) -> Iterator[str]:
             )
 
 
-def unknown_stacks(spec: DepthSpec, places: Sequence[Place]) -> list[Stack]:
-    """Stacked layers of the tree that the spec does not know."""
+def unknown_stacks(
+    spec: DepthSpec, places: Sequence[Place]
+) -> Iterator[tuple[str, list[Path]]]:
+    """Why some leaves look stacked, and which of them the spec does not know."""
     located = zip(places, spec.locate(places), strict=True)
     known = {place.path for place, found in located if found is not None}
-    return [
-        stack
-        for stack in read(places).stacks
-        if stack.function == "scanned" and stack.depths.keys() - known
-    ]
+    reading = read(places)
+    stacks = [(s.reason, s) for s in reading.stacks if s.is_certain or s.is_named]
+    stacks += [(reason, stack) for reason, stack, _ in reading.left_out]
+    for reason, stack in stacks:
+        unknown = [path for path in stack.depths if path not in known]
+        if stack.function == "scanned" and unknown:
+            yield reason, unknown

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from gradsmooth_optax._arrays import axis_size
-from gradsmooth_optax._checks import NormScope, check_choice, check_flag, transformation
+from gradsmooth_optax._checks import (
+    NormScope,
+    axis_names,
+    check_axis_name,
+    check_choice,
+    check_flag,
+    transformation,
+)
 from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
 from gradsmooth_optax._coupling.norms import (
     inverse_norm,
@@ -23,6 +30,7 @@ from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._depth.stages import DepthGroup, split_over
 from gradsmooth_optax._operators.operator import Operator
 from gradsmooth_optax._operators.smoothers import as_operator
+from gradsmooth_optax._transforms.states import with_checked_state
 
 Variant: TypeAlias = Literal["standard", "norm_preserving", "directional"]
 Boundary: TypeAlias = Literal["couple", "stage"]
@@ -139,7 +147,8 @@ def smooth_over_depth(
       strength is a schedule.
 
     Raises:
-      TypeError: at construction, for an argument of the wrong kind.
+      TypeError: at construction, for an argument of the wrong kind; at trace of
+        `update`, for a state that other settings have made.
       ValueError: at construction, for an argument out of range; in `init` and at trace
         of `update`, for a grouping that does not fit the tree (nothing matched, a gap,
         a layer twice, an axis that does not exist) and for an operator that does not
@@ -202,7 +211,7 @@ def smooth_over_depth(
         new = leaves_of(_coupled(resolved, layers, variant), layers)
         return grouping.replaced(new), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return with_checked_state("smooth_over_depth", init_fn, update_fn)
 
 
 def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
@@ -250,18 +259,14 @@ def _check_mesh_axes(axis_name: Any, axis_boundary: Any, norm_axis_names: Any) -
             f"`axis_name` must be the name of one mesh axis, but is {axis_name!r}. "
             f"Write `axis_name='stage'`."
         )
-    if axis_name is None and axis_boundary != "couple":
+    if axis_name is not None:
+        check_axis_name("axis_name", axis_name)
+    elif axis_boundary != "couple":
         raise ValueError(
             f"`axis_boundary={axis_boundary!r}` needs the mesh axis over which depth "
             f"is split: write `axis_name='stage'` as well."
         )
-    if not isinstance(norm_axis_names, tuple | list):
-        raise TypeError(
-            f"`norm_axis_names` must be a tuple of names of mesh axes, but is "
-            f"{norm_axis_names!r}. Write `norm_axis_names=({norm_axis_names!r},)`."
-        )
-    if len(set(norm_axis_names)) < len(norm_axis_names):
-        raise ValueError(f"`norm_axis_names` names an axis twice: {norm_axis_names!r}.")
+    norm_axis_names = axis_names("norm_axis_names", norm_axis_names)
     if axis_name is not None and axis_name in norm_axis_names:
         raise ValueError(
             f"`norm_axis_names` holds {axis_name!r}, which is the `axis_name` that "
@@ -293,7 +298,7 @@ def with_depth_smoothing(
 
     Raises:
       TypeError: at construction, for an argument that is no gradient transformation;
-        at trace of `update`, for a state of the other kind.
+        at trace of `update`, for a state that other settings have made.
       ValueError: in `init`, for a smoothing that keeps a state like the parameters.
 
     Example:
@@ -322,7 +327,6 @@ def with_depth_smoothing(
         )
         raise
     has_state = bool(jax.tree.leaves(without_leaves))
-    is_wrapped = _is_pair(_state_of_nothing(inner))
 
     def init_fn(params):
         smoothing_state = smoothing.init(params)
@@ -339,7 +343,6 @@ def with_depth_smoothing(
         return inner_state
 
     def update_fn(updates, state, params=None, **extra_args):
-        _check_kind(state, has_state, is_wrapped)
         inner_state = state.inner_state if has_state else state
         smoothing_state = state.smoothing_state if has_state else without_leaves
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
@@ -350,32 +353,4 @@ def with_depth_smoothing(
             return updates, WithDepthSmoothingState(inner_state, smoothing_state)
         return updates, inner_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _state_of_nothing(inner: optax.GradientTransformationExtraArgs) -> Any:
-    """The state of an empty tree, None where `inner` needs a tree to make one."""
-    try:
-        return inner.init(())
-    except Exception:
-        return None
-
-
-def _is_pair(state: Any) -> bool:
-    return hasattr(state, "smoothing_state") and hasattr(state, "inner_state")
-
-
-def _check_kind(state: Any, has_state: bool, is_wrapped: bool) -> None:
-    if has_state and not _is_pair(state):
-        raise TypeError(
-            f"`state` of `with_depth_smoothing` is a {type(state).__name__}, probably "
-            f"from a run in which the smoothing had no state, such as one with a "
-            f"constant strength; now it has one. Convert it: "
-            f"`WithDepthSmoothingState(state, smoothing.init(params))`."
-        )
-    if not has_state and _is_pair(state) and not is_wrapped:
-        raise TypeError(
-            "`state` of `with_depth_smoothing` is a WithDepthSmoothingState, probably "
-            "from a run whose strength was a schedule; now the smoothing has no state. "
-            "Convert it: pass `state.inner_state`."
-        )
+    return with_checked_state("with_depth_smoothing", init_fn, update_fn)

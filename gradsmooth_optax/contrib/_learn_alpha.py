@@ -129,6 +129,7 @@ def learn_alpha(
         depth,
         Family(per, lambda units: units.shapes, _coupled, _products),
         LearnAlphaState,
+        "learn_alpha",
         start=number_in("alpha", alpha, high=alpha_max),
         highest=alpha_max,
         learning_rate=number_in("learning_rate", learning_rate),

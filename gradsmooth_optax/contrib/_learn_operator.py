@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradsmooth_optax._checks import number_in, positive_int, transformation
+from gradsmooth_optax._checks import (
+    LARGEST_LAYER,
+    number_in,
+    positive_int,
+    shown,
+    transformation,
+)
 from gradsmooth_optax._coupling.layers import Layers
 from gradsmooth_optax._coupling.totals import Units
 from gradsmooth_optax._depth.specs import DepthLike
@@ -132,6 +138,10 @@ def learn_operator(
         "inner", inner, "learn_operator(optax.scale_by_adam(), depth)"
     )
     width = 1 if radius is None else positive_int("radius", radius)
+    if width > LARGEST_LAYER:
+        raise ValueError(
+            f"`radius` must be at most {LARGEST_LAYER}, but is {shown(radius)}."
+        )
     alpha_max = number_in("alpha_max", alpha_max, high=1.0)
     # Of α = 2 · radius · w, which the settings are of.
     return learning(
@@ -139,6 +149,7 @@ def learn_operator(
         depth,
         Family("layer", functools.partial(_shapes, width), _coupled, _products),
         LearnOperatorState,
+        "learn_operator",
         start=number_in("alpha", alpha, high=alpha_max) / (2 * width),
         highest=alpha_max / (2 * width),
         learning_rate=number_in("learning_rate", learning_rate) / (2 * width),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -11,17 +12,31 @@ import numpy as np
 import optax
 
 from gradsmooth_optax._arrays import in_dtype, inexact_dtype
-from gradsmooth_optax._checks import check_choice, check_flag, number_below_one
+from gradsmooth_optax._checks import (
+    check_choice,
+    check_flag,
+    floating_dtype,
+    number_below_one,
+)
 from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
 from gradsmooth_optax._coupling.totals import Per, Units
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, Grouping
+from gradsmooth_optax._depth.paths import plain_path, show_path, some
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._transforms.states import with_checked_state
 
 Direction: TypeAlias = Literal["ascent", "descent"]
 Signal: TypeAlias = Literal["coupling", "full"]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 Values: TypeAlias = Mapping[str, jax.Array]
+
+
+_PROBABLY = (
+    "The state was probably made with other settings (`per`, `radius`), for other "
+    "parameters or another `depth`: make it anew by `init(params)`. Or `inner` changes "
+    "dtypes, and only layers of one dtype are coupled: cast the parameters before."
+)
 
 
 class Products(NamedTuple):
@@ -60,6 +75,7 @@ def learning(
     depth: DepthLike,
     family: Family,
     state_of: type,
+    name: str,
     *,
     start: Any,
     highest: Any,
@@ -77,6 +93,7 @@ def learning(
       depth: where depth is.
       family: of operators.
       state_of: the named tuple of θ, running means, last update and inner state.
+      name: of the transformation.
       start: θ of the first step.
       highest: the largest θ, the smallest is 0.
       learning_rate: change of θ per step at a cosine of 1.
@@ -87,8 +104,7 @@ def learning(
     check_choice("signal", signal, get_args(Signal))
     decay = number_below_one("decay", decay)
     check_flag("strict", strict)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"`dtype` must be a floating dtype or None, but is {dtype!r}.")
+    dtype = floating_dtype("dtype", dtype)
     sign = 1.0 if direction == "ascent" else -1.0
     said: set[str] = set()
 
@@ -110,19 +126,21 @@ def learning(
 
     def update_fn(updates, state, params=None, **extra_args):
         theta, means, kept, inner_state = state
-        gradients = coupled_groups(spec, updates, strict, said)
+        gradients = updates
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        groups = gradients.coupled
+        grouping = coupled_groups(spec, updates, strict, said)
+        groups = grouping.coupled
+        units = Units.of(groups, family.per)
+        if grouping.paths:
+            _check_shapes(family.shapes(units), theta)
         if not groups:
             return updates, state._replace(inner_state=inner_state)
-        units = Units.of(groups, family.per)
-        _check_shapes(family.shapes(units), theta)
         last = _arrays_in(kept, groups)
         found = family.products(
             units,
             theta,
-            layers_of(groups, gradients.leaves),
-            layers_of(groups, last),
+            layers_of(groups, _as_grouped(gradients, grouping)),
+            layers_of(groups, _in_one_dtype(last, groups)),
         )
         theta, means = dict(theta), dict(means)
         for unit, products in found.items():
@@ -136,10 +154,8 @@ def learning(
                 highest,
             )
 
-        grouping = coupled_groups(spec, updates, strict)
-        groups = grouping.coupled
         layers = layers_of(groups, grouping.leaves)
-        coupled = family.coupled(Units.of(groups, family.per), theta, layers)
+        coupled = family.coupled(units, theta, layers)
         # Copies: donated twice, a buffer shared with `inner` would be an error.
         kept = {
             i: jnp.array(grouping.leaves[i], old.dtype, copy=True)
@@ -148,7 +164,7 @@ def learning(
         new = grouping.replaced(leaves_of(coupled, layers))
         return new, state_of(theta, means, _only(grouping, kept), inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return with_checked_state(name, init_fn, update_fn)
 
 
 # -- One step of θ ---------------------------------------------------------------------
@@ -237,10 +253,47 @@ def _arrays_in(tree: Any, groups: Sequence[Group]) -> dict[int, Any]:
     if len(leaves) != len(places):
         raise ValueError(
             f"the state holds {len(leaves)} leaves of the last update, "
-            f"but {len(places)} leaves are coupled now. It was probably made for other "
-            f"parameters or another `depth`: make it anew by `init(params)`."
+            f"but {len(places)} leaves are coupled now. {_PROBABLY}"
         )
     return dict(zip(places, leaves, strict=True))
+
+
+def _as_grouped(gradients: Any, grouping: Grouping) -> dict[int, Any]:
+    """The gradients of the leaves that are coupled, if they are those of the updates.
+
+    Groups are those of what `inner` returned: it may change dtypes, and couple so what
+    in the gradients is of different ones.
+    """
+    flat = jax.tree_util.tree_leaves_with_path(gradients)
+    given = [(plain_path(path), np.shape(leaf)) for path, leaf in flat]
+    returned = list(zip(grouping.paths, map(np.shape, grouping.leaves), strict=True))
+    if given != returned:
+        other = [
+            show_path(path) for path, shape in set(given).symmetric_difference(returned)
+        ]
+        raise ValueError(
+            f"`inner` was given other leaves than it returned: {some(sorted(other))} "
+            f"are only in one of both, or have another shape there. α follows products "
+            f"of gradients and updates, leaf by leaf: leave out of `inner` what adds "
+            f"or drops leaves, and chain it before."
+        )
+    arrays = {
+        m.leaf: flat[m.leaf][1] for group in grouping.coupled for m in group.members
+    }
+    return _in_one_dtype(arrays, grouping.coupled)
+
+
+def _in_one_dtype(
+    arrays: Mapping[int, Any], groups: Sequence[Group]
+) -> dict[int, jax.Array]:
+    """The arrays of every group in the widest of their dtypes."""
+    found = {}
+    for group in groups:
+        own = {m.leaf: jnp.asarray(arrays[m.leaf]) for m in group.members}
+        dtypes = {x.dtype for x in own.values()}
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+        found.update({leaf: x.astype(dtype) for leaf, x in own.items()})
+    return found
 
 
 def _check_shapes(shapes: Shapes, learned: Any) -> None:
@@ -248,7 +301,6 @@ def _check_shapes(shapes: Shapes, learned: Any) -> None:
     found = {unit: np.shape(value) for unit, value in learned.items()}
     if found != shapes:
         raise ValueError(
-            f"the state was learned for {found}, but the updates have {shapes}: it was "
-            f"probably made with other settings (`per`, `radius`) or another `depth`. "
-            f"Make it anew by `init(params)`."
+            f"the state was learned for {found or 'no layers'}, but what `inner` "
+            f"returned has {shapes or 'no layers that are coupled'}. {_PROBABLY}"
         )

@@ -13,6 +13,7 @@ from gradsmooth_optax._checks import check_flag, positive_int, transformation
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._transforms.states import with_checked_state
 from gradsmooth_optax.diagnostics._statistics import DepthStatistics, statistics_of
 
 _LAST_COUNT = 2**31 - 1  # counts are int32
@@ -106,7 +107,8 @@ def monitor_depth(
       A transformation with a `MonitorDepthState`.
 
     Raises:
-      TypeError: at construction, for an argument of the wrong kind.
+      TypeError: at construction, for an argument of the wrong kind; at trace of
+        `update`, for a state that other settings have made.
       ValueError: at construction for `every` out of range; at `init` and at trace of
         `update` for a grouping that does not fit the tree, as `smooth_over_depth`; at
         trace of `update` for a state of other stacks, and for an `inner` that returns
@@ -191,7 +193,7 @@ def monitor_depth(
             )
         return after, MonitorDepthState(count, new, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return with_checked_state("monitor_depth", init_fn, update_fn)
 
 
 class _Coupled(NamedTuple):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._arrays import widened
+from gradsmooth_optax._checks import shown
 from gradsmooth_optax._coupling.norms import cosine, inverse_norm
 
 
@@ -37,6 +39,7 @@ def line_shape_score(
       A scalar.
 
     Raises:
+      TypeError: for what are no arrays.
       ValueError: for states of other shapes.
 
     Example:
@@ -89,6 +92,7 @@ def residual_alignment(
       A scalar in [-1, 1].
 
     Raises:
+      TypeError: for what are no arrays.
       ValueError: for states of other shapes.
 
     Example:
@@ -113,6 +117,17 @@ def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(product, axis=-1)
 
 
+def _array(function: str, states: Any) -> jax.Array:
+    try:
+        return jnp.asarray(states)
+    except (OverflowError, TypeError, ValueError):
+        raise TypeError(
+            f"`states` must be an array or a sequence of arrays, but there is "
+            f"{shown(states)}. Write `{function}([x_0, ..., x_L])` with the residual "
+            f"stream before each block and after the last."
+        ) from None
+
+
 def _increments(
     function: str,
     states: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike],
@@ -120,7 +135,7 @@ def _increments(
 ) -> jax.Array:
     """x_{l+1} - x_l, (L, ..., d), in the dtype of the arithmetic."""
     if isinstance(states, list | tuple):
-        arrays = [jnp.asarray(x) for x in states]
+        arrays = [_array(function, x) for x in states]
         shapes = [x.shape for x in arrays]
         if len(set(shapes)) > 1:
             odd = next(i for i, shape in enumerate(shapes) if shape != shapes[0])
@@ -133,7 +148,7 @@ def _increments(
         found = f"a sequence of {len(arrays)} of shape {shapes[0] if shapes else ()}"
         x = jnp.stack(arrays) if arrays else jnp.zeros((0, 0))
     else:
-        x = jnp.asarray(states)
+        x = _array(function, states)
         found = f"an array of shape {x.shape}"
     if x.ndim < 2:
         raise ValueError(

@@ -46,8 +46,9 @@ def one_stack(stacks: Mapping[str, Any], stack: Any, call: str) -> tuple[str, An
         return text_of(stack), stacks[text_of(stack)]
     if not stacks:
         raise ValueError(
-            "there are no stacks in this record: `depth` matched no layers when it was "
-            "made. See what it matches by `print(describe(depth, params))`."
+            "there are no stacks in this record: when it was made, `depth` matched no "
+            "layers that have a neighbor, as in a stack of one layer. See what it "
+            "matches by `print(describe(depth, params))`."
         )
     names = ", ".join(map(repr, stacks))
     found = "there are several stacks" if stack is None else f"`stack` is {stack!r}"
