@@ -275,11 +275,11 @@ def penzai(*, layer_stack: bool = False, num_layers: int | None = None) -> Depth
       >>> import gradsmooth_optax as gs
       >>> import jax.numpy as jnp
       >>> params = {
-      ...     f"transformer/block_{i}/mlp/out.weights": jnp.ones((2, 2)) for i in range(3)
+      ...     f"net/block_{i}/mlp/out.weights": jnp.ones((2, 2)) for i in range(3)
       ... }
       >>> group, = gs.describe(gs.layouts.penzai(), params).groups
       >>> group.stack, group.role, group.layers
-      ('transformer/block', 'mlp/out/weights', (0, 1, 2))
+      ('net/block', 'mlp/out/weights', (0, 1, 2))
     """
     if layer_stack:
         return scanned("(?:^|/)blocks/")

@@ -746,9 +746,10 @@ def test_taking_the_wrong_number_for_the_layer_is_a_warning_with_the_right_patte
     ids=["smooth_over_depth", "with_depth_smoothing", "adamw"],
 )
 def test_every_transformation_warns_of_layers_that_nothing_couples(make):
+    depth = gs.unrolled(r"Transformer_(\d+)/")
+    tx = make(gs.smooth_over_depth(depth, gs.window(0.1)))
     with pytest.warns(UserWarning, match=r"EncoderBlock_\(\\d\+\)"):
-        depth = gs.unrolled(r"Transformer_(\d+)/")
-        make(gs.smooth_over_depth(depth, gs.window(0.1))).init(vit())
+        tx.init(vit())
 
 
 @pytest.mark.parametrize(
