@@ -132,7 +132,7 @@ CASES = {
     "blocks of different widths by themselves": Case(
         UNROLLED,
         {f"Block_{i}": dense(4, i + 1) for i in range(3)},
-        ("matched none", "no two of them have parameters of one shape"),
+        ("matched none", "called layers, but not alike in what they hold"),
     ),
     "a first, stacked hidden and a last layer": Case(
         UNROLLED,
@@ -339,6 +339,29 @@ CASES = {
         {"h": digits(3)},
         ("num_layers=12", "'h' has 3"),
     ),
+    "a first module without a number": Case(
+        gs.unrolled(r"linear_(\d+)"),
+        {f"net/linear{n}": {"w": jnp.ones((4, 4))} for n in ("", "_1", "_2")},
+        ("leaves out layer 0",),
+    ),
+    "parts of stacked layers": Case(
+        gs.unrolled(r"experts/(\d)/"),
+        {"layers": stacked({"attn": dense(), "experts": entries(4, dense)}, 3)},
+        ("takes no axis of leaf layers/experts/0",),
+    ),
+    "neither of two readings": Case(
+        gs.unrolled(r"fc(\d)/"),
+        {
+            f"block{s}": many("unit{}", 3, lambda: {"fc1": dense(), "fc2": dense()})
+            for s in (1, 2, 3)
+        },
+        ("does not couple block1",),
+    ),
+    "one layer that a mask leaves": Case(
+        UNROLLED,
+        {"layers": [optax.MaskedNode(), block(), optax.MaskedNode()]},
+        ("couples nothing", "layers/0 … layers/2: 3 siblings"),
+    ),
     # Two numbers that may be the layer's.
     "layers of layers": Case(
         UNROLLED,
@@ -417,6 +440,32 @@ SILENT = {
             for i in range(3)
         },
     ),
+    "single modules of one layer each": (
+        UNROLLED,
+        {"params": {f"Block_{i}": {"Dense_0": dense()} for i in range(3)}},
+    ),
+    "the layers of an MLP that is all there is": (
+        UNROLLED,
+        {"mlp": {"layers": entries(3, dense)}},
+    ),
+    "layers beside tables": (
+        UNROLLED,
+        {
+            "tables": [jnp.ones((9, 4))] * 3,
+            "wide": {"stem_0": dense(), "stem_1": dense()},
+            "blocks": entries(3),
+        },
+    ),
+    "one stacked layer": (gs.scanned("layers/"), {"layers": stacked(block(), 1)}),
+    "a cycle and what remains after it": (
+        gs.layouts.maxtext(cycle=2, num_cycles=3),
+        {
+            "decoder": {
+                "layers": many("layers_{}", 2, lambda: LAYERS),
+                "layers_remainder": many("layers_{}", 1, maxtext),
+            }
+        },
+    ),
     "the number of layers that there are": (
         gs.layouts.hf_flax(num_layers=3),
         {"h": digits(3)},
@@ -427,6 +476,15 @@ SILENT = {
 @pytest.mark.parametrize("name", SILENT)
 def test_what_is_right_or_meant_is_not_doubted(name):
     assert said(*SILENT[name]) == []
+
+
+def test_detect_joins_a_cycle_and_what_remains_after_it():
+    _, tree = SILENT["a cycle and what remains after it"]
+    rest = many("layers_{}", 2, maxtext)
+    tree = {"decoder": tree["decoder"] | {"layers_remainder": rest}}
+    spec = gs.detect(tree).spec
+    for group in gs.describe(spec, tree).groups:
+        assert group.layers == tuple(range(8))
 
 
 def test_a_masked_part_of_a_tree_is_grouped_as_the_whole_tree_or_not_at_all():

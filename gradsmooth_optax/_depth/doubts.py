@@ -47,8 +47,11 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
     # What a restriction leaves out is left out on purpose.
     held = _held(_unrestricted(grouping))
     for stack in reading.stacks:
-        if not stack.rivals and not stack.is_one_layer:
-            yield from filter(None, [_contradiction(stack, held)])
+        if not stack.is_one_layer:
+            # One of two readings is enough.
+            found = [_contradiction(stack, held)]
+            found += [_contradiction(rival, held) for rival in stack.rivals]
+            yield from found[:1] if all(found) else ()
     for reason, stack, is_apart in reading.left_out:
         if is_apart and (group := _coupled_apart(stack, grouping)):
             yield f"couples {_shown(group)}: {reason}"
@@ -100,7 +103,7 @@ def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> s
     """
     there = {path: held[path] for path in stack.depths if path in held}
     if not there:
-        is_meant = stack.is_certain or stack.is_named
+        is_meant = stack.is_named or not stack.doubts or stack.function == "unrolled"
         return f"leaves out all of {stack.reason}" if is_meant else ""
     for path, (_, member) in there.items():
         if 0 < len(member.axes) < stack.num_axes:
@@ -111,7 +114,8 @@ def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> s
             )
     if stack.kinds and set(stack.kinds) <= _KINDS:
         return _one_kind(stack, there)
-    if not stack.is_certain and not stack.is_cycle:
+    is_read = not stack.doubts or stack.is_cycle
+    if not is_read and not (stack.function == "scanned" and stack.is_named):
         return ""
     if missing := _missing(stack, held):
         return missing
@@ -127,13 +131,14 @@ def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> s
                     f"leaves of their own; were they positions of a cycle, they would "
                     f"need a `stride`"
                 )
-        if stack.function == "scanned" and not axes <= set(member.axes):
+        is_wrong = not axes <= set(member.axes) and (stack.is_on_axis or is_read)
+        if stack.function == "scanned" and (is_wrong or not member.axes):
             taken = f"axis {some(member.axes)}" if member.axes else "no axis"
             return (
                 f"takes {taken} of leaf {show_path(path)} for depth, but the layers "
                 f"are on axis {some(sorted(axes))}: {stack.reason}"
             )
-    return _counterparts(stack, there)
+    return _counterparts(stack, there) if is_read else ""
 
 
 def _missing(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> str:

@@ -65,9 +65,16 @@ def best_spec(
     """What finds the stacks: a preset if one couples all of that and more."""
     spec = proposed(stacks, places)
     found = spec and _tried(spec, reading, places, treedef)
-    for make, options in PRESET_TRIES if spec else ():
-        other = _tried(make(**options), reading, places, treedef)
-        if other and (not found or _pairs(found) < _pairs(other)):
+    fitting = [
+        other
+        for make, options in (PRESET_TRIES if spec else ())
+        if (other := _tried(make(**options), reading, places, treedef))
+        and (not found or _pairs(found) < _pairs(other))
+    ]
+    most = max(map(len, map(_pairs, fitting)), default=0)
+    best = [repr(other.spec) for other in fitting if len(_pairs(other)) == most]
+    for other in fitting:
+        if repr(other.spec) == min(best, key=len):
             found = other
     return found.spec if found else None
 
@@ -158,5 +165,7 @@ def _cure(grouping: Grouping, reading: Reading) -> str:
         call = spec and restricted_like(spec, grouping.spec)
         if call and call != grouping.spec:
             unsure = [doubt for stack in stacks for doubt in stack.doubts]
-            return f"write `{call!r}`" + "".join(f", if so: {d}" for d in unsure[:1])
+            restricted = " with the same restriction" * (call != spec)
+            so = "".join(f", if so: {doubt}" for doubt in unsure[:1])
+            return f"write `{spec!r}`{restricted}{so}"
     return ""

@@ -48,6 +48,9 @@ class Stack:
       rivals: other readings of the same leaves.
       kinds: such as "local" and "global", if each holds all its parts in each kind.
       num_axes: how many axes its vectors have beside their own, where that is known.
+      is_minor: whether they are single modules that are no layers beside others.
+      is_one_layer: whether there is nothing to couple in it.
+      is_on_axis: whether there is no doubt of its axis.
     """
 
     function: Literal["unrolled", "scanned"]
@@ -61,18 +64,9 @@ class Stack:
     rivals: tuple[Stack, ...] = ()
     kinds: tuple[str, ...] = ()
     num_axes: int = 0
-
-    @property
-    def is_one_layer(self) -> bool:
-        """Whether there is nothing to couple in it."""
-        layers = {depth.layer for depth in self.depths.values()}
-        return self.function == "unrolled" and len(layers) < 2
-
-    @property
-    def is_small(self) -> bool:
-        """Whether they are single modules that are not called layers."""
-        modules = {depth.role.rpartition("/")[0] for depth in self.depths.values()}
-        return not self.is_named and len(modules) < 2
+    is_minor: bool = False
+    is_one_layer: bool = False
+    is_on_axis: bool = True
 
     @property
     def is_cycle(self) -> bool:
@@ -117,12 +111,43 @@ def read(places: Sequence[Place]) -> Reading:
     left_out: list[LeftOut] = []
     tree = [p for p in places if p.leaf is MASKED or inexact_dtype(p.leaf) is not None]
     stacks = list(_stacks((), tree, tree, left_out))
-    if any(stack.is_named for stack in stacks):
-        # Names of layers come before others.
-        for stack in [stack for stack in stacks if stack.is_small]:
-            stacks.remove(stack)
-            left_out.append(LeftOut(stack.reason, stack, False))
-    return Reading(tuple(stacks), tuple(left_out))
+    # Whole layers come before single modules, and names of layers before others.
+    ranks = [(s.is_named and not s.is_minor, s.is_named) for s in stacks]
+    best = max(ranks, default=(False, False))
+    minor = [s for s, r in zip(stacks, ranks, strict=True) if s.is_minor and r < best]
+    left_out += [LeftOut(stack.reason, stack, False) for stack in minor]
+    kept = [stack for stack in stacks if stack not in minor]
+    sizes = {p.path: np.shape(p.leaf) for p in _present(tree)}
+    return Reading(tuple(_with_remainders(kept, sizes)), tuple(left_out))
+
+
+def _with_remainders(
+    stacks: list[Stack], shapes: dict[Path, tuple[int, ...]]
+) -> list[Stack]:
+    """Cycles and the layers that remain after them as one chain."""
+    for c, cycle in enumerate(stacks):
+        for r, rest in enumerate(stacks):
+            ends = {d.stack for s in (cycle, rest) for d in s.depths.values()}
+            is_rest = "_remainder/" in "".join(map(str, ends)) and cycle.is_cycle
+            if c != r and is_rest and rest.function == "unrolled":
+                names = {str(name).replace("_remainder/", "/") for name in ends}
+                if len(names) == 1:
+                    path = next(iter(cycle.depths))
+                    length = cycle.options["stride"]
+                    start = length * shapes[path][cycle.options["axis"]]
+                    (stack,) = names
+                    stacks[c] = _moved(cycle, stack, 0)
+                    stacks[r] = _moved(rest, stack, start)
+    return stacks
+
+
+def _moved(stack: Stack, name: str, start: int) -> Stack:
+    options = stack.options | {"stack": name} | ({"start": start} if start else {})
+    depths = {
+        path: replace(depth, stack=name, layer=depth.layer + start)
+        for path, depth in stack.depths.items()
+    }
+    return replace(stack, options=options, depths=depths)
 
 
 def _stacks(
@@ -185,7 +210,7 @@ def _numbered(
     if not is_named and any(stack.is_named for stack in inner):
         yield from inner
         return
-    rivals = [s for s in inner if not (is_named and s.is_small)]
+    rivals = [s for s in inner if not (is_named and s.is_minor)]
     if equal and is_named:
         rivals = [s for s in rivals if "partly alike" not in s.reason]
     chains = _chains(siblings)
@@ -199,7 +224,7 @@ def _reason_to_leave_out(siblings: Siblings, is_alone: bool) -> str:
     if found == "beside" and alike:
         why = "alike, named as things that stand side by side"
     elif found == "layers" and is_alone:
-        why = "called layers, but no two of them have parameters of one shape"
+        why = "called layers, but not alike in what they hold"
     elif alike and is_alone:
         why = "alike, named or built as parts of a layer"
     else:
@@ -211,8 +236,8 @@ def _layers_or_cycle(siblings: Siblings) -> Stack:
     if (axes := stacked_axes(siblings.places)) is None:
         return _layers(siblings)
     doubt = (
-        f"{siblings}: all their leaves have one size on axis {some(axes)}: they are "
-        f"probably a cycle of stacked layers"
+        f"{siblings}: all their leaves have one size on axis {some(axes)}: they are a "
+        f"cycle of stacked layers, or the layers of an ensemble"
     )
     return _cycle(siblings, axes[0], "", (doubt,))
 
@@ -237,6 +262,8 @@ def _layers(siblings: Siblings) -> Stack:
             f"layers only, which `ranked` couples over the others: layers of several "
             f"kinds that alternate, such as those with experts"
         )
+    if is_named and siblings.is_minor:
+        doubts.append(f"{siblings}: they are single modules in a part of the model")
     if kinds:
         doubts.append(
             f"{siblings}: all parts of each are there as {some(kinds)}. Are they "
@@ -259,6 +286,8 @@ def _layers(siblings: Siblings) -> Stack:
         tuple(doubts),
         ranked=bool(scattered),
         kinds=kinds,
+        is_minor=siblings.is_minor,
+        is_one_layer=len(numbers) < 2,
     )
 
 
@@ -408,6 +437,8 @@ def _stacked_by_shapes(
 ) -> Stack | None:
     leaves, shapes = _present(places), [np.shape(p.leaf) for p in _present(places)]
     axes, has_vectors = _common_axes(shapes), stacked_axes(places) is not None
+    if any(set(sizes) == {1} for sizes in zip(*shapes, strict=False)):
+        return None  # one layer, or none
     num_modules = len({p.path[:-1] for p in leaves})
     word = meaning(str(node[-1]).rstrip("0123456789"))
     is_named = word == "layers" or (word == "layers of parts" and num_modules > 1)
@@ -457,7 +488,9 @@ def _stacked_by_shapes(
         + ", named as layers" * is_named
     )
     stack = _scanned(node, places, (axis,), reason, is_named, tuple(doubts))
-    return replace(stack, num_axes=least - 1 if has_vectors else 1)
+    is_on_axis = least == 2 and (len(axes) == 1 or is_told) and (has_vectors or is_told)
+    num_axes = least - 1 if has_vectors else 1
+    return replace(stack, num_axes=num_axes, is_on_axis=is_on_axis)
 
 
 def _is_apart(node: Path) -> bool:
@@ -483,6 +516,8 @@ def _scanned(
     families, others = children_of(node, places)
     cycle = next((f for f in families if f.meaning == "layers"), None)
     if cycle and not others and len(families) == len(axes) == 1:
+        if not cycle.stem:
+            doubts += (f"{cycle}: a cycle of layers, or the layers of an ensemble",)
         return _cycle(cycle, axes[0], f"{reason}; {cycle}: a cycle", doubts)
     kinds = layer_kinds(node, places, len(axes))
     below = {s for p in places for s in p.path[len(node) : -1]}

@@ -114,10 +114,14 @@ class Siblings:
         found = meaning(word, is_list)
         if found == "layers of parts":
             return "layers" if self.num_modules > 2 else "parts"
-        holders = self.parent[:-1] if is_list else self.parent
-        if found == "layers" and self.num_modules < 2 and any(map(is_part, holders)):
-            return "parts"
         return found
+
+    @property
+    def is_minor(self) -> bool:
+        """Whether they are single modules that may be of a part of a layer."""
+        holders = self.parent if self.stem else self.parent[:-1]
+        is_unnamed = self.meaning != "layers" or any(map(is_part, holders))
+        return is_unnamed and self.num_modules < 2
 
     @property
     def patterns(self) -> tuple[str, ...]:

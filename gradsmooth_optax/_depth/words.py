@@ -18,7 +18,7 @@ _PARTS = {
     *("embedding", "embedder", "dropout", "attention", "attn", "att", "mlp", "ff"),
     *("ffn", "gate", "kernel", "weight", "bias", "scale", "bn", "fc", "proj", "w"),
     *("wi", "wo", "b", "in", "out", "input", "output", "time", "layernorm", "rnn"),
-    *("lstm", "gru", "pos", "position", "param", "parameter", "query", "key", "value"),
+    *("lstm", "gru", "pos", "position", "biase", "query", "key", "value"),
 }
 # Never one after the other, whatever they hold.
 _BESIDE = {
