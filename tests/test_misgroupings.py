@@ -357,6 +357,23 @@ CASES = {
         },
         ("does not couple block1",),
     ),
+    "a first layer without a number or a separator": Case(
+        gs.unrolled(r"layer(\d+)/"),
+        {f"layer{n}": block() for n in ("", 1, 2, 3)},
+        ("leaves out layer 0",),
+        r"gs.unrolled(r'layer(\d+)?/')",
+    ),
+    "one of two stacks that are not called layers": Case(
+        gs.scanned("a/"),
+        {"a": stacked(block(), 3), "b": stacked(block(), 5), "embed": jnp.ones((9, 4))},
+        ("leaves out all of b",),
+    ),
+    "a pattern of everything": Case(
+        gs.scanned(".*"),
+        {"blocks": stacked(block(), 3), "embed": jnp.ones((9, 4))},
+        ("takes axis 0 of leaf embed", "too wide"),
+        "gs.scanned('blocks/')",
+    ),
     "one layer that a mask leaves": Case(
         UNROLLED,
         {"layers": [optax.MaskedNode(), block(), optax.MaskedNode()]},
@@ -454,6 +471,18 @@ SILENT = {
             "tables": [jnp.ones((9, 4))] * 3,
             "wide": {"stem_0": dense(), "stem_1": dense()},
             "blocks": entries(3),
+        },
+    ),
+    "layers beside lists of others": (
+        gs.unrolled(r"layers/(\d+)/"),
+        {"languages": entries(4, dense), "layers": entries(3)},
+    ),
+    "two of Haiku's layer stacks": (
+        gs.layouts.haiku(layer_stack=True),
+        {
+            f"__layer_stack_no_per_layer{i}/block/{name}": {"w": jnp.ones((3, 4, 4))}
+            for i in ("", "_1")
+            for name in ("linear", "linear_1")
         },
     ),
     "one stacked layer": (gs.scanned("layers/"), {"layers": stacked(block(), 1)}),

@@ -46,11 +46,17 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
         return
     # What a restriction leaves out is left out on purpose.
     held = _held(_unrestricted(grouping))
+    takes_unnamed = any(
+        path in held and not stack.is_named
+        for stack in reading.stacks
+        if stack.function == "scanned"
+        for path in stack.depths
+    )
     for stack in reading.stacks:
         if not stack.is_one_layer:
             # One of two readings is enough.
-            found = [_contradiction(stack, held)]
-            found += [_contradiction(rival, held) for rival in stack.rivals]
+            readings = (stack, *stack.rivals)
+            found = [_contradiction(s, held, takes_unnamed) for s in readings]
             yield from found[:1] if all(found) else ()
     for reason, stack, is_apart in reading.left_out:
         if is_apart and (group := _coupled_apart(stack, grouping)):
@@ -58,6 +64,7 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
         elif not is_apart and any(path in held for path in stack.depths):
             yield from filter(None, [_missing(stack, held)])
     yield from _wrong_axes(grouping)
+    yield from _too_wide(grouping, reading)
 
 
 def _nothing_coupled(grouping: Grouping, reading: Reading) -> Iterator[str]:
@@ -95,15 +102,19 @@ def _held(grouping: Grouping) -> dict[Path, tuple[Group, Member]]:
     }
 
 
-def _contradiction(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> str:
+def _contradiction(
+    stack: Stack, held: Mapping[Path, tuple[Group, Member]], takes_unnamed: bool
+) -> str:
     """What the grouping does to a stack that the tree shows, if that is another thing.
 
     A leaf that the grouping leaves out is a role that is left out, as long as the
-    others of its layer are not.
+    others of its layer are not. Stacks that are not called layers are missed where
+    there are none that are, or another one is taken.
     """
     there = {path: held[path] for path in stack.depths if path in held}
     if not there:
-        is_meant = stack.is_named or not stack.doubts or stack.function == "unrolled"
+        is_unrolled = stack.function == "unrolled" and not stack.is_minor
+        is_meant = stack.is_named or is_unrolled or takes_unnamed
         return f"leaves out all of {stack.reason}" if is_meant else ""
     for path, (_, member) in there.items():
         if 0 < len(member.axes) < stack.num_axes:
@@ -246,6 +257,27 @@ def _wrong_axes(grouping: Grouping) -> Iterator[str]:
                 f"differs in the leaves that are left out; axis {others[0]} has size "
                 f"{shapes[0][others[0]]} in all of them"
             )
+
+
+def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
+    """Leaves beside a stack that the same `scanned` takes, of another size."""
+    inside = {path for stack in reading.stacks for path in stack.depths}
+    scans: dict[DepthSpec, list[Member]] = defaultdict(list)
+    for group in grouping.coupled:
+        for member in group.members:
+            if member.scan is not None:
+                scans[member.scan].append(member)
+    for scan, members in scans.items():
+        sizes = {m.layers.shape for m in members if m.path in inside}
+        for member in members:
+            if sizes and member.path not in inside and member.layers.shape not in sizes:
+                yield (
+                    f"takes axis {some(member.axes)} of leaf {show_path(member.path)} "
+                    f"for {member.layers.size} layers, though it is in none of the "
+                    f"stacks that the tree shows: the pattern of {scan!r} is probably "
+                    f"too wide"
+                )
+                break
 
 
 def unknown_stacks(

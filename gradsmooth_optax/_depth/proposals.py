@@ -65,10 +65,12 @@ def best_spec(
     """What finds the stacks: a preset if one couples all of that and more."""
     spec = proposed(stacks, places)
     found = spec and _tried(spec, reading, places, treedef)
+    inside = {path for stack in stacks for path in stack.depths}
     fitting = [
         other
         for make, options in (PRESET_TRIES if spec else ())
         if (other := _tried(make(**options), reading, places, treedef))
+        and {m.path for g in other.coupled for m in g.members} <= inside
         and (not found or _pairs(found) < _pairs(other))
     ]
     most = max(map(len, map(_pairs, fitting)), default=0)

@@ -488,7 +488,12 @@ def _stacked_by_shapes(
         + ", named as layers" * is_named
     )
     stack = _scanned(node, places, (axis,), reason, is_named, tuple(doubts))
-    is_on_axis = least == 2 and (len(axes) == 1 or is_told) and (has_vectors or is_told)
+    is_on_axis = (
+        not any("axis=-1" in doubt for doubt in doubts)
+        and least == 2
+        and (len(axes) == 1 or is_told)
+        and (has_vectors or is_told)
+    )
     num_axes = least - 1 if has_vectors else 1
     return replace(stack, num_axes=num_axes, is_on_axis=is_on_axis)
 

@@ -107,6 +107,8 @@ class Siblings:
     @property
     def meaning(self) -> Meaning:
         """What their name says, with what they hold and what they are in."""
+        if "layer_stack" in self.stem:
+            return "beside"  # Haiku's: each is a whole stack
         is_list = not self.stem
         word: str | int = self.stem
         if is_list and self.parent and not split_number(self.parent[-1]):
@@ -131,7 +133,8 @@ class Siblings:
             number = r"(-?\d+)"
         segment = stem + number
         if self.first_is_bare:
-            segment = rf"{stem.removesuffix('_')}(?:_{number})?"
+            bare = stem.removesuffix("_")
+            segment = f"{bare}(?:_{number})?" if bare != stem else f"{stem}{number}?"
         are_leaves = any(not self.inside(place) for place in self.places)
         ending = "(?:/|$)" if are_leaves else "/"
         patterns = patterns_of(self.parent, segment + ending)
@@ -174,7 +177,7 @@ def children_of(
             continue
         bare = stem.removesuffix("_")
         counts_from_one = sorted(numbered) == list(range(1, len(numbered) + 1))
-        first_is_bare = bare != stem and bare in children and counts_from_one
+        first_is_bare = bool(bare) and bare in children and counts_from_one
         if first_is_bare:
             numbered[0] = bare
         if len(numbered) > 1:
