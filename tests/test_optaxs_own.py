@@ -2,8 +2,8 @@
 
 Not part of a plain run: `python -m pytest tests/test_optaxs_own.py -m optax_suite`. The
 wheel of optax holds no tests, so pip downloads the sdist of the installed version, and
-nothing of it is kept here. Parameters there are lone arrays, whose first axis counts
-as depth.
+nothing of it is kept here. Parameters there are single arrays, each of which is taken
+for a stack of layers along its first axis.
 """
 
 import ast
@@ -16,6 +16,7 @@ import tarfile
 import types
 import unittest
 
+import numpy as np
 import optax
 import pytest
 
@@ -26,7 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # those of optax's own tests
 ]
 
-DEPTH = gs.scanned("")
+DEPTH = gs.depth_fn(
+    lambda path, leaf: gs.Depth(path, "w", axis=0) if np.ndim(leaf) else None
+)
 SMOOTHING = gs.smooth_over_depth(DEPTH, 0.2)
 SCHEDULED = gs.smooth_over_depth(DEPTH, optax.linear_schedule(0.3, 0.0, 1000))
 
@@ -165,7 +168,7 @@ def table_of(module):
 
 
 def our_table(file):
-    rates = {"muon": 1e-2 if file == "contrib" else 1e-1}
+    rates = {"muon": 1e-2, "learned_alpha": 1e-2} if file == "contrib" else {}
     wrapper = {"wrapper_name": None, "wrapper_kwargs": None}
     return tuple(
         {"opt_name": name, "opt_kwargs": {"learning_rate": rates.get(name, 1e-1)}}
