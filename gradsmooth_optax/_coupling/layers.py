@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -32,12 +33,13 @@ from gradsmooth_optax._coupling.layer_values import (
 from gradsmooth_optax._coupling.matmul import (
     MatrixOf,
     OffsetsOf,
+    by_matrix,
     coupled_by_matrix,
     weights_per_layer,
     widest_shifted_band,
 )
 from gradsmooth_optax._coupling.neighbors import neighbor
-from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
+from gradsmooth_optax._coupling.norms import Sums, cosine, norm, ratio, scaled_sums
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
 
@@ -334,13 +336,14 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        return self.squared_norms(scope).map(jnp.sqrt)
+        return norms_of((self,), scope)[0]
 
     def inner(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
         """Re⟨u_l, v_l⟩ of every layer.
 
         Where one of the two is `shifted`, over the roles in which both layers are: 0
-        where there is none.
+        where there is none. Right while products of single numbers are within the range
+        of the dtype of the arithmetic: in float32 for updates of about 1e-16 to 1e18.
 
         Args:
           other: v.
@@ -357,22 +360,22 @@ class Layers:
           other: v, such as `layers.shifted(1)`.
           scope: as in `norms`.
         """
-        own = self._products(self)
         if other._of is self and self._of is None:
-            there = own.shifted(other._offset)  # without looking at the layers again
+            own, dots = self.sums((self, self), (self, other))
+            # Without a look at the layers there.
+            there = Sums(*(values.shifted(other._offset) for values in own))
         else:
-            there = other._products(other)
+            own, there, dots = self.sums((self, self), (other, other), (self, other))
         dots, own, there = (
-            self._summed(products, other, scope)
-            for products in (self._products(other), own, there)
+            Sums(*(self._summed(values, other, scope) for values in sums))
+            for sums in (dots, own, there)
         )
-        return dots.map(
-            lambda dot, x, y: jnp.clip(
-                dot * inverse_norm(x) * inverse_norm(y), -1.0, 1.0
-            ),
-            own,
-            there,
-        )
+
+        def cosines(*numbers: jax.Array) -> jax.Array:
+            return cosine(*(Sums(*numbers[i : i + 3]) for i in (0, 3, 6)))
+
+        first, *others = (*dots, *own, *there)
+        return first.map(cosines, *others)
 
     def with_norms_of(self, other: Layers, scope: NormScope | None = None) -> Layers:
         """u_l ‖v_l‖ / ‖u_l‖: these layers at the norms of others, 0 where one is 0.
@@ -381,15 +384,33 @@ class Layers:
           other: v.
           scope: as in `norms`.
         """
-        ratios = other.squared_norms(scope).map(
-            marked_norm_ratio, self.squared_norms(scope)
-        )
+        wanted, own = norms_of((other, self), scope)
+        ratios = wanted.map(functools.partial(ratio, where_zero=-1.0), own)
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
-        """‖u_l‖² of every layer: see `norms`."""
-        return self._summed(self._products(self), self, scope)
+        """‖u_l‖² of every layer, right where `inner` is."""
+        return self.inner(self, scope)
+
+    def sizes(
+        self, values: LayerValues, matrix_of: MatrixOf, offsets_of: OffsetsOf
+    ) -> LayerValues:
+        """Σ_k |S_lk| · value of layer k, of blocks the mean over the roles.
+
+        Args:
+          values: of these layers.
+          matrix_of, offsets_of: as in `matmul`.
+        """
+        found = by_matrix(
+            values, lambda n: abs(matrix_of(n)), offsets_of, self._fewest
+        )
+        if self.norm_scope == "param":
+            return found
+        # Roles may have other neighbors, but in a block all are told alike.
+        ones = found.map(jnp.ones_like)
+        total, count = (self._summed(x, self, "block") for x in (found, ones))
+        return total / count.map(lambda n: jnp.maximum(n, 1.0))
 
     def _products(self, other: Layers) -> LayerValues:
         """Re⟨u, v⟩ of every layer of every role."""
@@ -397,11 +418,28 @@ class Layers:
 
         def product(group: DepthGroup, m: int) -> jax.Array:
             x, y = (of._value(place[group], m) for of in (self, other))
-            axes = group.members[m].axes
-            sums = _inner_product(x, y, axes, keepdims=group.is_stacked)
+            sums = _inner_product(x, y, *_summed_axes(group, m, x.ndim))
             return summed_over(self._norm_axes, sums)
 
         return values_of(self._groups, product)
+
+    def sums(self, *pairs: tuple[Layers, Layers]) -> list[Sums]:
+        """Re⟨u, v⟩ of every layer of every role at three scales, for every pair."""
+        totals = []
+        for g, group in enumerate(self._groups):
+            totals.append([])
+            for m in range(len(group.members)):
+                own = {id(of): of._value(g, m) for pair in pairs for of in pair}
+                arrays = [(own[id(u)], own[id(v)]) for u, v in pairs]
+                axes, keepdims = _summed_axes(group, m, arrays[0][0].ndim)
+                sums = scaled_sums(arrays, axes, keepdims)
+                totals[-1].append(summed_over(self._norm_axes, sums))
+
+        def values(pair: int, scale: int) -> LayerValues:
+            arrays = tuple(tuple(sums[pair][scale] for sums in row) for row in totals)
+            return LayerValues(self._groups, arrays)
+
+        return [Sums(*(values(i, k) for k in range(3))) for i in range(len(pairs))]
 
     def _summed(
         self, products: LayerValues, other: Layers, scope: NormScope | None
@@ -484,13 +522,36 @@ def _zero_like(x: Any) -> _Zero:
     return x if isinstance(x, _Zero) else _Zero(x)
 
 
+def norms_of(
+    every: Sequence[Layers], scope: NormScope | None = None
+) -> list[LayerValues]:
+    """‖u_l‖ of several u over the same layers, which are looked at once for all.
+
+    Args:
+      every: layers, of which none is shifted.
+      scope: as in `Layers.norms`.
+    """
+    first = every[0]
+    norms = []
+    for sums in first.sums(*((u, u) for u in every)):
+        small, medium, large = (first._summed(x, first, scope) for x in sums)
+        norms.append(small.map(lambda *scales: norm(Sums(*scales)), medium, large))
+    return norms
+
+
+def _summed_axes(group: DepthGroup, m: int, ndim: int) -> tuple[tuple[int, ...], bool]:
+    """The axes of member m that are not over depth, and whether they stay."""
+    depth_axes = group.members[m].axes
+    axes = tuple(axis for axis in range(ndim) if axis not in depth_axes)
+    return axes, group.is_stacked
+
+
 def _inner_product(
-    x: jax.Array, y: jax.Array, depth_axes: Sequence[int], keepdims: bool
+    x: jax.Array, y: jax.Array, axes: tuple[int, ...], keepdims: bool
 ) -> jax.Array:
     """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
     product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-    other = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
-    return jnp.sum(product, axis=other, keepdims=keepdims)
+    return jnp.sum(product, axis=axes, keepdims=keepdims)
 
 
 def _names(group: DepthGroup, m: int, offsets: tuple[int, int]) -> Names:
