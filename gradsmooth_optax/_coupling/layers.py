@@ -38,7 +38,7 @@ from gradsmooth_optax._coupling.matmul import (
     weights_per_layer,
     widest_shifted_band,
 )
-from gradsmooth_optax._coupling.neighbors import neighbor
+from gradsmooth_optax._coupling.neighbors import Pairs, neighbor, pairs_of
 from gradsmooth_optax._coupling.norms import Sums, cosine, norm, ratio, scaled_sums
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
@@ -402,9 +402,7 @@ class Layers:
           values: of these layers.
           matrix_of, offsets_of: as in `matmul`.
         """
-        found = by_matrix(
-            values, lambda n: abs(matrix_of(n)), offsets_of, self._fewest
-        )
+        found = by_matrix(values, lambda n: abs(matrix_of(n)), offsets_of, self._fewest)
         if self.norm_scope == "param":
             return found
         # Roles may have other neighbors, but in a block all are told alike.
@@ -422,6 +420,11 @@ class Layers:
             return summed_over(self._norm_axes, sums)
 
         return values_of(self._groups, product)
+
+    def pairs(self, g: int) -> list[Pairs]:
+        """Every two neighbors of group g."""
+        group = self._groups[g].whole
+        return pairs_of(group, [self._value(g, m) for m in range(len(group.members))])
 
     def sums(self, *pairs: tuple[Layers, Layers]) -> list[Sums]:
         """Re⟨u, v⟩ of every layer of every role at three scales, for every pair."""

@@ -121,9 +121,7 @@ def _apart(
 def _together(axis: int, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The sums along one axis, which stays with size 1."""
     zeros = (jnp.zeros((), xs[0].dtype),) * len(xs)
-    sums = lax.reduce(
-        xs, zeros, lambda a, b: tuple(map(operator.add, a, b)), (axis,)
-    )
+    sums = lax.reduce(xs, zeros, lambda a, b: tuple(map(operator.add, a, b)), (axis,))
     return tuple(jnp.expand_dims(x, axis) for x in sums)
 
 
@@ -161,10 +159,15 @@ def square(sums: Sums) -> jax.Array:
 
 def _chosen(sums: Sums) -> tuple[jax.Array, jax.Array]:
     """The right sum, and what the numbers in it are in units of."""
-    is_small, is_medium = (x < _LIMIT**2 for x in (sums.small, sums.medium))
+    is_small, is_medium = map(_is_whole, sums[:2])
     chosen = jnp.where(is_medium, sums.medium, sums.large)
     unit = jnp.where(is_medium, jnp.ones_like(chosen), _UP)
     return jnp.where(is_small, sums.small, chosen), jnp.where(is_small, _DOWN, unit)
+
+
+def _is_whole(squares: jax.Array) -> jax.Array:
+    """Whether no number of a sum was cut."""
+    return ~(squares >= _LIMIT**2)  # and not <, so that a NaN stays visible
 
 
 def square_ratio(squares: Sums, others: Sums) -> jax.Array:
@@ -188,11 +191,8 @@ def _at_one_scale(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """‖u‖², ‖v‖² and ⟨u, v⟩ of which none is too large."""
 
-    def are_below(first: jax.Array, second: jax.Array) -> jax.Array:
-        return (first < _LIMIT**2) & (second < _LIMIT**2)
-
-    is_small = are_below(squares.small, others.small)
-    is_medium = are_below(squares.medium, others.medium)
+    is_small = _is_whole(squares.small) & _is_whole(others.small)
+    is_medium = _is_whole(squares.medium) & _is_whole(others.medium)
 
     def chosen(sums: Sums) -> jax.Array:
         rest = jnp.where(is_medium, sums.medium, sums.large)

@@ -93,7 +93,7 @@ def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
     parts = norms * inverse(norm(squares))
     total = jnp.zeros(shape, dtype)
     for (cosines, _), part in zip(found, parts, strict=True):
-        total += cosines * part * part.T
+        total += cosines * (part * part.T)
     return jnp.clip(total, -1.0, 1.0)
 
 

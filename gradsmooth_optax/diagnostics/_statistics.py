@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,14 @@ from gradsmooth_optax._arrays import num_bits, replicated
 from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._coupling.layer_values import LayerValues
 from gradsmooth_optax._coupling.layers import layers_of
-from gradsmooth_optax._coupling.norms import Sums, cosine, norm, square, square_ratio
+from gradsmooth_optax._coupling.norms import (
+    Sums,
+    cosine,
+    norm,
+    scaled_sums,
+    square,
+    square_ratio,
+)
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, text_of
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -194,27 +201,31 @@ def _statistics(sums: _Sums) -> RoleStatistics:
 def _sums_of(group: Group, leaves: Sequence[Any] | Mapping[int, Any]) -> _Sums:
     """The sums of one group, over its layers that have a neighbor."""
     layers = layers_of([group], leaves)
-    after = layers.shifted(1)
-    # From differences, not from norms and dots: those cancel where layers agree. Where
-    # there is no next layer they are left out.
-    steps = after - layers
-    squares, dots, differences = (
-        jnp.stack([_in_depth_order(group, values) for values in sums])
-        for sums in layers.sums((layers, layers), (layers, after), (steps, steps))
+    squares = jnp.stack(
+        [_in_depth_order(group, x) for x in layers.sums((layers,) * 2)[0]]
     )
+    sums, ranks = [], []
+    for pairs in layers.pairs(0):
+        axes = tuple(i for i in range(pairs.after.ndim) if i not in pairs.axes)
+        # From differences, not from norms and dots: those cancel where layers agree.
+        steps = pairs.after - pairs.layers
+        products = [(pairs.layers, pairs.after), (steps, steps)]
+        of_pairs = scaled_sums(products, axes, keepdims=False)
+        sums.append(
+            jnp.stack([x.reshape(-1) for x in map(replicated, chain(*of_pairs))])
+        )
+        ranks.append(pairs.ranks)
+    order = np.argsort(np.concatenate(ranks))
+    dots, differences = jnp.split(jnp.concatenate(sums, axis=1)[:, order], 2)
+    first = np.concatenate(ranks)[order]
     in_run = np.flatnonzero(group.run_lengths > 1)
-    first = np.flatnonzero(np.diff(group.run_starts) == 0)  # of a pair
     numbers = np.array(group.layers)
-    pairs = zip(numbers[first].tolist(), numbers[first + 1].tolist(), strict=True)
     # Gathered and not sliced: XLA:CPU computes a sum anew for each slice of it.
-    pair_sums = [
-        *(dots[:, first], differences[:, first]),
-        *(squares[:, first], squares[:, first + 1]),
-    ]
+    pair_sums = [dots, differences, squares[:, first], squares[:, first + 1]]
     return _Sums(
         numbers[in_run].tolist(),
         squares[:, in_run],
-        list(pairs),
+        list(zip(numbers[first].tolist(), numbers[first + 1].tolist(), strict=True)),
         jnp.stack(pair_sums, axis=1),
     )
 
@@ -230,8 +241,8 @@ def _in_depth_order(group: Group, numbers: LayerValues) -> jax.Array:
 def _total(parts: Sequence[_Sums]) -> _Sums:
     """Added up by layer and by pair, in the widest dtype."""
     dtype = max((sums.squares.dtype for sums in parts), key=num_bits)
-    layers = sorted(set(itertools.chain.from_iterable(s.layers for s in parts)))
-    pairs = sorted(set(itertools.chain.from_iterable(s.pairs for s in parts)))
+    layers = sorted(set(chain.from_iterable(s.layers for s in parts)))
+    pairs = sorted(set(chain.from_iterable(s.pairs for s in parts)))
     squares = jnp.zeros((3, len(layers)), dtype)
     pair_sums = jnp.zeros((3, 4, len(pairs)), dtype)
     for sums in parts:
