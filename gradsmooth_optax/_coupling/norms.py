@@ -79,7 +79,10 @@ def _products(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _at_scales(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return _cut(x, _LIMIT * _DOWN) * _UP, _cut(x, _LIMIT), x * _DOWN
+    # Cut again after the product, where nothing is left to be cut but infinities, which
+    # stay too large: XLA squares the factor alone, to 0 or infinity, if it can.
+    small = _cut(_cut(x, _LIMIT * _DOWN) * _UP, 2 * _LIMIT)
+    return small, _cut(x, _LIMIT), _cut(x * _DOWN, 2 * _LIMIT)
 
 
 def _cut(x: jax.Array, limit: float) -> jax.Array:
@@ -174,7 +177,7 @@ def square_ratio(squares: Sums, others: Sums) -> jax.Array:
     """‖u‖² / ‖v‖², and 0 where ‖v‖ is 0."""
     first, second, _ = _at_one_scale(squares, others, squares)
     zero = second == 0
-    return jnp.where(zero, 0.0, first) / jnp.where(zero, 1.0, second)
+    return _divided(jnp.where(zero, 0.0, first), jnp.where(zero, 1.0, second))
 
 
 def cosine(dots: Sums, squares: Sums, others: Sums) -> jax.Array:
@@ -183,7 +186,8 @@ def cosine(dots: Sums, squares: Sums, others: Sums) -> jax.Array:
     zero = (first == 0) | (second == 0)
     first, second = (jnp.sqrt(jnp.where(zero, 1.0, x)) for x in (first, second))
     # One after the other: the product of the norms may be out of range.
-    return jnp.clip(jnp.where(zero, 0.0, dot) / first / second, -1.0, 1.0)
+    cosines = _divided(_divided(jnp.where(zero, 0.0, dot), first), second)
+    return jnp.clip(cosines, -1.0, 1.0)
 
 
 def _at_one_scale(
@@ -206,7 +210,8 @@ def inverse(norm: jax.Array) -> jax.Array:
     # Zero is told by == and not by >, so that a NaN stays visible. Nowhere is an
     # infinity made on the way, which would stop `jax.debug_infs`.
     zero = norm == 0
-    return jnp.where(zero, 0.0, jnp.ones_like(norm)) / jnp.where(zero, 1.0, norm)
+    ones = jnp.ones_like(norm)
+    return _divided(jnp.where(zero, 0.0, ones), jnp.where(zero, 1.0, norm))
 
 
 def ratio(norm: jax.Array, other: jax.Array, where_zero: float) -> jax.Array:
@@ -214,7 +219,20 @@ def ratio(norm: jax.Array, other: jax.Array, where_zero: float) -> jax.Array:
     zero = (norm == 0) | (other == 0)
     equal = norm == other  # a compiler may divide by a product with an inverse
     first = jnp.where(zero, where_zero, jnp.where(equal, 1.0, norm))
-    return first / jnp.where(zero | equal, 1.0, other)
+    return _divided(first, jnp.where(zero | equal, 1.0, other))
+
+
+@jax.custom_jvp
+def _divided(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y, whose derivative needs no 1 / y², which is infinite for a small y."""
+    return x / y
+
+
+@_divided.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (_, y), (dx, dy) = primals, tangents
+    quotient = _divided(*primals)
+    return quotient, (dx - quotient * dy) / y
 
 
 def without_noise(norm: jax.Array, size: jax.Array) -> jax.Array:
