@@ -202,7 +202,7 @@ def _sums_of(group: Group, leaves: Sequence[Any] | Mapping[int, Any]) -> _Sums:
     """The sums of one group, over its layers that have a neighbor."""
     layers = layers_of([group], leaves)
     squares = jnp.stack(
-        [_in_depth_order(group, x) for x in layers.sums((layers,) * 2)[0]]
+        [_in_depth_order(group, x) for x in layers.sums((layers, layers))[0]]
     )
     sums, ranks = [], []
     for pairs in layers.pairs(0):
