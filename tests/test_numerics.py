@@ -1,6 +1,7 @@
 """The numbers: every result equals the plain-loop oracle's."""
 
 import contextlib
+import functools
 
 import chex
 import jax
@@ -421,3 +422,261 @@ def test_numpy_leaves_are_accepted_and_keep_their_dtype():
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
     out = [out[f"layers_{layer}"] for layer in range(3)]
     oracle.assert_blocks_close(out, oracle.window(blocks, 0.3))
+
+
+# The whole range of the dtype.
+
+
+LAYOUTS = {
+    "unrolled": (UNROLLED, lambda u: {f"layers_{i}": x for i, x in enumerate(u)}),
+    "stacked": (gs.scanned("blocks"), lambda u: {"blocks": jnp.stack(u)}),
+    "stacked last": (
+        gs.scanned("blocks", axis=-1),
+        lambda u: {"blocks": jnp.stack(u, axis=-1)},
+    ),
+    "first apart": (
+        gs.first_match(
+            gs.unrolled(r"first_(\d+)", stack="s"),
+            gs.scanned("rest", start=1, stack="s"),
+        ),
+        lambda u: {"first_0": u[0], "rest": jnp.stack(u[1:])},
+    ),
+}
+
+
+@functools.cache
+def made(layout, operator, **kwargs):
+    tx = gs.smooth_over_depth(LAYOUTS[layout][0], operator, **kwargs)
+    return tx, jax.jit(tx.update)
+
+
+def of_layers(layout, layers, operator, jit=True, **kwargs):
+    """The layers after one update, in the dtype that they have."""
+    tree = LAYOUTS[layout][1]([jnp.asarray(x) for x in layers])
+    tx, update = made(layout, operator, **kwargs)
+    out = (update if jit else tx.update)(tree, tx.init(tree))[0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
+    if layout == "unrolled":
+        return [np.asarray(out[f"layers_{i}"]) for i in range(len(layers))]
+    if layout == "first apart":
+        return [np.asarray(out["first_0"]), *np.asarray(out["rest"])]
+    return list(
+        np.moveaxis(np.asarray(out["blocks"]), -1 if "last" in layout else 0, 0)
+    )
+
+
+def expected_of(layers, alpha, radius=1, **kwargs):
+    blocks = oracle.window([{"w": x} for x in layers], alpha, radius, **kwargs)
+    return [block["w"] for block in blocks]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize(("alpha", "radius"), [(0.2, 1), (1.0, 1), (0.7, 3)])
+def test_a_window_of_finite_updates_is_finite_where_its_result_is(
+    alpha, radius, dtype, layout
+):
+    largest = 0.99 * float(jnp.finfo(dtype).max)
+    signs = np.array([1, -1, 1, 1, -1, -1])
+    layers = [np.full(2, largest * s, np.float64).astype(dtype) for s in signs]
+    expected = np.array(expected_of(layers, alpha, radius))
+    out = np.array(of_layers(layout, layers, gs.window(alpha, radius)), np.float64)
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(out / largest, expected / largest, atol=tolerance)
+
+
+def test_similar_layers_near_the_largest_number_are_coupled_without_overflow():
+    layers = [np.full(2, x, np.float32) for x in (3e38, 1e37, 3.3e38)]
+    out = of_layers("stacked", layers, gs.similarity_window(0.5))
+    expected = expected_of(layers, 0.5)
+    for got, want in zip(out, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ["standard", "norm_preserving"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.float64])
+def test_the_same_update_in_all_layers_comes_back_bit_for_bit(
+    dtype, variant, layout, enable_x64
+):
+    rng = np.random.default_rng(0)
+    largest = 0.99 * float(jnp.finfo(dtype).max)
+    for radius, alpha in ((1, 0.2), (1, 1.0), (2, 0.3), (3, 0.9)):
+        u = np.array([largest, -largest, 1e-3, *rng.normal(size=30)])
+        with enable_x64():
+            layers = [u.astype(dtype)] * 5
+            for jit in (True, False):
+                operator = gs.window(alpha, radius)
+                out = of_layers(layout, layers, operator, jit, variant=variant)
+                for got in out:
+                    np.testing.assert_array_equal(got, layers[0])
+
+
+def sized(norm, size, seed, num_layers=4):
+    """Layers of this norm, up to rounding."""
+    u = np.random.default_rng(seed).normal(size=(num_layers, size, 2))
+    u *= norm / np.linalg.norm(u, axis=(1, 2), keepdims=True)
+    return list(u.astype(np.float32))
+
+
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norms_are_right_over_the_whole_range_of_float32(layout, variant):
+    norms = (1e-33, 1e-30, 3e-17, 1e-16, 1e-10, 1.0, 1e15, 1e18, 3e19, 1e25, 3e34)
+    for seed, norm in enumerate(norms):
+        for size in (1, 1000):
+            layers = sized(norm, size, seed)
+            expected = expected_of(layers, 0.5, variant=variant)
+            out = of_layers(layout, layers, 0.5, variant=variant)
+            for got, want in zip(out, expected, strict=True):
+                # Below 1.2e-38 numbers are flushed to 0.
+                atol = 1e-6 * np.abs(want).max() + 4e-38
+                np.testing.assert_allclose(got / norm, want / norm, atol=atol / norm)
+
+
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+def test_norms_of_a_million_small_numbers_are_right(variant):
+    layers = sized(1e-16, 500_000, seed=0)
+    out = of_layers("stacked", layers, 0.5, variant=variant)
+    for got, layer in zip(out, layers, strict=True):
+        norms = (np.linalg.norm(x.astype(np.float64)) for x in (got, layer))
+        np.testing.assert_allclose(*norms, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float64])
+def test_norms_of_other_dtypes_have_the_range_of_float32(dtype, variant, enable_x64):
+    with enable_x64():
+        for seed, norm in enumerate((1e-30, 1e-16, 1e18, 1e34)):
+            layers = [x.astype(dtype) for x in sized(norm, 50, seed)]
+            wide = [x.astype(np.float64) for x in layers]
+            out = of_layers("stacked", layers, 0.5, variant=variant)
+            expected = expected_of(wide, 0.5, variant=variant)
+            tolerance = 8 * float(jnp.finfo(dtype).eps)
+            for got, want in zip(out, expected, strict=True):
+                got = got.astype(np.float64)
+                np.testing.assert_allclose(got / norm, want / norm, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+def test_a_block_of_roles_of_very_different_sizes_has_the_right_norm(
+    variant, enable_x64
+):
+    for scales in ((1e-30, 1e-28), (1e-25, 1.0), (1e30, 1e28), (1e10, 1e-20)):
+        blocks = oracle.random_blocks(3, np.float64, {"a": (5,), "b": (2, 3)})
+        with enable_x64():
+            for other in (np.float32, np.float64):
+                dtypes = {"a": np.float32, "b": other}
+                cast = [
+                    {
+                        role: (scale * block[role]).astype(dtypes[role])
+                        for role, scale in zip("ab", scales, strict=True)
+                    }
+                    for block in blocks
+                ]
+                kwargs = {"variant": variant, "norm_scope": "block"}
+                expected = oracle.window(cast, 0.3, **kwargs)
+                for out in (
+                    run_unrolled(cast, 0.3, **kwargs),
+                    run_scanned(cast, alpha=0.3, **kwargs),
+                ):
+                    for got, want in zip(out, expected, strict=True):
+                        for role, scale in zip("ab", scales, strict=True):
+                            np.testing.assert_allclose(
+                                np.asarray(got[role], np.float64) / scale,
+                                want[role] / scale,
+                                atol=1e-5,
+                            )
+
+
+# What cancels but for rounding.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_directional_layer_whose_directions_cancel_comes_back_unchanged(jit, layout):
+    rng = np.random.default_rng(0)
+    sizes = np.abs(rng.normal(size=(3, 60)))
+    for alpha, signs in ((0.5, (1, -1, 1)), (1.0, (1, 1, -1))):
+        u = (sizes * np.array(signs)[:, None]).astype(np.float32)
+        # One number for each layer of 60 stacks, as a gate is.
+        for i in range(0, 60, 1 if jit else 20):
+            layers = list(u[:, i : i + 1])
+            out = of_layers(layout, layers, alpha, jit, variant="directional")
+            np.testing.assert_array_equal(out[1], layers[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+def test_directions_of_many_numbers_that_cancel_are_told_alike(norm_scope, layout):
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        shape = rng.normal(size=(7, 11))
+        layers = [
+            (s * np.abs(rng.normal()) * shape).astype(np.float32) for s in (1, -1, 1)
+        ]
+        kwargs = {"variant": "directional", "norm_scope": norm_scope}
+        out = of_layers(layout, layers, 0.5, **kwargs)
+        np.testing.assert_array_equal(out[1], layers[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_rounding_leaves_is_not_scaled_up_to_the_norm_of_a_layer(layout):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        u = np.float32(rng.normal(size=5))
+        # 0.7 of the layer and 0.15 of each neighbor, and neighbors that cancel.
+        for alpha, layers in (
+            (0.3, [u, np.float32(-0.3 / 0.7) * u, u]),
+            (1.0, [u, np.float32(1e-9) * u, -u]),
+        ):
+            out = of_layers(layout, layers, alpha, variant="norm_preserving")
+            assert np.abs(out[1]).max() <= 1e-6 * np.abs(u).max()
+
+
+def test_small_weights_are_not_taken_for_what_rounding_leaves():
+    layers = [np.float32([3.0, 4.0]), np.float32([0.0, 2.0])]
+    tiny = gs.dense(1e-12 * np.array([[0.0, 1.0], [1.0, 0.0]]))
+    swapped = [np.float32([0.0, 5.0]), np.float32([1.2, 1.6])]
+    for variant in ("norm_preserving", "directional"):
+        for layout in ("stacked", "unrolled"):
+            out = of_layers(layout, layers, tiny, variant=variant)
+            np.testing.assert_allclose(out, swapped, rtol=1e-6)
+
+
+# Gradients, and the flags that look for NaN and infinity.
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_gradients_through_the_strength_and_the_updates_are_finite(scale, variant):
+    u = scale * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    u[2] = 0  # a layer of norm 0
+
+    def loss(alpha, u):
+        tx = gs.smooth_over_depth(gs.scanned("blocks"), alpha, variant=variant)
+        return jnp.mean(tx.update({"blocks": u}, tx.init({}))[0]["blocks"])
+
+    # Those of the updates while a norm times a gradient is within the range.
+    arguments = (0, 1) if scale < 1e18 else (0,)
+    for alpha in (0.0, 0.3, 1.0):
+        for gradient in jax.grad(loss, arguments)(alpha, u):
+            assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        gs.window(0.2),
+        gs.gaussian(1.0),
+        gs.similarity_window(0.2),
+        gs.controls.norm_matched(gs.window(0.2)),
+    ],
+    ids=["window", "gaussian", "similarity_window", "norm_matched"],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_infinity_is_made_on_the_way(operator, variant):
+    u = [np.float32(x) for x in ([1.0, 2.0], [0.0, 0.0], [3.0, 4.0])]
+    for layout in ("stacked", "unrolled"):
+        with jax.debug_infs(True), jax.debug_nans(True):
+            of_layers(layout, u, operator, jit=False, variant=variant)

@@ -912,3 +912,107 @@ def test_operators_of_a_narrow_band_keep_the_sharding(sharded):
         "similarity per block",
     ):
         assert f"kept by {name}\n" in sharded.stdout
+
+
+# No cost follows from a parameter where depth bounds it.
+
+
+@pytest.mark.parametrize(
+    ("operator", "plain"),
+    [
+        (gs.window(0.2, 10**5), lambda n: oracle.window_matrix(n, 0.2, 10**5)),
+        (
+            gs.window(0.3, 5000, decay=1e-3),
+            lambda n: oracle.window_matrix(n, 0.3, 5000, 1e-3),
+        ),
+    ],
+    ids=["window", "decaying window"],
+)
+def test_a_radius_far_beyond_the_depth_gives_the_same_matrix(operator, plain):
+    for num_layers in (1, 3):
+        np.testing.assert_allclose(
+            operator.matrix(num_layers), plain(num_layers), rtol=1e-10, atol=1e-18
+        )
+
+
+def plain_gaussian(num_layers, sigma, radius):
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    matrix = np.zeros((num_layers, num_layers))
+    for layer in range(num_layers):
+        for j, weight in zip(range(-radius, radius + 1), kernel, strict=True):
+            inside = 0 <= layer + j < num_layers
+            matrix[layer, layer + j if inside else layer] += weight
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("sigma", "radius"),
+    [(700.0, 2100), (1500.0, 4500), (5000.0, 6000), (0.5, 9000), (2e4, 60_000)],
+)
+def test_a_kernel_far_wider_than_the_depth_is_normalized_by_all_of_it(sigma, radius):
+    expected = plain_gaussian(3, sigma, radius)
+    np.testing.assert_allclose(
+        gs.gaussian(sigma, radius).matrix(3), expected, rtol=1e-10, atol=1e-18
+    )
+    traced = jax.jit(lambda sigma: gs.gaussian(sigma, radius).matrix(3))(sigma)
+    np.testing.assert_allclose(traced, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        gs.window(0.2, 10**9),
+        gs.window(0.2, 10**400, decay=0.1),
+        gs.window(0.2, 10**18, decay=1e308),
+        gs.gaussian(1e7),
+        gs.gaussian(1e308),
+    ],
+    ids=repr,
+)
+def test_no_parameter_is_too_large_for_three_layers(operator):
+    matrix = operator.matrix(3)
+    np.testing.assert_allclose(matrix.sum(1), np.ones(3), rtol=1e-12)
+    updates = {"blocks": {"w": jnp.ones((3, 2))}}
+    out = step(gs.smooth_over_depth(SCANNED, operator), updates)
+    np.testing.assert_allclose(out["blocks"]["w"], np.ones((3, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "of_strength",
+    [
+        lambda decay, radius: gs.window(0.2, radius, decay),
+        lambda sigma, radius: gs.gaussian(sigma, radius),
+    ],
+    ids=["decay", "sigma"],
+)
+def test_a_traced_strength_makes_few_equations_whatever_the_radius(of_strength):
+    def equations(radius):
+        jaxpr = jax.make_jaxpr(lambda x: of_strength(x, radius).matrix(3))(0.1)
+        return len(jaxpr.eqns)
+
+    assert equations(10**6) < equations(12) + 100
+
+
+@pytest.mark.parametrize(
+    ("of_strength", "strengths"),
+    [
+        (gs.window, (0.0, 1e-30, 1.0)),
+        (lambda d: gs.window(0.5, 3, d), (0.0, 1e-30, 1.0, 1e4, 1e30, 3e38)),
+        (lambda d: gs.window(0.5, 1000, d), (0.0, 1.0, 1e30)),
+        (lambda s: gs.gaussian(s, 3), (0.0, 1e-30, 1e-20, 0.02, 0.1, 1.0, 1e30)),
+        (lambda s: gs.gaussian(s, 10**5), (0.0, 1e-20, 0.02, 1.0, 1e3, 1e30)),
+        (gs.tikhonov, (0.0, 1e-30, 1.0, 1e30, 3e38)),
+        (gs.ema, (0.0, 1e-30, 0.5, 1.0)),
+        (gs.laplacian, (0.0, 1.0)),
+    ],
+    ids=["alpha", "decay", "far decay", "sigma", "far sigma", "tikhonov", "rho", "lap"],
+)
+def test_the_derivative_by_a_strength_is_finite_where_the_matrix_is(
+    of_strength, strengths
+):
+    derivative = jax.jit(jax.jacfwd(lambda x: of_strength(x).matrix(4)))
+    backward = jax.jit(jax.jacrev(lambda x: of_strength(x).matrix(4)))
+    for strength in strengths:
+        assert np.isfinite(derivative(strength)).all(), strength
+        assert np.isfinite(backward(strength)).all(), strength
