@@ -214,7 +214,7 @@ def _numbered(
     if equal and is_named:
         rivals = [s for s in rivals if "partly alike" not in s.reason]
     chains = _chains(siblings)
-    if not rivals and not (is_named and all(c.num_modules < 2 for c in chains)):
+    if not rivals and (not is_named or any(c.are_units for c in chains)):
         rivals = list(map(_layers, chains))
     yield replace(whole, rivals=tuple(rivals))
 
@@ -378,9 +378,12 @@ def _stacked(node: Path, places: list[Place], tree: list[Place]) -> Stack | None
     """The node as a stack over axes, by the names of the axes or by the shapes."""
     if axes := next((a for p in places if (a := _depth_axes(p))), ()):
         return _stacked_by_names(node, places, axes)
-    if any(map(_depth_axes, tree)):
-        return None  # such a tree says where its layers are
-    return _stacked_by_shapes(node, places, tree)
+    stack = _stacked_by_shapes(node, places, tree)
+    if stack and any(map(_depth_axes, tree)):
+        # Such a tree mostly says where its layers are.
+        doubt = f"{show_path(node)}: its axes have no names, though others have"
+        return replace(stack, doubts=(doubt,)) if stack.is_named else None
+    return stack
 
 
 def _depth_axes(place: Place) -> tuple[int, ...]:

@@ -119,6 +119,12 @@ class Siblings:
         return found
 
     @property
+    def are_units(self) -> bool:
+        """Whether each may be a layer, though none is called so."""
+        is_list_of_modules = not self.stem and () not in self.numbers_of
+        return self.num_modules > 1 or is_list_of_modules
+
+    @property
     def is_minor(self) -> bool:
         """Whether they are single modules that may be of a part of a layer."""
         holders = self.parent if self.stem else self.parent[:-1]
