@@ -400,30 +400,3 @@ def test_what_would_be_taken_for_something_else_is_refused(couple):
     tx = gs.smooth_over_depth(gs.unrolled(), Wrong())
     with pytest.raises((TypeError, ValueError), match=r"must be|one number per layer"):
         tx.update(updates, tx.init(updates))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_difference_takes_weights_before_it_is_taken(layout):
-    depth, tree_of = LAYOUTS[layout]
-    blocks = [
-        {r: np.float32(3e38) * np.sign(x) for r, x in b.items()} for b in blocks_of(4)
-    ]
-
-    @dataclasses.dataclass(frozen=True, eq=False)
-    class Half(gs.Operator):
-        by_layer: bool
-
-        def couple(self, layers):
-            weights = 0.5 * layers.exists(1) if self.by_layer else 0.5
-            return layers.difference(1, weights)
-
-    want = [
-        {
-            name: 0.5 * blocks[i + 1][name] - 0.5 * x if i < 3 else 0 * x
-            for name, x in block.items()
-        }
-        for i, block in enumerate(blocks)
-    ]
-    for by_layer in (False, True):
-        tx = gs.smooth_over_depth(depth, Half(by_layer))
-        check(updated(tx, tree_of(blocks)), layout, want)

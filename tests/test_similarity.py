@@ -221,13 +221,3 @@ def test_an_operator_that_depends_on_the_updates_has_no_matrix(operator, use):
     with pytest.raises(TypeError, match=re.escape("depend")) as info:
         use(operator)
     assert "matrix" in str(info.value)
-
-
-@pytest.mark.parametrize("norm_scope", SCOPES)
-@pytest.mark.parametrize("scale", [1e-33, 1e-20, 1e16, 1e30])
-def test_similarity_is_that_of_small_and_large_updates_too(scale, norm_scope):
-    stack = np.random.default_rng(0).normal(size=(5, 2, 3)) + 1
-    operator = gs.similarity_window(0.5, norm_scope)
-    plain = smooth(np.float32(stack), operator)
-    scaled = smooth(np.float32(scale * stack), operator)
-    np.testing.assert_allclose(scaled / np.float32(scale), plain, atol=1e-4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -33,13 +32,12 @@ from gradsmooth_optax._coupling.layer_values import (
 from gradsmooth_optax._coupling.matmul import (
     MatrixOf,
     OffsetsOf,
-    by_matrix,
     coupled_by_matrix,
     weights_per_layer,
     widest_shifted_band,
 )
-from gradsmooth_optax._coupling.neighbors import Pairs, neighbor, pairs_of
-from gradsmooth_optax._coupling.norms import Sums, cosine, norm, ratio, scaled_sums
+from gradsmooth_optax._coupling.neighbors import neighbor
+from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
 
@@ -152,34 +150,24 @@ class Layers:
             return self._with(arrays)
         return dataclasses.replace(self._with(arrays), _of=self, _offset=offset)
 
-    def difference(self, offset: int, weights: Any = 1.0) -> Layers:
-        """weights · (u_{l+offset} - u_l), and 0 where the run has no such layer.
-
-        Scaled before it is subtracted: added to u_l it overflows only where the result
-        does, for weights between 0 and 1.
+    def difference(self, offset: int) -> Layers:
+        """u_{l+offset} - u_l, and 0 where the run has no such layer.
 
         Args:
           offset: how many layers on, negative for layers before.
-          weights: a number, a scalar array, or the `LayerValues` of the layers l.
         """
-        if not isinstance(weights, LayerValues):
-            check_one_number("weights", weights)
         there = self.shifted(offset, "zero")
 
         def one(g: int, m: int) -> Any:
             if isinstance(there._arrays[g][m], _Zero):
                 return there._arrays[g][m]
-            other, own = there._value(g, m), self._value(g, m)
-            weight: Any = weights
-            if isinstance(weights, LayerValues):
-                weight = weights._arrays[g][m]
-            weight = in_dtype(weight, own.dtype)
+            found = there._value(g, m) - self._value(g, m)
             has = self._groups[g].has_neighbor(m, offset)
             if isinstance(has, jax.Array) or not has.all():
                 # On CPU a product is cheaper than a choice.
-                along = self._groups[g].members[m].along(has, own.ndim)
-                weight = weight * along.astype(own.dtype)
-            return weight * other - weight * own
+                along = self._groups[g].members[m].along(has, found.ndim)
+                found = along.astype(found.dtype) * found
+            return found
 
         return self._each(one)
 
@@ -336,14 +324,13 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        return norms_of((self,), scope)[0]
+        return self.squared_norms(scope).map(jnp.sqrt)
 
     def inner(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
         """Re⟨u_l, v_l⟩ of every layer.
 
         Where one of the two is `shifted`, over the roles in which both layers are: 0
-        where there is none. Right while products of single numbers are within the range
-        of the dtype of the arithmetic: in float32 for updates of about 1e-16 to 1e18.
+        where there is none.
 
         Args:
           other: v.
@@ -360,22 +347,22 @@ class Layers:
           other: v, such as `layers.shifted(1)`.
           scope: as in `norms`.
         """
+        own = self._products(self)
         if other._of is self and self._of is None:
-            own, dots = self.sums((self, self), (self, other))
-            # Without a look at the layers there.
-            there = Sums(*(values.shifted(other._offset) for values in own))
+            there = own.shifted(other._offset)  # without looking at the layers again
         else:
-            own, there, dots = self.sums((self, self), (other, other), (self, other))
+            there = other._products(other)
         dots, own, there = (
-            Sums(*(self._summed(values, other, scope) for values in sums))
-            for sums in (dots, own, there)
+            self._summed(products, other, scope)
+            for products in (self._products(other), own, there)
         )
-
-        def cosines(*numbers: jax.Array) -> jax.Array:
-            return cosine(*(Sums(*numbers[i : i + 3]) for i in (0, 3, 6)))
-
-        first, *others = (*dots, *own, *there)
-        return first.map(cosines, *others)
+        return dots.map(
+            lambda dot, x, y: jnp.clip(
+                dot * inverse_norm(x) * inverse_norm(y), -1.0, 1.0
+            ),
+            own,
+            there,
+        )
 
     def with_norms_of(self, other: Layers, scope: NormScope | None = None) -> Layers:
         """u_l ‖v_l‖ / ‖u_l‖: these layers at the norms of others, 0 where one is 0.
@@ -384,31 +371,15 @@ class Layers:
           other: v.
           scope: as in `norms`.
         """
-        wanted, own = norms_of((other, self), scope)
-        ratios = wanted.map(functools.partial(ratio, where_zero=-1.0), own)
+        ratios = other.squared_norms(scope).map(
+            marked_norm_ratio, self.squared_norms(scope)
+        )
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
-        """‖u_l‖² of every layer, right where `inner` is."""
-        return self.inner(self, scope)
-
-    def sizes(
-        self, values: LayerValues, matrix_of: MatrixOf, offsets_of: OffsetsOf
-    ) -> LayerValues:
-        """Σ_k |S_lk| · value of layer k, of blocks the mean over the roles.
-
-        Args:
-          values: of these layers.
-          matrix_of, offsets_of: as in `matmul`.
-        """
-        found = by_matrix(values, lambda n: abs(matrix_of(n)), offsets_of, self._fewest)
-        if self.norm_scope == "param":
-            return found
-        # Roles may have other neighbors, but in a block all are told alike.
-        ones = found.map(jnp.ones_like)
-        total, count = (self._summed(x, self, "block") for x in (found, ones))
-        return total / count.map(lambda n: jnp.maximum(n, 1.0))
+        """‖u_l‖² of every layer: see `norms`."""
+        return self._summed(self._products(self), self, scope)
 
     def _products(self, other: Layers) -> LayerValues:
         """Re⟨u, v⟩ of every layer of every role."""
@@ -416,33 +387,11 @@ class Layers:
 
         def product(group: DepthGroup, m: int) -> jax.Array:
             x, y = (of._value(place[group], m) for of in (self, other))
-            sums = _inner_product(x, y, *_summed_axes(group, m, x.ndim))
+            axes = group.members[m].axes
+            sums = _inner_product(x, y, axes, keepdims=group.is_stacked)
             return summed_over(self._norm_axes, sums)
 
         return values_of(self._groups, product)
-
-    def pairs(self, g: int) -> list[Pairs]:
-        """Every two neighbors of group g."""
-        group = self._groups[g].whole
-        return pairs_of(group, [self._value(g, m) for m in range(len(group.members))])
-
-    def sums(self, *pairs: tuple[Layers, Layers]) -> list[Sums]:
-        """Re⟨u, v⟩ of every layer of every role at three scales, for every pair."""
-        totals = []
-        for g, group in enumerate(self._groups):
-            totals.append([])
-            for m in range(len(group.members)):
-                own = {id(of): of._value(g, m) for pair in pairs for of in pair}
-                arrays = [(own[id(u)], own[id(v)]) for u, v in pairs]
-                axes, keepdims = _summed_axes(group, m, arrays[0][0].ndim)
-                sums = scaled_sums(arrays, axes, keepdims)
-                totals[-1].append(summed_over(self._norm_axes, sums))
-
-        def values(pair: int, scale: int) -> LayerValues:
-            arrays = tuple(tuple(sums[pair][scale] for sums in row) for row in totals)
-            return LayerValues(self._groups, arrays)
-
-        return [Sums(*(values(i, k) for k in range(3))) for i in range(len(pairs))]
 
     def _summed(
         self, products: LayerValues, other: Layers, scope: NormScope | None
@@ -525,36 +474,13 @@ def _zero_like(x: Any) -> _Zero:
     return x if isinstance(x, _Zero) else _Zero(x)
 
 
-def norms_of(
-    every: Sequence[Layers], scope: NormScope | None = None
-) -> list[LayerValues]:
-    """‖u_l‖ of several u over the same layers, which are looked at once for all.
-
-    Args:
-      every: layers, of which none is shifted.
-      scope: as in `Layers.norms`.
-    """
-    first = every[0]
-    norms = []
-    for sums in first.sums(*((u, u) for u in every)):
-        small, medium, large = (first._summed(x, first, scope) for x in sums)
-        norms.append(small.map(lambda *scales: norm(Sums(*scales)), medium, large))
-    return norms
-
-
-def _summed_axes(group: DepthGroup, m: int, ndim: int) -> tuple[tuple[int, ...], bool]:
-    """The axes of member m that are not over depth, and whether they stay."""
-    depth_axes = group.members[m].axes
-    axes = tuple(axis for axis in range(ndim) if axis not in depth_axes)
-    return axes, group.is_stacked
-
-
 def _inner_product(
-    x: jax.Array, y: jax.Array, axes: tuple[int, ...], keepdims: bool
+    x: jax.Array, y: jax.Array, depth_axes: Sequence[int], keepdims: bool
 ) -> jax.Array:
     """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
     product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-    return jnp.sum(product, axis=axes, keepdims=keepdims)
+    other = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
+    return jnp.sum(product, axis=other, keepdims=keepdims)
 
 
 def _names(group: DepthGroup, m: int, offsets: tuple[int, int]) -> Names:

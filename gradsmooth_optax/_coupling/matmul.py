@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -15,7 +13,6 @@ from jax import lax
 from gradsmooth_optax._arrays import anchored, like, whole_along
 from gradsmooth_optax._checks import Matrix
 from gradsmooth_optax._coupling.halos import with_halos
-from gradsmooth_optax._coupling.layer_values import LayerValues
 from gradsmooth_optax._coupling.neighbors import neighbor, scaled
 from gradsmooth_optax._depth.groups import Group, Member, name_of
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
@@ -80,32 +77,6 @@ def coupled_by_matrix(
                 out = out + along.astype(u.dtype) * other
         outs.append(out)
     return outs
-
-
-def by_matrix(
-    values: LayerValues, matrix_of: MatrixOf, offsets_of: OffsetsOf, fewest: int
-) -> LayerValues:
-    """Σ_k S_lk · value of layer k.
-
-    Args:
-      values: of layers.
-      matrix_of, offsets_of, fewest: as in `coupled_by_matrix`.
-    """
-    matrix_of = functools.cache(matrix_of)
-    arrays = []
-    for group, xs in zip(values._groups, values._arrays, strict=True):
-        alike = _of_numbers(group)
-        found = coupled_by_matrix(alike, xs, None, matrix_of, offsets_of, fewest)
-        arrays.append(tuple(found))
-    return LayerValues(values._groups, tuple(arrays))
-
-
-def _of_numbers(group: DepthGroup) -> DepthGroup:
-    """The group with one number in the place of every layer."""
-    if isinstance(group, Stage):
-        return group
-    shape = (1,) * len(group.shape) if group.is_stacked else ()
-    return dataclasses.replace(group, shape=shape)
 
 
 def weights_per_layer(

@@ -97,49 +97,6 @@ def at_offset(
     return assemble(group, m, pieces, arrays) if pieces else jnp.zeros_like(arrays[m])
 
 
-class Pairs(NamedTuple):
-    """Layers and their next ones, as arrays of equal shape.
-
-    Attributes:
-      layers: u_l.
-      after: u_{l+1}.
-      axes: those over depth.
-      ranks: where in depth order the layers l are, in the order of the slots.
-    """
-
-    layers: jax.Array
-    after: jax.Array
-    axes: Index
-    ranks: np.ndarray
-
-
-def pairs_of(group: Group, xs: Sequence[jax.Array]) -> list[Pairs]:
-    """Every two neighbors of a group, cut out of its arrays and not shifted.
-
-    A shifted copy of what is read twice would be kept in memory by XLA:CPU.
-    """
-    found = []
-    for m, member in enumerate(group.members):
-        for piece in neighbor_pieces(group, m, 1):
-            source = group.members[piece.member]
-            after = _cut_out(xs[piece.member], source, member, piece)
-            stop = tuple(
-                at + after.shape[axis]
-                for at, axis in zip(piece.at, member.axes, strict=True)
-            )
-            own = Piece(m, piece.at, stop, piece.at)
-            box = tuple(map(slice, piece.at, stop))
-            found.append(
-                Pairs(
-                    _cut_out(xs[m], member, member, own),
-                    after,
-                    member.axes,
-                    group.ranks[m][box].reshape(-1),
-                )
-            )
-    return found
-
-
 def assemble(
     group: Group, m: int, pieces: Sequence[Piece], arrays: Sequence[jax.Array]
 ) -> jax.Array:

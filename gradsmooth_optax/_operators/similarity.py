@@ -84,11 +84,11 @@ class SimilarityWindow(Operator):
             power = positive ** in_dtype(sharpness, cosine.dtype)
             return jnp.where(agrees, in_dtype(half, cosine.dtype) * power, 0.0)
 
-        cosines = layers.cosine(layers.shifted(1), self.norm_scope)
+        before, after = layers.shifted(-1), layers.shifted(1)
+        weights = layers.cosine(after, self.norm_scope).map(weight)
         # A pair's weight is held by the first of the two.
-        weights = cosines.map(weight)
-        out = layers + layers.difference(1, weights)
-        return out + layers.difference(-1, weights.shifted(-1))
+        out = layers + (after - layers).scaled(weights)
+        return out + (before - layers).scaled(weights.shifted(-1))
 
     def radius(self, num_layers: int) -> int:
         return min(1, num_layers - 1)

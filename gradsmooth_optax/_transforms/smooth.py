@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -19,9 +18,12 @@ from gradsmooth_optax._checks import (
     check_flag,
     transformation,
 )
-from gradsmooth_optax._coupling.layer_values import LayerValues
-from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of, norms_of
-from gradsmooth_optax._coupling.norms import inverse, ratio, without_noise
+from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
+from gradsmooth_optax._coupling.norms import (
+    inverse_norm,
+    marked_ratio_to_directions,
+    norm_ratio,
+)
 from gradsmooth_optax._depth.checked_groups import check_structure, coupled_groups
 from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -216,30 +218,14 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
     """S u, S u at the norm of u, or S of u/‖u‖ at the norm of u."""
     if variant == "standard":
         return _couple(operator, layers)
+    before = layers.squared_norms()
     if variant == "norm_preserving":
         # A zero layer may receive its neighbors' update.
         smooth = _couple(operator, layers)
-        before, after = norms_of((layers, smooth))
-        after = _without_noise(operator, layers, before, after)
-        return smooth.scaled(before.map(partial(ratio, where_zero=1.0), after))
-    before = layers.norms()
-    smooth = _couple(operator, layers.scaled(before.map(inverse)))
-    after = _without_noise(operator, layers, before > 0, smooth.norms())
-    ratios = before.map(partial(ratio, where_zero=-1.0), after)
+        return smooth.scaled(before.map(norm_ratio, smooth.squared_norms()))
+    smooth = _couple(operator, layers.scaled(before.map(inverse_norm)))
+    ratios = before.map(marked_ratio_to_directions, smooth.squared_norms())
     return layers.where(ratios < 0, smooth.scaled(ratios))
-
-
-def _without_noise(
-    operator: Operator, layers: Layers, before: LayerValues, after: LayerValues
-) -> LayerValues:
-    """The norms after coupling, 0 where the layers cancel but for rounding.
-
-    Of an operator without a matrix only where they are 0.
-    """
-    if not operator.has_matrix:
-        return after
-    sizes = layers.sizes(before, operator.matrix, operator.offsets)
-    return after.map(without_noise, sizes)
 
 
 def _couple(operator: Operator, layers: Layers) -> Layers:

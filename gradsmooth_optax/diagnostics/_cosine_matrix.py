@@ -12,7 +12,7 @@ from jax import lax
 
 from gradsmooth_optax._arrays import num_bits, whole_along, widened
 from gradsmooth_optax._checks import check_flag
-from gradsmooth_optax._coupling.norms import inverse, norm, scaled_sums
+from gradsmooth_optax._coupling.norms import cosine
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -76,29 +76,23 @@ def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
         (widened(jnp.empty(0, g.dtype)).real.dtype for g in groups), key=num_bits
     )
     shape = (len(layers), len(layers))
-    found: list[tuple[jax.Array, jax.Array]] = []
+    products = jnp.zeros(shape, dtype)
+    squares = jnp.zeros(shape, dtype)  # of l, over what k has as well
     for group, group_layers in zip(groups, layers_of, strict=True):
         # Gathered and not scattered: jax 0.7 has no rule for that on Explicit axes.
         place = {layer: i for i, layer in enumerate(group_layers)}
         index = np.array([place.get(layer, 0) for layer in layers])
         has = np.isin(layers, group_layers)
         both = np.outer(has, has)
-        cosines, norms = (x.astype(dtype) for x in _of_group(group, leaves))
-        cosines = cosines[np.ix_(index, index)]
-        # Of layer l, over what layer k has as well.
-        norms = jnp.broadcast_to(norms[index][:, None], shape)
-        found.append((cosines, jnp.where(both, norms, jnp.zeros_like(norms))))
-    norms = jnp.stack([norms for _, norms in found])
-    (squares,) = scaled_sums([(norms, norms)], (0,), keepdims=False)
-    parts = norms * inverse(norm(squares))
-    total = jnp.zeros(shape, dtype)
-    for (cosines, _), part in zip(found, parts, strict=True):
-        total += cosines * (part * part.T)
-    return jnp.clip(total, -1.0, 1.0)
+        gram = _products(group, leaves).astype(dtype)[np.ix_(index, index)]
+        products += jnp.where(both, gram, jnp.zeros_like(gram))
+        layer_squares = jnp.broadcast_to(jnp.diagonal(gram)[:, None], shape)
+        squares += jnp.where(both, layer_squares, jnp.zeros_like(gram))
+    return cosine(products, squares, squares.T)
 
 
-def _of_group(group: Group, leaves: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-    """Cosines and norms of all layers with a neighbor, in depth order."""
+def _products(group: Group, leaves: Sequence[Any]) -> jax.Array:
+    """Re⟨u_l, u_k⟩ of all layers with a neighbor, in depth order."""
     slots = []
     for member in group.members:
         x = widened(jnp.asarray(leaves[member.leaf]))
@@ -110,9 +104,5 @@ def _of_group(group: Group, leaves: Sequence[Any]) -> tuple[jax.Array, jax.Array
     ranks = np.concatenate([ranks.ravel() for ranks in group.ranks])
     order = np.argsort(ranks)[group.run_lengths > 1]
     axes = tuple(range(1, u.ndim))
-    # Of directions: the squares of small updates would be 0, those of large ones inf.
-    (squares,) = scaled_sums([(u, u)], axes, keepdims=True)
-    norms = norm(squares)
-    u = u * inverse(norms).astype(u.dtype)
     gram = jnp.tensordot(u.conj(), u, (axes, axes), precision=lax.Precision.HIGHEST)
-    return gram.real[np.ix_(order, order)], norms.reshape(-1)[order]
+    return gram.real[np.ix_(order, order)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +15,7 @@ from gradsmooth_optax._arrays import num_bits, replicated
 from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._coupling.layer_values import LayerValues
 from gradsmooth_optax._coupling.layers import layers_of
-from gradsmooth_optax._coupling.norms import (
-    Sums,
-    cosine,
-    norm,
-    scaled_sums,
-    square,
-    square_ratio,
-)
+from gradsmooth_optax._coupling.norms import cosine
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, text_of
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -103,11 +96,9 @@ def depth_statistics(
 
     Takes gradients or parameters as well, and works under `jax.vmap`, in `jax.lax.scan`
     and under `jax.jit`, where it needs memory for at most one copy of the updates in
-    the dtype of the arithmetic: float32 (float64 for float64 leaves). Norms, cosines
-    and the relative roughness hold for all updates that float32 can hold, cosines where
-    the norms of neighbors are within about 1e20 of each other; the roughness is a
-    square, which is 0 below about 1e-38 and infinite above 3e38. Inside
-    `jax.shard_map` it is of what one device holds.
+    the dtype of the arithmetic: float32 (float64 for float64 leaves). Sums of squares
+    hold for updates of about 1e-16 to 1e18. Inside `jax.shard_map` it is of what one
+    device holds.
 
     Args:
       updates: tree of updates.
@@ -162,10 +153,9 @@ class _Sums(NamedTuple):
 
     Attributes:
       layers: their numbers, ascending.
-      squares: (3, number of layers): ‖u_l‖² at the scales of `Sums`.
+      squares: ‖u_l‖², one for each layer.
       pairs: (layer, next layer), ascending.
-      pair_sums: (3, 4, number of pairs): Re⟨u_l, u_k⟩, ‖u_k - u_l‖², ‖u_l‖² and
-        ‖u_k‖², at these scales.
+      pair_sums: (4, number of pairs): Re⟨u_l, u_k⟩, ‖u_k - u_l‖², ‖u_l‖² and ‖u_k‖².
     """
 
     layers: Sequence[int]
@@ -186,47 +176,35 @@ def _stack_statistics(
 
 
 def _statistics(sums: _Sums) -> RoleStatistics:
-    dots, differences, squares, next_squares = (
-        Sums(*sums.pair_sums[:, i]) for i in range(4)
-    )
-    roughness = Sums(*map(jnp.sum, differences))
+    dots, differences, squares, next_squares = sums.pair_sums
+    roughness, total = jnp.sum(differences), jnp.sum(sums.squares)
     return RoleStatistics(
-        norms=norm(Sums(*sums.squares)),
+        norms=jnp.sqrt(sums.squares),
         cosines=cosine(dots, squares, next_squares),
-        roughness=square(roughness),
-        relative_roughness=square_ratio(roughness, Sums(*map(jnp.sum, sums.squares))),
+        roughness=roughness,
+        relative_roughness=roughness / jnp.where(total == 0, jnp.inf, total),
     )
 
 
 def _sums_of(group: Group, leaves: Sequence[Any] | Mapping[int, Any]) -> _Sums:
     """The sums of one group, over its layers that have a neighbor."""
     layers = layers_of([group], leaves)
-    squares = jnp.stack(
-        [_in_depth_order(group, x) for x in layers.sums((layers, layers))[0]]
+    after = layers.shifted(1)
+    # From differences, not from norms and dots: those cancel where layers agree. Where
+    # there is no next layer they are left out.
+    steps = after - layers
+    squares, dots, differences = (
+        _in_depth_order(group, x.inner(y, "param"))
+        for x, y in ((layers, layers), (layers, after), (steps, steps))
     )
-    sums, ranks = [], []
-    for pairs in layers.pairs(0):
-        axes = tuple(i for i in range(pairs.after.ndim) if i not in pairs.axes)
-        # From differences, not from norms and dots: those cancel where layers agree.
-        steps = pairs.after - pairs.layers
-        products = [(pairs.layers, pairs.after), (steps, steps)]
-        of_pairs = scaled_sums(products, axes, keepdims=False)
-        sums.append(
-            jnp.stack([x.reshape(-1) for x in map(replicated, chain(*of_pairs))])
-        )
-        ranks.append(pairs.ranks)
-    order = np.argsort(np.concatenate(ranks))
-    dots, differences = jnp.split(jnp.concatenate(sums, axis=1)[:, order], 2)
-    first = np.concatenate(ranks)[order]
     in_run = np.flatnonzero(group.run_lengths > 1)
+    first = np.flatnonzero(np.diff(group.run_starts) == 0)  # of a pair
     numbers = np.array(group.layers)
+    pairs = zip(numbers[first].tolist(), numbers[first + 1].tolist(), strict=True)
     # Gathered and not sliced: XLA:CPU computes a sum anew for each slice of it.
-    pair_sums = [dots, differences, squares[:, first], squares[:, first + 1]]
+    pair_sums = [dots[first], differences[first], squares[first], squares[first + 1]]
     return _Sums(
-        numbers[in_run].tolist(),
-        squares[:, in_run],
-        list(zip(numbers[first].tolist(), numbers[first + 1].tolist(), strict=True)),
-        jnp.stack(pair_sums, axis=1),
+        numbers[in_run].tolist(), squares[in_run], list(pairs), jnp.stack(pair_sums)
     )
 
 
@@ -241,10 +219,10 @@ def _in_depth_order(group: Group, numbers: LayerValues) -> jax.Array:
 def _total(parts: Sequence[_Sums]) -> _Sums:
     """Added up by layer and by pair, in the widest dtype."""
     dtype = max((sums.squares.dtype for sums in parts), key=num_bits)
-    layers = sorted(set(chain.from_iterable(s.layers for s in parts)))
-    pairs = sorted(set(chain.from_iterable(s.pairs for s in parts)))
-    squares = jnp.zeros((3, len(layers)), dtype)
-    pair_sums = jnp.zeros((3, 4, len(pairs)), dtype)
+    layers = sorted(set(itertools.chain.from_iterable(s.layers for s in parts)))
+    pairs = sorted(set(itertools.chain.from_iterable(s.pairs for s in parts)))
+    squares = jnp.zeros(len(layers), dtype)
+    pair_sums = jnp.zeros((4, len(pairs)), dtype)
     for sums in parts:
         squares = squares + _placed(sums.squares.astype(dtype), sums.layers, layers)
         added = _placed(sums.pair_sums.astype(dtype), sums.pairs, pairs)

@@ -238,8 +238,7 @@ def sharded(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             "norm_preserving, layers sharded",
             functools.partial(window, variant="norm_preserving"),
             on_layers,
-            # Of the layers and of their norms.
-            Bars(*[{"collective-permute": (4, 4)}] * 2),
+            Bars(*[{"collective-permute": (2, 2)}] * 2),
         ),
         _update(
             "similarity_window, layers sharded",
