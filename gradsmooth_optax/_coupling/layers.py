@@ -150,24 +150,34 @@ class Layers:
             return self._with(arrays)
         return dataclasses.replace(self._with(arrays), _of=self, _offset=offset)
 
-    def difference(self, offset: int) -> Layers:
-        """u_{l+offset} - u_l, and 0 where the run has no such layer.
+    def difference(self, offset: int, weights: Any = 1.0) -> Layers:
+        """weights · u_{l+offset} - weights · u_l, and 0 where the run has no such layer.
+
+        Scaled before it is subtracted: added to u_l it overflows only where the result
+        does, for weights between 0 and 1. It is 0 where the two are equal.
 
         Args:
           offset: how many layers on, negative for layers before.
+          weights: a number, a scalar array, or the `LayerValues` of the layers l.
         """
+        if not isinstance(weights, LayerValues):
+            check_one_number("weights", weights)
         there = self.shifted(offset, "zero")
 
         def one(g: int, m: int) -> Any:
             if isinstance(there._arrays[g][m], _Zero):
                 return there._arrays[g][m]
-            found = there._value(g, m) - self._value(g, m)
+            other, own = there._value(g, m), self._value(g, m)
+            weight: Any = weights
+            if isinstance(weights, LayerValues):
+                weight = weights._arrays[g][m]
+            weight = in_dtype(weight, own.dtype)
             has = self._groups[g].has_neighbor(m, offset)
             if isinstance(has, jax.Array) or not has.all():
                 # On CPU a product is cheaper than a choice.
-                along = self._groups[g].members[m].along(has, found.ndim)
-                found = along.astype(found.dtype) * found
-            return found
+                along = self._groups[g].members[m].along(has, own.ndim)
+                weight = weight * along.astype(own.dtype)
+            return weight * other - weight * own
 
         return self._each(one)
 

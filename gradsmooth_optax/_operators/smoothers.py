@@ -119,8 +119,8 @@ class Window(Operator):
         out = layers
         distances = range(1, layers.longest_run)
         for distance, weight in zip(distances, self._side_weights(), strict=False):
-            both = layers.difference(-distance) + layers.difference(distance)
-            out = out + both.scaled(weight)
+            for offset in (-distance, distance):
+                out = out + layers.difference(offset, weight)
         return out
 
     def matrix(self, num_layers: int) -> Matrix:
