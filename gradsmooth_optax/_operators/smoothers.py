@@ -117,28 +117,38 @@ class Window(Operator):
             return super().couple(layers)
         # The difference form keeps a depth-constant update bit-exact.
         out = layers
-        distances = range(1, layers.longest_run)
-        for distance, weight in zip(distances, self._side_weights(), strict=False):
+        weights = self._side_weights(layers.longest_run)
+        for distance, weight in enumerate(weights, start=1):
             for offset in (-distance, distance):
                 out = out + layers.difference(offset, weight)
         return out
 
     def matrix(self, num_layers: int) -> Matrix:
-        return _symmetric(self._side_weights(), num_layers)
+        return _symmetric(self._side_weights(num_layers), num_layers)
 
     def radius(self, num_layers: int) -> int:
         return min(self.width, num_layers - 1)
 
-    def _side_weights(self) -> tuple[Any, ...]:
-        """w_1, w_2, … of S u = u + Σ_j w_j (u_{l-j} - u_l + u_{l+j} - u_l)."""
+    def _side_weights(self, num_layers: int) -> Matrix:
+        """w_1, w_2, … of S u = u + Σ_j w_j (u_{l-j} - u_l + u_{l+j} - u_l).
+
+        Those of the distances in a run of `num_layers`, however wide the window is.
+        """
         alpha = resolved(self.alpha)
         decay = 0.0 if self.decay is None else resolved(self.decay)
         if isinstance(alpha, jax.Array) and isinstance(decay, jax.Array):
             widest = max(alpha.dtype, decay.dtype, key=num_bits)
             alpha, decay = alpha.astype(widest), decay.astype(widest)
         # Relative to distance 1, so that a large decay cannot make all of them 0.
-        share = [_exp(-decay * (j - 1)) for j in range(1, self.width + 1)]
-        return tuple(alpha / 2 * (weight / sum(share)) for weight in share)
+        distances = np.arange(min(self.width, num_layers - 1))
+        if isinstance(decay, float):
+            decay = np.minimum(decay, _LARGEST_DECAY)
+            shares, ratio = np.exp(-decay * distances), math.exp(-decay)
+        else:
+            decay = jnp.minimum(decay, _LARGEST_DECAY)
+            shares = jnp.exp(-decay * distances.astype(decay.dtype))
+            ratio = jnp.exp(-decay)
+        return alpha / 2 * (shares / _geometric_sum(ratio, self.width))
 
     @property
     def is_identity(self) -> bool:
@@ -192,30 +202,37 @@ class Gaussian(Operator):
                     f"an array ({sigma!r}), since it decides what is compiled. Write "
                     f"`gaussian(sigma, radius=3)`, about three times the largest sigma."
                 )
-            width = max(1, math.ceil(3 * sigma))
+            # In integers where three times the largest floats are infinite.
+            is_finite = 3 * sigma < math.inf
+            width = max(1, math.ceil(3 * sigma) if is_finite else 3 * math.ceil(sigma))
         else:
             width = positive_int("radius", self.width)
         object.__setattr__(self, "width", width)
 
     def matrix(self, num_layers: int) -> Matrix:
-        return _symmetric(self._side_weights(), num_layers)
+        return _symmetric(self._side_weights(num_layers), num_layers)
 
     def radius(self, num_layers: int) -> int:
         return min(self.width or 1, num_layers - 1)
 
-    def _side_weights(self) -> tuple[Any, ...]:
-        sigma, radius = resolved(self.sigma), range(1, (self.width or 1) + 1)
+    def _side_weights(self, num_layers: int) -> Matrix:
+        sigma, width = resolved(self.sigma), self.width or 1
         if isinstance(sigma, float):
-            distances = [min(j / sigma, 1e3) if sigma else 1e3 for j in radius]
-            kernel = [math.exp(-0.5 * distance**2) for distance in distances]
-        else:
-            # Replaced before the division, whose derivative at 0 would be NaN.
-            zero = sigma == 0
-            safe = jnp.where(zero, jnp.ones_like(sigma), sigma)
-            kernel = [jnp.exp(-0.5 * (j / safe) ** 2) for j in radius]
-            kernel = [jnp.where(zero, jnp.zeros_like(k), k) for k in kernel]
-        total = 1 + 2 * sum(kernel)
-        return tuple(weight / total for weight in kernel)
+            # Below, exp(-1 / 2σ²) is 0, and a division by σ may overflow.
+            if sigma < _NARROWEST:
+                return np.zeros(min(width, num_layers - 1))
+            with np.errstate(over="ignore"):  # of a sum near the largest float
+                kernel, total = _gaussian_kernel(
+                    sigma, width, num_layers, np, math.erf
+                )
+            return kernel / total
+        # Replaced before the division, whose derivative at 0 would be NaN.
+        narrow = sigma < _NARROWEST
+        safe = jnp.where(narrow, jnp.ones_like(sigma), sigma)
+        kernel, total = _gaussian_kernel(
+            safe, width, num_layers, jnp, jax.scipy.special.erf
+        )
+        return jnp.where(narrow, jnp.zeros_like(kernel), kernel / total)
 
     @property
     def is_identity(self) -> bool:
@@ -495,21 +512,58 @@ class LayerScale(Operator):
         return True
 
 
-def _symmetric(weights: tuple[Any, ...], num_layers: int) -> Matrix:
+# Of σ and of a decay: beyond these exp(-1 / 2σ²) and exp(-decay) are 0 in float64.
+_NARROWEST = 0.02
+_LARGEST_DECAY = 1e4
+
+# Of the terms of a kernel's sum: those beyond follow from an integral.
+_MOST_TERMS = 4096
+
+
+def _gaussian_kernel(
+    sigma: Any, width: int, num_layers: int, xnp: Any, erf: Any
+) -> tuple[Any, Any]:
+    """exp(-j² / 2σ²) for j = 1, … in a run, and the sum of all up to ±width."""
+    dtype = getattr(sigma, "dtype", np.float64)
+    terms = min(width, _MOST_TERMS)
+    distances = np.arange(1, max(terms, min(width, num_layers - 1)) + 1).astype(dtype)
+    kernel = xnp.exp(-0.5 * (distances / sigma) ** 2)
+    total = 1 + 2 * kernel[:terms].sum()
+
+    def beyond(number: Any) -> Any:  # of all terms beyond, by Euler and Maclaurin
+        x = xnp.minimum((number + 0.5) / sigma, 1e3)
+        integral = math.sqrt(math.pi / 2) * sigma * (1 - erf(x / math.sqrt(2)))
+        return integral - x / (24 * sigma) * xnp.exp(-0.5 * x**2)
+
+    if width > terms:
+        last = min(width, float(jnp.finfo(dtype).max))
+        total = total + 2 * (beyond(terms) - beyond(last))
+    return kernel[: num_layers - 1], total
+
+
+def _geometric_sum(ratio: Any, count: int) -> Any:
+    """1 + ratio + … + ratio^(count-1), in log₂ count steps and without a division."""
+    total, power, found, at = 1.0, ratio, 0.0, 1.0
+    while count:
+        if count % 2:
+            found, at = found + at * total, at * power
+        total, power = total * (1 + power), power * power
+        count //= 2
+    return found
+
+
+def _symmetric(weights: Matrix, num_layers: int) -> Matrix:
     """I + Σ_j w_j (neighbors at distance j - their number): rows sum to 1."""
-    dtype = getattr(weights[0], "dtype", np.float64)
-    matrix: Any = np.eye(num_layers, dtype=dtype)
-    for j, weight in enumerate(weights, start=1):
-        neighbors = np.eye(num_layers, k=j) + np.eye(num_layers, k=-j)
-        difference = neighbors - np.diag(neighbors.sum(1))
-        matrix = matrix + weight * difference.astype(dtype)
-    return matrix
+    layers = np.arange(num_layers)
+    distance = np.abs(np.subtract.outer(layers, layers))
+    is_coupled = (distance > 0) & (distance <= weights.shape[0])
+    beside = weights[np.where(is_coupled, distance - 1, 0)] if num_layers > 1 else 0.0
+    xnp = np if isinstance(weights, np.ndarray) else jnp
+    neighbors = xnp.where(is_coupled, beside, xnp.zeros((), weights.dtype))
+    return neighbors + xnp.diag(1 - neighbors.sum(1))
 
 
 def _is_zero(strength: Any) -> bool:
     """Whether it is a number, and 0."""
     return isinstance(strength, float | int | np.generic) and float(strength) == 0
 
-
-def _exp(value: Any) -> Any:
-    return math.exp(value) if isinstance(value, float) else jnp.exp(value)
