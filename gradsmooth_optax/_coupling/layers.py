@@ -153,7 +153,7 @@ class Layers:
     def difference(self, offset: int, weights: Any = 1.0) -> Layers:
         """weights · u_{l+offset} - weights · u_l, and 0 where the run has no such layer.
 
-        Scaled before it is subtracted: added to u_l it overflows only where the result
+        Scaled before it is subtracted: added to u_l it overflows only where the sum
         does, for weights between 0 and 1. It is 0 where the two are equal.
 
         Args:

@@ -222,9 +222,7 @@ class Gaussian(Operator):
             if sigma < _NARROWEST:
                 return np.zeros(min(width, num_layers - 1))
             with np.errstate(over="ignore"):  # of a sum near the largest float
-                kernel, total = _gaussian_kernel(
-                    sigma, width, num_layers, np, math.erf
-                )
+                kernel, total = _gaussian_kernel(sigma, width, num_layers, np, math.erf)
             return kernel / total
         # Replaced before the division, whose derivative at 0 would be NaN.
         narrow = sigma < _NARROWEST
@@ -566,4 +564,3 @@ def _symmetric(weights: Matrix, num_layers: int) -> Matrix:
 def _is_zero(strength: Any) -> bool:
     """Whether it is a number, and 0."""
     return isinstance(strength, float | int | np.generic) and float(strength) == 0
-
