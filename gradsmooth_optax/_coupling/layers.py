@@ -151,7 +151,7 @@ class Layers:
         return dataclasses.replace(self._with(arrays), _of=self, _offset=offset)
 
     def difference(self, offset: int, weights: Any = 1.0) -> Layers:
-        """weights · u_{l+offset} - weights · u_l, and 0 where the run has no such layer.
+        """weights · u_{l+offset} - weights · u_l, and 0 where the run has none such.
 
         Scaled before it is subtracted: added to u_l it overflows only where the sum
         does, for weights between 0 and 1. It is 0 where the two are equal.

@@ -13,6 +13,7 @@ from gradsmooth_optax._depth.groups import Group, Grouping, Member, group_places
 from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
 from gradsmooth_optax._depth.reading import Reading, Stack, read
 from gradsmooth_optax._depth.specs import DepthSpec
+from gradsmooth_optax._depth.words import meaning
 
 # Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.
 _KINDS = {"local", "global", "sliding", "full"}
@@ -61,8 +62,11 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
     for reason, stack, is_apart in reading.left_out:
         if is_apart and (group := _coupled_apart(stack, grouping)):
             yield f"couples {_shown(group)}: {reason}"
-        elif not is_apart and any(path in held for path in stack.depths):
-            yield from filter(None, [_missing(stack, held)])
+        elif not is_apart and (there := held.keys() & stack.depths.keys()):
+            # Such as Haiku's, whose first one has no number.
+            first = min(depth.layer for depth in stack.depths.values())
+            if all(stack.depths[path].layer > first for path in there):
+                yield from filter(None, [_missing(stack, held)])
     yield from _wrong_axes(grouping)
     yield from _too_wide(grouping, reading)
 
@@ -125,7 +129,8 @@ def _contradiction(
             )
     if stack.kinds and set(stack.kinds) <= _KINDS:
         return _one_kind(stack, there)
-    is_read = not stack.doubts or stack.is_cycle
+    is_named_list = stack.function == "unrolled" and stack.is_named
+    is_read = not stack.doubts or stack.is_cycle or is_named_list
     if not is_read and not (stack.function == "scanned" and stack.is_named):
         return ""
     if missing := _missing(stack, held):
@@ -191,11 +196,13 @@ def _counterparts(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> s
     for path, (group, _) in there.items():
         depth = stack.depths[path]
         roles[depth.role, group.shape, group.dtype].append((depth.layer, path))
+    coupled = False
     for layers in roles.values():
         own = {path for _, path in layers}
         for (_, one), (_, other) in itertools.pairwise(sorted(layers)):
             (group, member), (next_group, next_member) = there[one], there[other]
             if group is next_group and _first(member) < _first(next_member):
+                coupled = True
                 continue
             # A part of the stack by itself is a boundary that was set on purpose.
             all_members = (*group.members, *next_group.members)
@@ -205,7 +212,9 @@ def _counterparts(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> s
                 f"does not couple {show_path(one)} with {show_path(other)}, though "
                 f"these are neighbors of {stack.reason}; it couples {_shown(group)}"
             )
-    return ""
+    has_several = any(len(layers) > 1 for layers in roles.values())
+    is_none = has_several and not coupled and stack.function == "unrolled"
+    return f"couples no two layers of {stack.reason}" if is_none else ""
 
 
 def _first(member: Member) -> int:
@@ -270,7 +279,9 @@ def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
     for scan, members in scans.items():
         sizes = {m.layers.shape for m in members if m.path in inside}
         for member in members:
-            if sizes and member.path not in inside and member.layers.shape not in sizes:
+            in_layers = {"layers", "layers of parts"} & set(map(meaning, member.path))
+            is_beside = member.path not in inside and not in_layers
+            if sizes and is_beside and member.layers.shape not in sizes:
                 yield (
                     f"takes axis {some(member.axes)} of leaf {show_path(member.path)} "
                     f"for {member.layers.size} layers, though it is in none of the "

@@ -158,7 +158,8 @@ def _stacks(
         if stack := _stacked(node, places, tree):
             yield stack
             return
-        if (axes := stacked_axes(places)) and _is_apart(node):
+        is_first = _is_apart(node) and not _is_apart(node[:-1])
+        if is_first and (axes := stacked_axes(places)):
             reason = (
                 f"{show_path(node)}: all leaves have one size on axis {some(axes)}, "
                 f"which is probably of an ensemble, of experts or of heads and not of "
@@ -166,7 +167,6 @@ def _stacks(
             )
             stack = _scanned(node, places, (axes[0],), reason, False)
             left_out.append(LeftOut(reason, stack, True))
-            return
     families, others = children_of(node, places)
     for siblings in families:
         yield from _numbered(siblings, tree, left_out)
@@ -194,7 +194,10 @@ def _numbered(
         for number, places in siblings.children.items()
         for stack in _stacks(siblings.path(number), places, tree, left_out_inside)
     ]
-    if not siblings.shares or not (is_named or (found == "other" and equal)):
+    is_stack = siblings.shares and (is_named or (found == "other" and equal))
+    if any(stack.is_named for stack in inner) and not siblings.shares_most:
+        is_stack = False  # stages of their own widths
+    if not is_stack:
         left_out += left_out_inside
         inner = inner or list(_stacked_between(siblings))
         if reason := _reason_to_leave_out(siblings, not inner):
@@ -207,16 +210,20 @@ def _numbered(
     if whole.is_cycle:
         yield whole
         return
-    if not is_named and any(stack.is_named for stack in inner):
+    if not is_named and any(s.is_named and _are_equal(s) for s in inner):
         yield from inner
         return
     rivals = [s for s in inner if not (is_named and s.is_minor)]
     if equal and is_named:
-        rivals = [s for s in rivals if "partly alike" not in s.reason]
+        rivals = list(filter(_are_equal, rivals))
     chains = _chains(siblings)
     if not rivals and (not is_named or any(c.are_units for c in chains)):
         rivals = list(map(_layers, chains))
     yield replace(whole, rivals=tuple(rivals))
+
+
+def _are_equal(stack: Stack) -> bool:
+    return "partly alike" not in stack.reason
 
 
 def _reason_to_leave_out(siblings: Siblings, is_alone: bool) -> str:
@@ -233,7 +240,8 @@ def _reason_to_leave_out(siblings: Siblings, is_alone: bool) -> str:
 
 
 def _layers_or_cycle(siblings: Siblings) -> Stack:
-    if (axes := stacked_axes(siblings.places)) is None:
+    axes = stacked_axes(siblings.places)
+    if axes is None or _is_apart(siblings.parent):
         return _layers(siblings)
     doubt = (
         f"{siblings}: all their leaves have one size on axis {some(axes)}: they are a "
@@ -450,8 +458,8 @@ def _stacked_by_shapes(
     is_numbered = split_number(node[-1]) or children_of(node, places)[0]
     if not has_vectors and (is_numbered or len(leaves) < 2):
         return None
-    are_apart = all(_is_apart(p.path[:-1]) for p in leaves)
-    if are_apart or _layers_are_below(node, places):
+    inside = [node] if is_named else [p.path[:-1] for p in leaves]
+    if all(map(_is_apart, inside)) or _layers_are_below(node, places):
         return None
     others = [p for p in _present(tree) if p.path[: len(node)] != node]
     elsewhere = {n for p in others for n in np.shape(p.leaf)}
@@ -506,10 +514,11 @@ def _is_apart(node: Path) -> bool:
 
 
 def _layers_are_below(node: Path, places: Sequence[Place]) -> bool:
-    """Whether the leaves rather belong to nodes below that are called layers."""
-    return meaning(node[-1]) != "layers" and all(
+    """Whether most leaves rather belong to nodes below that are called layers."""
+    below = [
         any(meaning(s) == "layers" for s in p.path[len(node) : -1]) for p in places
-    )
+    ]
+    return meaning(node[-1]) != "layers" and 2 * sum(below) >= len(below)
 
 
 def _scanned(

@@ -80,6 +80,13 @@ class Siblings:
         return has_masked or max(counts, default=0) > 1
 
     @property
+    def shares_most(self) -> bool:
+        """Whether most of their parameters have one shape in two of them."""
+        roles = self.numbers_of_roles.items()
+        shared = {path for (path, *_), numbers in roles if len(numbers) > 1}
+        return 2 * len(shared) >= len(self.numbers_of)
+
+    @property
     def are_equal(self) -> bool:
         """Whether all of them have at least half of their parameters in common.
 

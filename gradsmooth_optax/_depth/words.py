@@ -27,7 +27,7 @@ _BESIDE = {
 }
 # Things that hold layers. A list may be called as what it is in: `encoder/0`.
 _WHOLES = {
-    *("stage", "group", "critic", "actor", "policy", "model", "ensemble", "member"),
+    *("stage", "critic", "actor", "policy", "model", "ensemble", "member"),
     *("agent", "task", "client", "encoder", "decoder", "net", "network", "q", "qf"),
     *("vf", "per_layer"),
 }
@@ -45,7 +45,9 @@ def meaning(name: str | int, is_list: bool = False) -> Meaning:
     if words[:2] == ["layer", "stack"] or words[0] == "layers":
         return "layers"  # Haiku's, and MaxText's layers_outside_pipeline
     singular = [word.removesuffix("s") for word in words]
-    if _BESIDE & set(singular) or words[-2:] == ["per", "layer"]:
+    is_attention = {"attention", "attn"} & set(words)  # whose heads are in its arrays
+    beside = _BESIDE - {"head"} if is_attention else _BESIDE
+    if beside & set(singular) or words[-2:] == ["per", "layer"]:
         return "beside"
     is_whole = words[-1] in _LISTS_OF_WHOLES if is_list else singular[-1] in _WHOLES
     if is_whole:
