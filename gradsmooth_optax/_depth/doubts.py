@@ -213,7 +213,8 @@ def _counterparts(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> s
                 f"these are neighbors of {stack.reason}; it couples {_shown(group)}"
             )
     has_several = any(len(layers) > 1 for layers in roles.values())
-    is_none = has_several and not coupled and stack.function == "unrolled"
+    is_list = stack.function == "unrolled" and stack.is_named
+    is_none = is_list and has_several and not coupled
     return f"couples no two layers of {stack.reason}" if is_none else ""
 
 

@@ -195,7 +195,8 @@ def _numbered(
         for stack in _stacks(siblings.path(number), places, tree, left_out_inside)
     ]
     is_stack = siblings.shares and (is_named or (found == "other" and equal))
-    if any(stack.is_named for stack in inner) and not siblings.shares_most:
+    layers_inside = any(s.is_named and not s.is_one_layer for s in inner)
+    if layers_inside and not siblings.shares_most:
         is_stack = False  # stages of their own widths
     if not is_stack:
         left_out += left_out_inside
