@@ -468,6 +468,8 @@ def _stacked_by_shapes(
     own = [axis for axis in axes if shapes[0][axis] not in elsewhere] or axes
     is_told = len(own) == 1 and own[0] == axes[0] and bool(others)
     axis, least = own[0], min(map(len, shapes))
+    if any(p.axis_names and p.axis_names[axis] is not None for p in leaves):
+        return None  # it has another name
     found = f"{show_path(node)}: all {len(leaves)} leaves have size {shapes[0][axis]}"
     doubts = []
     if not has_vectors and not is_told:

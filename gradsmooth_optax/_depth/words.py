@@ -17,7 +17,7 @@ _PARTS = {
     *("dense", "linear", "lin", "conv", "conv1d", "conv2d", "norm", "ln", "embed"),
     *("embedding", "embedder", "dropout", "attention", "attn", "att", "mlp", "ff"),
     *("ffn", "gate", "kernel", "weight", "bias", "scale", "bn", "fc", "proj", "w"),
-    *("wi", "wo", "b", "in", "out", "input", "output", "time", "layernorm", "rnn"),
+    *("wi", "wo", "b", "input", "output", "time", "layernorm", "rnn"),
     *("lstm", "gru", "pos", "position", "biase", "query", "key", "value"),
 }
 # Never one after the other, whatever they hold.
