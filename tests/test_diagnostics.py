@@ -21,7 +21,7 @@ from gradsmooth_optax.diagnostics import (
 )
 
 SCANNED = gs.scanned("blocks/")
-UNROLLED = gs.unrolled(stack="blocks")
+UNROLLED = gs.unrolled(r"layers_(\d+)/", stack="blocks")
 FIELDS = RoleStatistics._fields
 
 # One quick compilation each, where op by op there are dozens.

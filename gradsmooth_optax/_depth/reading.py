@@ -214,7 +214,11 @@ def _numbered(
     if not is_named and any(s.is_named and _are_equal(s) for s in inner):
         yield from inner
         return
-    rivals = [s for s in inner if not (is_named and s.is_minor)]
+    rivals = [
+        s
+        for s in inner
+        if not is_named or (not s.is_minor and (s.is_named or s.function == "unrolled"))
+    ]
     if equal and is_named:
         rivals = list(filter(_are_equal, rivals))
     chains = _chains(siblings)
@@ -541,7 +545,8 @@ def _scanned(
         return _cycle(cycle, axes[0], f"{reason}; {cycle}: a cycle", doubts)
     kinds = layer_kinds(node, places, len(axes))
     below = {s for p in places for s in p.path[len(node) : -1]}
-    layers = {s for s in below if meaning(s) == "layers" and not split_number(s)}
+    called = {s for s in below if meaning(s) == "layers" and not split_number(s)}
+    layers = called - {"stacked"}  # as haliax calls all of them
     if cycle or layers:
         doubts += (
             f"{show_path(node)}: it holds {cycle or some(sorted(map(str, layers)))}. "

@@ -61,7 +61,9 @@ def meaning(name: str | int, is_list: bool = False) -> Meaning:
 
 def is_part(name: str | int) -> bool:
     """Whether what is in a node of this name is in a part of a layer or a head."""
-    return meaning(name, True) == "parts" or bool({"head", "heads"} & set(_words(name)))
+    words = set(_words(name))
+    is_called_so = meaning(name, True) == "parts" and not words <= {"b", "w"}
+    return is_called_so or bool({"head", "heads"} & words)
 
 
 def _words(name: str | int) -> list[str]:
