@@ -97,8 +97,14 @@ TABLES = {
     "_ALL_OPTIMIZERS_UNDER_TEST",
 }
 
-# (file, arm): {what the name and the optimizer of a test match: why it may fail}.
-EXCLUDED = {}
+# (file, arm): {what the name and the parameters of a test match: how it fails}.
+EXCLUDED = {
+    ("contrib", "smoothed"): {
+        # It walks along the valley, past the minimum: the two coordinates are no
+        # layers, and what is right for one is not for the other.
+        r"test_optimizers .*'acprop'.*_setup_rosenbrock": "does not converge",
+    },
+}
 
 
 @pytest.fixture(scope="module")

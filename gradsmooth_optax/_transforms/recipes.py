@@ -202,7 +202,8 @@ def muon(
     floating_dtype("mu_dtype", mu_dtype)
     check_flag("nesterov", nesterov)
     check_flag("adaptive", adaptive)
-    ns_steps = positive_int("ns_steps", _as_int(ns_steps))
+    if not is_traced(ns_steps):
+        ns_steps = positive_int("ns_steps", _as_int(ns_steps))
     if not callable(muon_weight_dimension_numbers):
         _check_dimension_numbers(muon_weight_dimension_numbers)
 
@@ -269,7 +270,7 @@ def muon(
 
 def _as_int(value: Any) -> Any:
     """An array that holds one int, which optax takes too, as an int."""
-    if not isinstance(value, jax.Array) or is_traced(value) or value.ndim:
+    if not isinstance(value, jax.Array) or value.ndim:
         return value
     return int(value) if jnp.issubdtype(value.dtype, jnp.integer) else value
 
@@ -408,7 +409,7 @@ def _numbers_of_layer(
     return contrib.MuonDimensionNumbers(*map(of_layer, numbers))
 
 
-def _coefficients(ns_coeffs: Any, ns_steps: int) -> Any:
+def _coefficients(ns_coeffs: Any, ns_steps: Any) -> Any:
     """The coefficients, those of a preset as `optax.contrib.muon` knows it."""
     if isinstance(ns_coeffs, str):
         ns_coeffs = _preset(ns_coeffs)
@@ -422,7 +423,7 @@ def _coefficients(ns_coeffs: Any, ns_steps: int) -> Any:
             f"the name of a preset, but is {shown(ns_coeffs)}. Write "
             f"`ns_coeffs=(3.4445, -4.775, 2.0315)`."
         )
-    if len(shape) == 2 and not 0 < shape[0] <= ns_steps:
+    if len(shape) == 2 and not 0 < shape[0] <= positive_int("ns_steps", ns_steps):
         raise ValueError(
             f"`ns_coeffs` has {shape[0]} rows, one for each step, but `ns_steps` is "
             f"{ns_steps}. Write `ns_steps={max(shape[0], 1)}`."
