@@ -7,13 +7,14 @@ Nothing here is shared with the library.
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import gradsmooth_optax as gs
 
@@ -58,6 +59,9 @@ class Function(NamedTuple):
         return [self.table[path] for path, _ in leaves]
 
 
+FIRST_NUMBER = "([0-9]+)(?![^/])"  # that ends a segment
+
+
 class Pattern(NamedTuple):
     """`unrolled` or `scanned`."""
 
@@ -66,14 +70,14 @@ class Pattern(NamedTuple):
     options: dict
 
     def build(self):
-        return self.make(self.pattern, **self.options)
+        # What `unrolled` takes without a pattern is read in `test_fuzz_reading.py`.
+        return self.make(self.pattern or FIRST_NUMBER, **self.options)
 
     def assign(self, leaves):
         return [self._find("/".join(map(str, path))) for path, _ in leaves]
 
     def _find(self, text):
-        # By default the first number that ends a segment.
-        match = re.search(self.pattern or "([0-9]+)(?![^/])", text)
+        match = re.search(self.pattern or FIRST_NUMBER, text)
         if match is None:
             return None
         names = match.re.groupindex
@@ -181,12 +185,24 @@ def as_tuple(value):
     return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
-def path_of(key_path):
+def paths_of(tree):
+    """(plain path, leaf) of every leaf: an only child without a name has none."""
+    everything = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode)
+    )
+    siblings = Counter(key_path[:-1] for key_path, _ in everything)
+    return [
+        (path_of(key_path, siblings[key_path[:-1]] == 1), leaf)
+        for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def path_of(key_path, is_only_child=True):
     """The plain segments of one of jax's key paths."""
     keys = list(key_path)
     while keys and (
         getattr(keys[-1], "name", None) in ("value", "data_array")
-        or isinstance(keys[-1], jax.tree_util.FlattenedIndexKey)
+        or (is_only_child and isinstance(keys[-1], jax.tree_util.FlattenedIndexKey))
     ):
         keys.pop()
     path = []

@@ -255,7 +255,7 @@ def test_every_file_command_and_name_that_is_written_exists():
     # Functions and tables of the files that it sends one to.
     for path, names in {
         "tests/test_operators.py": ["LINEAR"],
-        "gradsmooth_optax/_depth/reading/words.py": ["_LAYER_NAME"],
+        "gradsmooth_optax/_depth/words.py": ["_LAYERS"],
         "benchmarks/evidence/tasks/__init__.py": ["TASKS"],
         "benchmarks/evidence/presets.py": [
             *("_PRESETS", "_BY_OPTIMIZER", "_REVERSE", "_problems_of_task")
