@@ -445,7 +445,7 @@ def check(tree, description, applied, options):
 
     Returns what it came to, for Hypothesis's statistics.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    treedef = jax.tree.structure(tree)
     leaves = reading.paths_of(tree)
     read = reading.Reading(description, leaves, options["strict"])
     refused = read.malformed | read.refused
