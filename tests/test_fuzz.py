@@ -33,12 +33,10 @@ from reading import At, FirstMatch, Function, Pattern, Ranked, Wrong
 
 import gradsmooth_optax as gs
 
-# What is doubted is read in `test_fuzz_reading.py`; here trees may be odd.
-pytestmark = pytest.mark.filterwarnings("ignore::gradsmooth_optax.DepthWarning")
 
 MORE = os.environ.get("GRADSMOOTH_FUZZ_EXAMPLES")
 # Rightly: many of these trees hold single layers only.
-pytestmark = pytest.mark.filterwarnings("ignore:.*couples nothing")
+pytestmark = pytest.mark.filterwarnings("ignore::gradsmooth_optax.DepthWarning")
 
 
 def examples(number):
