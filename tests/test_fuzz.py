@@ -33,7 +33,6 @@ from reading import At, FirstMatch, Function, Pattern, Ranked, Wrong
 
 import gradsmooth_optax as gs
 
-
 MORE = os.environ.get("GRADSMOOTH_FUZZ_EXAMPLES")
 # Rightly: many of these trees hold single layers only.
 pytestmark = pytest.mark.filterwarnings("ignore::gradsmooth_optax.DepthWarning")
