@@ -216,7 +216,7 @@ def test_the_step_has_no_callback_and_no_transfer_to_the_host():
     jax.__version_info__ < (0, 10), reason="older compilers copy the updates more often"
 )
 @pytest.mark.parametrize("every", [1, 100])
-def test_it_needs_memory_for_three_more_copies_of_the_updates_and_a_layer(every):
+def test_it_needs_memory_for_at_most_three_more_copies_of_the_updates(every):
     params = {"blocks": {"v": jnp.ones((16, 64, 64)), "w": jnp.ones((16, 64, 128))}}
 
     def temporaries(middle):
@@ -233,9 +233,8 @@ def test_it_needs_memory_for_three_more_copies_of_the_updates_and_a_layer(every)
         return compiled.memory_analysis().temp_size_in_bytes / size
 
     watched = monitor_depth(SMOOTH, SCANNED, every=every)
-    # A window that reads its neighbors by differences costs the layer.
-    layer = 1 / params["blocks"]["w"].shape[0]
-    assert temporaries(watched) <= temporaries(SMOOTH) + 3 + layer
+    # Were `inner` not run again for a record, it would be four with `every`.
+    assert temporaries(watched) <= temporaries(SMOOTH) + 2.9
 
 
 def test_abstract_parameters_are_enough_for_the_state():

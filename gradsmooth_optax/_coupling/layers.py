@@ -162,22 +162,17 @@ class Layers:
         """
         if not isinstance(weights, LayerValues):
             check_one_number("weights", weights)
-        there = self.shifted(offset, "zero")
+        there = self.shifted(offset, "self")
 
         def one(g: int, m: int) -> Any:
-            if isinstance(there._arrays[g][m], _Zero):
-                return there._arrays[g][m]
-            other, own = there._value(g, m), self._value(g, m)
-            weight: Any = weights
+            if there._arrays[g][m] is self._arrays[g][m]:
+                return _zero_like(self._arrays[g][m])  # no layer of it has one
+            own = self._value(g, m)
+            found = weights
             if isinstance(weights, LayerValues):
-                weight = weights._arrays[g][m]
-            weight = in_dtype(weight, own.dtype)
-            has = self._groups[g].has_neighbor(m, offset)
-            if isinstance(has, jax.Array) or not has.all():
-                # On CPU a product is cheaper than a choice.
-                along = self._groups[g].members[m].along(has, own.ndim)
-                weight = weight * along.astype(own.dtype)
-            return weight * other - weight * own
+                found = weights._arrays[g][m]
+            weight: Any = in_dtype(found, own.dtype)
+            return weight * there._value(g, m) - weight * own
 
         return self._each(one)
 
