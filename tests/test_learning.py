@@ -860,3 +860,24 @@ def test_layers_of_two_dtypes_are_coupled_within_each(learn):
     expected, _ = smooth.update(tree, smooth.init(tree))
     chex.assert_trees_all_close(updates, expected, rtol=1e-2)
     tx.update(tree, state)
+
+
+@pytest.mark.parametrize("learn", LEARNERS.values(), ids=LEARNERS)
+def test_gradients_may_be_in_boxes(learn):
+    class Box:
+        """Like `nn.Partitioned`."""
+
+        def __init__(self, value):
+            self.value, self.names = value, ("layers", None)
+
+    jax.tree_util.register_pytree_with_keys(
+        Box,
+        lambda box: ([(jax.tree_util.GetAttrKey("value"), box.value)], None),
+        lambda _, children: Box(*children),
+    )
+    plain = {"blocks": {"w": jnp.arange(6.0).reshape(3, 2)}}
+    boxed = jax.tree.map(Box, plain)
+    tx = learn(optax.identity(), SCANNED, alpha=0.2)
+    expected, _ = tx.update(plain, tx.init(plain))
+    found, _ = tx.update(boxed, tx.init(boxed))
+    chex.assert_trees_all_equal(found["blocks"]["w"].value, expected["blocks"]["w"])

@@ -56,7 +56,7 @@ def _places(path: Path, node: Any, names: tuple[Any, ...] = ()) -> Iterator[Plac
     for key_path, child in flat:
         if siblings[key_path[:-1]] == 1 and _is_unnamed(key_path):
             key_path = key_path[:-1]
-        here = (*path, *plain_path(key_path))
+        here = (*path, *_plain_path(key_path))
         if child is None or isinstance(child, optax.MaskedNode):
             yield Place(here, MASKED)
         elif is_box(child):
@@ -84,7 +84,7 @@ def _in_box(path: Path, box: Any, names: tuple[Any, ...]) -> Iterator[Place]:
         yield from _places(path, child, axis_names(box) or names)
 
 
-def plain_path(key_path: Sequence[Any]) -> Path:
+def _plain_path(key_path: Sequence[Any]) -> Path:
     """The plain segments of a jax key path, in which no key is one of a box."""
     return tuple(itertools.chain.from_iterable(map(_segments, key_path)))
 

@@ -22,7 +22,7 @@ from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
 from gradsmooth_optax._coupling.totals import Per, Units
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, Grouping
-from gradsmooth_optax._depth.paths import plain_path, show_path, some
+from gradsmooth_optax._depth.paths import MASKED, places_of, show_path, some
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._transforms.states import with_checked_state
 
@@ -264,8 +264,8 @@ def _as_grouped(gradients: Any, grouping: Grouping) -> dict[int, Any]:
     Groups are those of what `inner` returned: it may change dtypes, and couple so what
     in the gradients is of different ones.
     """
-    flat = jax.tree_util.tree_leaves_with_path(gradients)
-    given = [(plain_path(path), np.shape(leaf)) for path, leaf in flat]
+    there = [place for place in places_of(gradients) if place.leaf is not MASKED]
+    given = [(place.path, np.shape(place.leaf)) for place in there]
     returned = list(zip(grouping.paths, map(np.shape, grouping.leaves), strict=True))
     if given != returned:
         other = [
@@ -278,7 +278,7 @@ def _as_grouped(gradients: Any, grouping: Grouping) -> dict[int, Any]:
             f"or drops leaves, and chain it before."
         )
     arrays = {
-        m.leaf: flat[m.leaf][1] for group in grouping.coupled for m in group.members
+        m.leaf: there[m.leaf].leaf for group in grouping.coupled for m in group.members
     }
     return _in_one_dtype(arrays, grouping.coupled)
 
