@@ -477,6 +477,16 @@ SILENT = {
         gs.unrolled(r"layers/(\d+)/"),
         {"languages": entries(4, dense), "layers": entries(3)},
     ),
+    "layers on the last axis": (
+        gs.scanned("layers/", axis=-1),
+        {
+            "layers": {
+                "w": {"kernel": jnp.ones((8, 16, 5))},
+                "n": {"scale": jnp.ones((8, 5))},
+            },
+            "embed": jnp.ones((9, 8)),
+        },
+    ),
     "two of Haiku's layer stacks": (
         gs.layouts.haiku(layer_stack=True),
         {

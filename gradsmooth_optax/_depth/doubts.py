@@ -250,10 +250,9 @@ def _wrong_axes(grouping: Grouping) -> Iterator[str]:
     scans: dict[tuple, list[tuple[int, ...]]] = defaultdict(list)
     found = spec.assign(grouping.places)
     for place, assignment in zip(grouping.places, found, strict=True):
-        if assignment and assignment.scan and np.ndim(place.leaf):
+        if assignment and assignment.scan and place.leaf is not MASKED:
             depth = assignment.depth
-            shape = () if place.leaf is MASKED else np.shape(place.leaf)
-            scans[depth.stack, as_tuple(depth.axis)].append(shape)
+            scans[depth.stack, as_tuple(depth.axis)].append(np.shape(place.leaf))
     for (stack, axes), shapes in scans.items():
         sizes = {shape[axes[0]] for shape in shapes if len(shape) > axes[0]}
         others = [

@@ -22,6 +22,7 @@ from gradsmooth_optax._depth.paths import (
     show_path,
     some,
 )
+from gradsmooth_optax._depth.reading import Reading, read
 from gradsmooth_optax._depth.specs import Assignment, DepthSpec
 
 # Given a group and the number of a member, an array over the slots of that.
@@ -202,6 +203,11 @@ class Grouping:
     def coupled(self) -> tuple[Group, ...]:
         """The groups in which some layer has a neighbor."""
         return tuple(g for g in self.groups if g.run_lengths.max(initial=0) > 1)
+
+    @functools.cached_property
+    def reading(self) -> Reading:
+        """What the tree shows by itself."""
+        return read(self.places)
 
     @functools.cached_property
     def untouched(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from gradsmooth_optax._depth.doubts import doubts
 from gradsmooth_optax._depth.groups import Grouping, group_places
 from gradsmooth_optax._depth.paths import MASKED, Place
-from gradsmooth_optax._depth.reading import Reading, Stack, read
+from gradsmooth_optax._depth.reading import Reading, Stack
 from gradsmooth_optax._depth.specs import (
     PRESET_TRIES,
     DepthSpec,
@@ -64,21 +64,19 @@ def best_spec(
 ) -> DepthSpec | None:
     """What finds the stacks: a preset if one couples all of that and more."""
     spec = proposed(stacks, places)
-    found = spec and _tried(spec, reading, places, treedef)
+    if spec is None:
+        return None
+    found = _tried(spec, reading, places, treedef)
+    least, fitting = (_pairs(found), [found]) if found else (set(), [])
     inside = {path for stack in stacks for path in stack.depths}
-    fitting = [
-        other
-        for make, options in (PRESET_TRIES if spec else ())
-        if (other := _tried(make(**options), reading, places, treedef))
-        and {m.path for g in other.coupled for m in g.members} <= inside
-        and (not found or _pairs(found) < _pairs(other))
-    ]
-    most = max(map(len, map(_pairs, fitting)), default=0)
-    best = [repr(other.spec) for other in fitting if len(_pairs(other)) == most]
-    for other in fitting:
-        if repr(other.spec) == min(best, key=len):
-            found = other
-    return found.spec if found else None
+    for make, options in PRESET_TRIES:
+        other = _tried(make(**options), reading, places, treedef)
+        if other and least < _pairs(other):
+            taken = (m.path for group in other.coupled for m in group.members)
+            fitting += [other] * inside.issuperset(taken)
+    # Of those that couple as much the one that is shortest to write.
+    fitting.sort(key=lambda g: (-len(_pairs(g)), len(repr(g.spec))))
+    return fitting[0].spec if fitting else None
 
 
 def _tried(
@@ -125,7 +123,7 @@ def errors(
 def _rivals(grouping: Grouping) -> Iterator[str]:
     """Where `unrolled()` would have to choose between two numbers: both calls."""
     assigned = {m.path for group in grouping.groups for m in group.members}
-    for stack in read(grouping.places).stacks:
+    for stack in grouping.reading.stacks:
         if stack.rivals and not assigned & stack.depths.keys():
             calls = [proposed(s, grouping.places) for s in ([stack], stack.rivals)]
             yield (
@@ -138,7 +136,7 @@ def _rivals(grouping: Grouping) -> Iterator[str]:
 def _message(fault: Fault, grouping: Grouping) -> str:
     if not fault.is_misread:
         return f"{fault.found} To fix: {fault.fix}."
-    reading, found = read(grouping.places), fault.found
+    reading, found = grouping.reading, fault.found
     if not reading.stacks and reading.left_out:
         found += f" The tree shows {reading.left_out[0].reason}."
     cure = _cure(grouping, reading)
@@ -147,9 +145,8 @@ def _message(fault: Fault, grouping: Grouping) -> str:
 
 def warnings_of(grouping: Grouping) -> list[str]:
     """What is doubted, each with a call that was tried on the tree."""
-    reading = read(grouping.places)
-    found = list(doubts(grouping, reading))
-    cure = _cure(grouping, reading) if found else ""
+    found = list(doubts(grouping, grouping.reading))
+    cure = _cure(grouping, grouping.reading) if found else ""
     advice = f"To fix: {cure}" if cure else "No call was found that does better"
     return [
         f"`depth` {grouping.spec!r} {doubt}. {advice}; or pass `strict=False` if it is "

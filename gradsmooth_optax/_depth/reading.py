@@ -488,14 +488,15 @@ def _stacked_by_shapes(
             f"{show_path(node)}: all leaves have {least} axes or more, and one size "
             f"each on axis {some(axes)}. Which are of the layers?"
         )
-    if (
-        others
-        and (np.ndim(p.leaf) > axis for p in others)
-        and all(
-            np.shape(p.leaf)[axis : axis + 1] == shapes[0][axis : axis + 1]
-            for p in others
+    is_last_alike = len({sizes[-1] for sizes in shapes}) == 1
+    may_be_last = is_last_alike and bool(others) and shapes[0][-1] not in elsewhere
+    if may_be_last:
+        doubts.append(
+            f"{show_path(node)}: all leaves have one size on their last axis too, "
+            f"which no other leaf has. Is it `axis=-1`?"
         )
-    ):
+    own_size = (shapes[0][axis],)
+    if others and all(np.shape(p.leaf)[axis : axis + 1] == own_size for p in others):
         doubts.append(
             f"all leaves of the tree have size {shapes[0][axis]} on axis {axis}: this "
             f"may be an ensemble of models"
@@ -506,12 +507,8 @@ def _stacked_by_shapes(
         + ", named as layers" * is_named
     )
     stack = _scanned(node, places, (axis,), reason, is_named, tuple(doubts))
-    is_on_axis = (
-        not any("axis=-1" in doubt for doubt in doubts)
-        and least == 2
-        and (len(axes) == 1 or is_told)
-        and (has_vectors or is_told)
-    )
+    is_one = least == 2 and (len(axes) == 1 or is_told)
+    is_on_axis = is_one and (has_vectors or is_told) and not may_be_last
     num_axes = least - 1 if has_vectors else 1
     return replace(stack, num_axes=num_axes, is_on_axis=is_on_axis)
 

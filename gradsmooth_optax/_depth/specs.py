@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from gradsmooth_optax._calls import raw, reduce_by_name, shown_call, shown_value
-from gradsmooth_optax._checks import hashable, integer, integers
+from gradsmooth_optax._checks import hashable, integer, integers, positive_int
 from gradsmooth_optax._depth.depth import Depth, as_tuple
 from gradsmooth_optax._depth.paths import (
     MASKED,
@@ -192,7 +192,7 @@ def unrolled(
         pattern,
         integer("start", start),
         stack if stack is None else hashable("stack", stack),
-        _positive("num_layers", num_layers),
+        _checked_count(num_layers),
     )
 
 
@@ -247,16 +247,12 @@ def scanned(
         start,
         stride,
         stack if stack is None else hashable("stack", stack),
-        _positive("num_layers", num_layers),
+        _checked_count(num_layers),
     )
 
 
-def _positive(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    if (number := integer(name, value)) < 1:
-        raise ValueError(f"`{name}` must be at least 1, but is {number}.")
-    return number
+def _checked_count(num_layers: int | None) -> int | None:
+    return None if num_layers is None else positive_int("num_layers", num_layers)
 
 
 def first_match(*members: DepthLike) -> DepthSpec:
@@ -542,7 +538,7 @@ def preset(
             spec = function(*args, **options)
             count = cast(int | None, options.get("num_layers"))
             member = spec.member if isinstance(spec, _Preset) else spec
-            return _Preset(call, member, _positive("num_layers", count))
+            return _Preset(call, member, _checked_count(count))
 
         PRESETS[function.__name__] = named
         PRESET_TRIES.extend((named, options) for options in tries)
