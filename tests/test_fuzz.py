@@ -34,7 +34,8 @@ from reading import At, FirstMatch, Function, Pattern, Ranked, Wrong
 import gradsmooth_optax as gs
 
 MORE = os.environ.get("GRADSMOOTH_FUZZ_EXAMPLES")
-# Rightly: many of these trees hold single layers only.
+# Rightly: many of these trees hold single layers only, or layers under odd names. When
+# it is said is asked in `test_misgroupings.py` and `test_fuzz_reading.py`.
 pytestmark = pytest.mark.filterwarnings("ignore::gradsmooth_optax.DepthWarning")
 
 
