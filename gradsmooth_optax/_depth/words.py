@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Literal, TypeAlias
 
@@ -34,6 +35,7 @@ _WHOLES = {
 _LISTS_OF_WHOLES = {f"{word}s" for word in _WHOLES} | {"policies", "ensemble"}
 
 
+@functools.lru_cache(maxsize=4096)  # a tree has few names, and each many times
 def meaning(name: str | int, is_list: bool = False) -> Meaning:
     """What numbered siblings of this name are, or the entries of a list of this name.
 
