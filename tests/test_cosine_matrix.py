@@ -10,7 +10,7 @@ import gradsmooth_optax as gs
 from gradsmooth_optax.diagnostics import cosine_matrix, depth_statistics
 
 SCANNED = gs.scanned("blocks/")
-UNROLLED = gs.unrolled(stack="blocks")
+UNROLLED = gs.unrolled(r"layers_(\d+)/", stack="blocks")
 
 
 def expected(blocks):

@@ -13,7 +13,7 @@ import pytest
 import gradsmooth_optax as gs
 
 SCANNED = gs.scanned("blocks/")
-UNROLLED = gs.unrolled()
+UNROLLED = gs.unrolled(r"layers_(\d+)/")
 LEARNERS = {
     "learn_alpha": gs.contrib.learn_alpha,
     "learn_operator": gs.contrib.learn_operator,

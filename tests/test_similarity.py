@@ -12,7 +12,7 @@ import pytest
 import gradsmooth_optax as gs
 
 SCANNED = gs.scanned("blocks/")
-UNROLLED = gs.unrolled()
+UNROLLED = gs.unrolled(r"layers_(\d+)/")
 SCOPES = ("param", "block")
 
 
