@@ -122,7 +122,7 @@ def assert_unrolled(blocks, depth, ranked=False, **kwargs):
 def test_a_blocks_cosine_is_of_the_roles_that_both_layers_hold():
     blocks = related_blocks(4)
     del blocks[0]["bias"], blocks[3]["kernel"]
-    assert_unrolled(blocks, UNROLLED)
+    assert_unrolled(blocks, UNROLLED, strict=False)
 
 
 def test_a_role_that_skips_a_layer_takes_no_part_in_the_cosines_across_its_gap():
