@@ -70,12 +70,22 @@ def truth_of(params, joined=(), kept=lambda param: True):
       kept: whether a parameter is kept.
     """
     slots, required, optional = defaultdict(dict), set(), set()
-    excused = {p.chain for p in params if p.optional} | untold(params)
+    untold_chains = untold(params)
+    excused = {p.chain for p in params if p.optional} | untold_chains
     for i, param in enumerate(params):
         if param.chain is not None and kept(param):
             key = (param.chain, param.role, param.of_layer)
             for index, layer in np.ndenumerate(param.layers):
                 slots[key][int(layer)] = (i, param.axes, index)
+    # Arrays that do not look stacked may be taken for layers, position by position.
+    wholes = defaultdict(dict)
+    for i, param in enumerate(params):
+        if param.chain in untold_chains and kept(param):
+            first = int(np.min(param.layers))
+            wholes[param.chain, param.role, param.shape][first] = (i, (), ())
+    for found in wholes.values():
+        pairs = [{s, found[n + 1]} for n, s in found.items() if n + 1 in found]
+        optional.update(map(frozenset, pairs))
     for (chain, *role), found in slots.items():
         pairs = [{s, found[n + 1]} for n, s in found.items() if n + 1 in found]
         (optional if chain in excused else required).update(map(frozenset, pairs))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gradsmooth_optax._depth.paths import Place, places_of
-from gradsmooth_optax._depth.proposals import best_spec, proposed
+from gradsmooth_optax._depth.proposals import best_spec, call_of_rivals, proposed
 from gradsmooth_optax._depth.reading import Stack, read
 from gradsmooth_optax._depth.specs import DepthSpec
 
@@ -80,7 +80,8 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
     Layers with a leaf each are found by their names: numbered siblings such as
     `layers_0`, `layers_1`, … of equal structure. Stacked layers are found by the axis
     names that `nn.Partitioned` boxes and NNX variables carry where the model sets
-    `nn.PARTITION_NAME`, never by shapes: an axis of experts or heads looks the same.
+    `nn.PARTITION_NAME`, or by their name with one size on one axis of all leaves; by
+    shapes alone they are doubted, since an axis of experts or heads looks the same.
     Check the proposal with `describe` and write it into your program.
 
     Args:
@@ -129,9 +130,10 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
 def _doubts(stack: Stack, places: Sequence[Place]) -> Iterator[str]:
     yield from stack.doubts
     if stack.rivals:
+        call = call_of_rivals(stack, places)
         yield (
             f"{stack.reason}; but also {stack.rivals[0].reason}. If those are the "
-            f"layers, write `{proposed(stack.rivals, places)!r}`"
+            f"layers, {f'write `{call!r}`' if call else 'there is nothing to couple'}"
         )
 
 

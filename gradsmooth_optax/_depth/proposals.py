@@ -125,12 +125,20 @@ def _rivals(grouping: Grouping) -> Iterator[str]:
     assigned = {m.path for group in grouping.groups for m in group.members}
     for stack in grouping.reading.stacks:
         if stack.rivals and not assigned & stack.depths.keys():
-            calls = [proposed(s, grouping.places) for s in ([stack], stack.rivals)]
+            other = call_of_rivals(stack, grouping.places)
             yield (
                 f"`depth` {grouping.spec!r} finds two numbers that may be the layer's: "
                 f"{stack.reason}; and {stack.rivals[0].reason}. To fix: write "
-                f"`{calls[0]!r}` or `{calls[1]!r}`."
+                f"`{proposed([stack], grouping.places)!r}` or "
+                + (f"`{other!r}`." if other else "`strict=False`, to couple nothing.")
             )
+
+
+def call_of_rivals(stack: Stack, places: Sequence[Place]) -> DepthSpec | None:
+    """What takes the rivals of a stack; None where each of those is one layer."""
+    if all(rival.is_one_layer for rival in stack.rivals):
+        return None
+    return proposed(stack.rivals, places)
 
 
 def _message(fault: Fault, grouping: Grouping) -> str:

@@ -24,7 +24,7 @@ from gradsmooth_optax._depth.siblings import (
     patterns_of,
     places_by_child,
 )
-from gradsmooth_optax._depth.words import VECTORS, meaning, split_number
+from gradsmooth_optax._depth.words import VECTORS, is_layer, meaning, split_number
 
 # What nn.PARTITION_NAME is set to: "layers", "dense_layers", "layers_per_stage", …
 _DEPTH_AXIS = re.compile(r"(?:.*_)?layers(?:_.*)?|scanned_blocks|circular_repeats")
@@ -172,10 +172,16 @@ def _stacks(
         yield from _numbered(siblings, tree, left_out)
     for child, inside in others.items():
         found = list(_stacks((*node, child), inside, tree, left_out))
-        if not found and (alone := split_number(child)):
+        if not any(_are_equal(s) and not s.is_minor for s in found):
             # The only layer: it has no neighbor, but a place.
-            siblings = Siblings(node, alone[0], {alone[1]: inside}, False)
-            found = [_layers(siblings)] * (siblings.meaning == "layers")
+            number = split_number(child)
+            is_list = any(f.stem == "" for f in children_of((*node, child), inside)[0])
+            is_bare = is_layer(child) and not is_list
+            stem, n = number or (str(child), 0)
+            siblings = Siblings(node, stem, {n: inside}, is_bare)
+            if (number or is_bare) and siblings.meaning == "layers":
+                alone = _layers(siblings)
+                found = [replace(s, rivals=(alone,)) for s in found] or [alone]
         yield from found
 
 
@@ -195,6 +201,8 @@ def _numbered(
         for stack in _stacks(siblings.path(number), places, tree, left_out_inside)
     ]
     is_stack = siblings.shares and (is_named or (found == "other" and equal))
+    if siblings.is_in_one_layer and not equal:
+        is_stack = False  # the parts of that one
     layers_inside = any(s.is_named and not s.is_one_layer for s in inner)
     if layers_inside and not siblings.shares_most:
         is_stack = False  # stages of their own widths
@@ -207,11 +215,20 @@ def _numbered(
         yield from inner
         return
     whole = _layers_or_cycle(siblings)
+    read_inside = [s for stack in inner for s in (stack, *stack.rivals)]
+    alone = [s for s in read_inside if s.is_one_layer and not s.is_minor]
     inner = [stack for stack in inner if not stack.is_one_layer]
+    number = len(_present(siblings.places))
+    is_most = number / 2 < sum(len(s.depths) for s in alone) < number
+    if is_most and not is_layer(siblings.word):
+        inner += alone  # stages of one layer each, and little beside it
     if whole.is_cycle:
         yield whole
         return
-    if not is_named and any(s.is_named and _are_equal(s) for s in inner):
+    named_inside = [s for s in inner if _are_equal(s)]
+    named_inside += [stack for _, stack, _ in left_out_inside]
+    if not is_named and any(s.is_named and not s.is_minor for s in named_inside):
+        left_out += left_out_inside
         yield from inner
         return
     rivals = [
@@ -245,7 +262,7 @@ def _reason_to_leave_out(siblings: Siblings, is_alone: bool) -> str:
 
 
 def _layers_or_cycle(siblings: Siblings) -> Stack:
-    axes = stacked_axes(siblings.places)
+    axes = stacked_axes(siblings.places) or _axes_of_matrices(siblings.places)
     if axes is None or _is_apart(siblings.parent):
         return _layers(siblings)
     doubt = (
@@ -284,6 +301,9 @@ def _layers(siblings: Siblings) -> Stack:
         )
     stack = (show_path((*siblings.parent, "")) + siblings.stem).rstrip("/_.")
     structure = "of equal structure" if siblings.are_equal else "partly alike"
+    found = f"{siblings}: {len(numbers)} siblings {structure}"
+    if len(numbers) < 2:
+        found = f"{show_path(siblings.path(numbers[0]))}: one by itself"
     return Stack(
         "unrolled",
         siblings.patterns,
@@ -293,8 +313,7 @@ def _layers(siblings: Siblings) -> Stack:
             for number, places in siblings.children.items()
             for place in _present(places)
         },
-        f"{siblings}: {len(numbers)} siblings {structure}"
-        + ", named as layers" * is_named,
+        found + ", named as layers" * is_named,
         is_named,
         tuple(doubts),
         ranked=bool(scattered),
@@ -374,6 +393,14 @@ def stacked_axes(places: Sequence[Place]) -> list[int] | None:
     shapes = [np.shape(place.leaf) for place in _present(places)]
     has_vectors = any(p.path and str(p.path[-1]) in VECTORS for p in _present(places))
     return (_common_axes(shapes) or None) if has_vectors else None
+
+
+def _axes_of_matrices(places: Sequence[Place]) -> list[int] | None:
+    """The same of layers that have matrices and no other arrays."""
+    shapes = {np.shape(place.leaf) for place in _present(places)}
+    is_of_matrices = len(shapes) > 1 and set(map(len, shapes)) == {3}
+    axes = _common_axes(list(shapes)) if is_of_matrices else []
+    return axes if len(axes) == 1 else None
 
 
 def _common_axes(shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -460,8 +487,10 @@ def _stacked_by_shapes(
     is_named = word == "layers" or (word == "layers of parts" and num_modules > 1)
     if not axes or not (is_named or (has_vectors and num_modules > 1)):
         return None
-    is_numbered = split_number(node[-1]) or children_of(node, places)[0]
-    if not has_vectors and (is_numbered or len(leaves) < 2):
+    families = [f for f in children_of(node, places)[0] if f.meaning != "parts"]
+    number, least = split_number(node[-1]), min(map(len, shapes))
+    is_layer = number and (least > 2 or _is_one_of_several(node, number[0], tree))
+    if not has_vectors and (is_layer or families or len(leaves) < 2):
         return None
     inside = [node] if is_named else [p.path[:-1] for p in leaves]
     if all(map(_is_apart, inside)) or _layers_are_below(node, places):
@@ -471,7 +500,7 @@ def _stacked_by_shapes(
     # The model's width is the size of other leaves too, and comes after the layers.
     own = [axis for axis in axes if shapes[0][axis] not in elsewhere] or axes
     is_told = len(own) == 1 and own[0] == axes[0] and bool(others)
-    axis, least = own[0], min(map(len, shapes))
+    axis = own[0]
     if any(p.axis_names and p.axis_names[axis] is not None for p in leaves):
         return None  # it has another name
     found = f"{show_path(node)}: all {len(leaves)} leaves have size {shapes[0][axis]}"
@@ -511,6 +540,13 @@ def _stacked_by_shapes(
     is_on_axis = is_one and (has_vectors or is_told) and not may_be_last
     num_axes = least - 1 if has_vectors else 1
     return replace(stack, num_axes=num_axes, is_on_axis=is_on_axis)
+
+
+def _is_one_of_several(node: Path, stem: str, tree: Sequence[Place]) -> bool:
+    """Whether a node with a number has a sibling with another one."""
+    parent = node[:-1]
+    beside = {p.path[len(parent)] for p in tree if p.path[: len(parent)] == parent}
+    return sum((split_number(child) or (None,))[0] == stem for child in beside) > 1
 
 
 def _is_apart(node: Path) -> bool:

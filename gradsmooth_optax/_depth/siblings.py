@@ -17,6 +17,7 @@ from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path
 from gradsmooth_optax._depth.words import (
     VECTORS,
     Meaning,
+    is_layer,
     is_part,
     meaning,
     split_number,
@@ -81,9 +82,10 @@ class Siblings:
 
     @property
     def shares_most(self) -> bool:
-        """Whether most of their parameters have one shape in two of them."""
+        """Whether most of their parameters have one shape in two of them, or may."""
         roles = self.numbers_of_roles.items()
         shared = {path for (path, *_), numbers in roles if len(numbers) > 1}
+        shared |= {self.inside(p) for p in self.places if p.leaf is MASKED}
         return 2 * len(shared) >= len(self.numbers_of)
 
     @property
@@ -112,15 +114,18 @@ class Siblings:
         return max(map(len, modules.values()), default=0)
 
     @property
+    def word(self) -> str | int:
+        """Their name, or that of the list."""
+        if not self.stem and self.parent and not split_number(self.parent[-1]):
+            return self.parent[-1]
+        return self.stem
+
+    @property
     def meaning(self) -> Meaning:
         """What their name says, with what they hold and what they are in."""
         if "layer_stack" in self.stem:
             return "beside"  # Haiku's: each is a whole stack
-        is_list = not self.stem
-        word: str | int = self.stem
-        if is_list and self.parent and not split_number(self.parent[-1]):
-            word = self.parent[-1]
-        found = meaning(word, is_list)
+        found = meaning(self.word, is_list=not self.stem)
         if found == "layers of parts":
             return "layers" if self.num_modules > 2 else "parts"
         return found
@@ -130,6 +135,12 @@ class Siblings:
         """Whether each may be a layer, though none is called so."""
         is_list_of_modules = not self.stem and () not in self.numbers_of
         return self.num_modules > 1 or is_list_of_modules
+
+    @property
+    def is_in_one_layer(self) -> bool:
+        """Whether a node above is called a layer, and is the only one."""
+        holders = self.parent if self.stem else self.parent[:-1]
+        return any(is_layer(name) and not split_number(name) for name in holders)
 
     @property
     def is_minor(self) -> bool:

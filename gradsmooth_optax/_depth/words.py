@@ -17,8 +17,8 @@ VECTORS = {"b", "beta", "bias", "gain", "gamma", "g", "offset", "scale"}
 _PARTS = {
     *("dense", "linear", "lin", "conv", "conv1d", "conv2d", "norm", "ln", "embed"),
     *("embedding", "embedder", "dropout", "attention", "attn", "att", "mlp", "ff"),
-    *("ffn", "gate", "kernel", "weight", "bias", "scale", "bn", "fc", "proj", "w"),
-    *("wi", "wo", "b", "input", "output", "time", "layernorm", "rnn"),
+    *("ffn", "gate", "kernel", "weight", "bias", "scale", "bn", "fc", "proj"),
+    *("wi", "wo", "input", "output", "time", "layernorm", "rnn"),
     *("lstm", "gru", "pos", "position", "biase", "query", "key", "value"),
 }
 # Never one after the other, whatever they hold.
@@ -66,6 +66,11 @@ def is_part(name: str | int) -> bool:
     words = set(_words(name))
     is_called_so = meaning(name, True) == "parts" and not words <= {"b", "w"}
     return is_called_so or bool({"head", "heads"} & words)
+
+
+def is_layer(name: str | int) -> bool:
+    """Whether a node of this name is one layer: `h`, `block`; but not `moe_block`."""
+    return len(_words(name)) == 1 and meaning(name) == "layers"
 
 
 def _words(name: str | int) -> list[str]:
