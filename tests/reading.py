@@ -200,10 +200,8 @@ def paths_of(tree):
 def path_of(key_path, is_only_child=True):
     """The plain segments of one of jax's key paths."""
     keys = list(key_path)
-    while keys and (
-        getattr(keys[-1], "name", None) in ("value", "data_array")
-        or (is_only_child and isinstance(keys[-1], jax.tree_util.FlattenedIndexKey))
-    ):
+    last = keys[-1] if keys else None
+    if is_only_child and isinstance(last, jax.tree_util.FlattenedIndexKey):
         keys.pop()
     path = []
     for key in keys:

@@ -105,7 +105,7 @@ def made(tree, seed):
 
 
 class Pair(NamedTuple):
-    """Its keys are attributes, of which `value` is dropped at the end of a path."""
+    """Its keys are attributes; `value` is no box's here, and stays."""
 
     kernel: Any
     value: Any
