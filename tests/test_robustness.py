@@ -511,9 +511,10 @@ def test_a_scan_of_no_or_one_layer_passes_through_as_the_same_objects(num_layers
 def test_a_model_of_stacks_of_one_layer_passes_through_every_operator(name):
     x, y = jnp.ones((2, 3)), jnp.ones(3)
     tree = {"encoder_0": {"w": x}, "decoder_0": {"w": y}, "head": jnp.ones(2)}
+    depth = gs.unrolled(r"coder_(\d+)/")
     for variant in VARIANTS:
         tx = gs.smooth_over_depth(
-            gs.unrolled(), OPERATORS[name].make(), variant=variant, strict=True
+            depth, OPERATORS[name].make(), variant=variant, strict=True
         )
         out, _ = tx.update(tree, tx.init(tree))
         assert out["encoder_0"]["w"] is x
