@@ -270,7 +270,8 @@ def _wrong_axes(grouping: Grouping) -> Iterator[str]:
 
 def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
     """Leaves beside a stack that the same `scanned` takes, of another size."""
-    inside = {path for stack in reading.stacks for path in stack.depths}
+    stacks = [stack for stack in reading.stacks if not stack.is_one_layer]
+    inside = {path for stack in stacks for path in stack.depths}
     scans: dict[DepthSpec, list[Member]] = defaultdict(list)
     for group in grouping.coupled:
         for member in group.members:

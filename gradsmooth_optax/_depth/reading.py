@@ -176,7 +176,7 @@ def _stacks(
             # The only layer: it has no neighbor, but a place.
             number = split_number(child)
             is_list = any(f.stem == "" for f in children_of((*node, child), inside)[0])
-            is_bare = is_layer(child) and not is_list
+            is_bare = is_layer(child) and str(child)[-1] != "s" and not is_list
             stem, n = number or (str(child), 0)
             siblings = Siblings(node, stem, {n: inside}, is_bare)
             if (number or is_bare) and siblings.meaning == "layers":
