@@ -1,4 +1,9 @@
 import contextlib
+import os
+
+# Most of a test is compiling: the passes over the program stay, LLVM's do not. Set for
+# the processes that tests start, too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
