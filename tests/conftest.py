@@ -15,6 +15,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gradsmooth")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker("core")
+
+
 @contextlib.contextmanager
 def _enable_x64():
     # By the flag: the context manager's name differs between versions of jax.

@@ -13,6 +13,8 @@ import pytest
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 VARIANTS = ("standard", "norm_preserving", "directional")
 NORM_SCOPES = ("param", "block")
 DTYPES = (jnp.float16, jnp.bfloat16, np.float32, np.float64)

@@ -13,6 +13,8 @@ from jax import export
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 
 def _compiled(tx, tree):
     return jax.jit(lambda u: tx.update(u, tx.init(u))[0]).lower(tree).compile()

@@ -10,6 +10,8 @@ import pytest
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 DATA = pathlib.Path(__file__).parent / "data"
 CASES = json.loads((DATA / "authors_smoother.json").read_text())
 VARIANTS = {

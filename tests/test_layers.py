@@ -13,6 +13,8 @@ from own_operators import AlikeWindow
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 SHAPES = {"kernel": (2, 3), "bias": (3,)}
 
 

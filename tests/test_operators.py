@@ -20,6 +20,8 @@ import pytest
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 SCANNED = gs.scanned("blocks/")
 
 

@@ -13,6 +13,8 @@ from optax import contrib
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 UNROLLED = gs.unrolled()
 SHAPES = {"kernel": (4, 3), "bias": (3,)}
 NUM_LAYERS = 3

@@ -11,6 +11,8 @@ import pytest
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 SCANNED = gs.scanned("blocks/")
 UNROLLED = gs.unrolled(r"layers_(\d+)/")
 SCOPES = ("param", "block")

@@ -10,6 +10,8 @@ import pytest
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 DEPTH = gs.scanned("blocks/")
 PARAMS = {"blocks": {"w": jnp.arange(6.0).reshape(3, 2)}, "head": jnp.ones(2)}
 RAMP = optax.linear_schedule(0.0, 0.2, 10)

@@ -20,6 +20,8 @@ import pytest
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 VARIANTS = ("standard", "norm_preserving", "directional")
 NORM_SCOPES = ("param", "block")
 UNROLLED = gs.unrolled()

@@ -22,6 +22,8 @@ from optax import contrib
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 # One stack of four layers: three in stacked leaves, the last one in leaves of its own.
 DEPTH = gs.first_match(
     gs.scanned("blocks/", stack="net"), gs.unrolled(r"layer_(\d+)/", stack="net")
