@@ -140,7 +140,7 @@ def _contradiction(
         if stack.function == "unrolled" and member.axes:
             # A cycle has a stride, and couples the siblings with each other.
             is_alone = len(group.members) == 1
-            if _is_vector(group, member) or (is_alone and not _has_stride(member)):
+            if _is_one_layer(group, member) or (is_alone and not _has_stride(member)):
                 return (
                     f"takes axis {some(member.axes)} of leaf {show_path(path)} for "
                     f"depth, but there are {stack.reason}. Probably the layers are "
@@ -171,8 +171,10 @@ def _has_stride(member: Member) -> bool:
     return getattr(member.scan, "stride", None) is not None
 
 
-def _is_vector(group: Group, member: Member) -> bool:
-    return len(group.shape) + len(member.axes) < 2
+def _is_one_layer(group: Group, member: Member) -> bool:
+    """Whether the leaf holds no more than one layer: a vector, or a matrix of Flax."""
+    needed = 3 if member.path and member.path[-1] == "kernel" else 2
+    return len(group.shape) + len(member.axes) < needed
 
 
 def _one_kind(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> str:
@@ -196,26 +198,49 @@ def _counterparts(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> s
     for path, (group, _) in there.items():
         depth = stack.depths[path]
         roles[depth.role, group.shape, group.dtype].append((depth.layer, path))
-    coupled = False
+    is_list = stack.function == "unrolled" and stack.is_named
     for layers in roles.values():
-        own = {path for _, path in layers}
-        for (_, one), (_, other) in itertools.pairwise(sorted(layers)):
+        own, uncoupled = {path for _, path in layers}, True
+        for (a, one), (b, other) in itertools.pairwise(sorted(layers)):
             (group, member), (next_group, next_member) = there[one], there[other]
             if group is next_group and _first(member) < _first(next_member):
-                coupled = True
+                uncoupled = False
                 continue
-            # A part of the stack by itself is a boundary that was set on purpose.
+            # A part of the stack by itself is a boundary that was set on purpose, but
+            # not one layer alone with a number of another kind.
             all_members = (*group.members, *next_group.members)
-            if {m.path for m in all_members} <= own and not stack.is_cycle:
+            is_own = {m.path for m in all_members} <= own and not stack.is_cycle
+            is_alone = is_list and min(group.num_layers, next_group.num_layers) < 2
+            if is_own and not (
+                is_alone and _first(next_member) - _first(member) < b - a
+            ):
                 continue
             return (
                 f"does not couple {show_path(one)} with {show_path(other)}, though "
                 f"these are neighbors of {stack.reason}; it couples {_shown(group)}"
             )
-    has_several = any(len(layers) > 1 for layers in roles.values())
-    is_list = stack.function == "unrolled" and stack.is_named
-    is_none = is_list and has_several and not coupled
-    return f"couples no two layers of {stack.reason}" if is_none else ""
+        if is_list and uncoupled and len(layers) > 1:
+            return (
+                f"couples no two of {some(sorted(map(show_path, own)), 3)}, though "
+                f"these are in layers of {stack.reason}"
+            )
+    return _parts_of_one_layer(stack, there) if is_list else ""
+
+
+def _parts_of_one_layer(
+    stack: Stack, there: Mapping[Path, tuple[Group, Member]]
+) -> str:
+    """A group that couples what the tree shows in one layer."""
+    layers: dict[int, dict[int, Path]] = defaultdict(dict)
+    for path, (group, member) in there.items():
+        if group.run_lengths.max(initial=0) > 1 and not member.axes:
+            one = layers[id(group)].setdefault(stack.depths[path].layer, path)
+            if one != path:
+                return (
+                    f"couples {show_path(one)} with {show_path(path)}, which are in "
+                    f"one layer of {stack.reason}"
+                )
+    return ""
 
 
 def _first(member: Member) -> int:

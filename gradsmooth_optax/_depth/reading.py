@@ -24,7 +24,13 @@ from gradsmooth_optax._depth.siblings import (
     patterns_of,
     places_by_child,
 )
-from gradsmooth_optax._depth.words import VECTORS, is_layer, meaning, split_number
+from gradsmooth_optax._depth.words import (
+    VECTORS,
+    is_layer,
+    is_stage,
+    meaning,
+    split_number,
+)
 
 # What nn.PARTITION_NAME is set to: "layers", "dense_layers", "layers_per_stage", …
 _DEPTH_AXIS = re.compile(r"(?:.*_)?layers(?:_.*)?|scanned_blocks|circular_repeats")
@@ -48,6 +54,7 @@ class Stack:
       rivals: other readings of the same leaves.
       kinds: such as "local" and "global", if each holds all its parts in each kind.
       num_axes: how many axes its vectors have beside their own, where that is known.
+      is_equal: whether its layers are of equal structure, and not partly alike.
       is_minor: whether they are single modules that are no layers beside others.
       is_one_layer: whether there is nothing to couple in it.
       is_on_axis: whether there is no doubt of its axis.
@@ -64,6 +71,7 @@ class Stack:
     rivals: tuple[Stack, ...] = ()
     kinds: tuple[str, ...] = ()
     num_axes: int = 0
+    is_equal: bool = True
     is_minor: bool = False
     is_one_layer: bool = False
     is_on_axis: bool = True
@@ -172,17 +180,21 @@ def _stacks(
         yield from _numbered(siblings, tree, left_out)
     for child, inside in others.items():
         found = list(_stacks((*node, child), inside, tree, left_out))
-        if not any(_are_equal(s) and not s.is_minor for s in found):
-            # The only layer: it has no neighbor, but a place.
-            number = split_number(child)
-            is_list = any(f.stem == "" for f in children_of((*node, child), inside)[0])
-            is_bare = is_layer(child) and str(child)[-1] != "s" and not is_list
-            stem, n = number or (str(child), 0)
-            siblings = Siblings(node, stem, {n: inside}, is_bare)
-            if (number or is_bare) and siblings.meaning == "layers":
-                alone = _layers(siblings)
-                found = [replace(s, rivals=(alone,)) for s in found] or [alone]
+        has_layers = any(stack.is_equal and not stack.is_minor for stack in found)
+        if not has_layers and (lone := _lone_layer(node, child, inside)):
+            found = [replace(stack, rivals=(lone,)) for stack in found] or [lone]
         yield from found
+
+
+def _lone_layer(node: Path, child: str | int, inside: list[Place]) -> Stack | None:
+    """The child as the only layer: it has no neighbor, but a place."""
+    number = split_number(child)
+    is_list = any(f.stem == "" for f in children_of((*node, child), inside)[0])
+    is_bare = is_layer(child) and str(child)[-1] != "s" and not is_list
+    stem, n = number or (str(child), 0)
+    siblings = Siblings(node, stem, {n: inside}, is_bare)
+    is_one = (number or is_bare) and siblings.meaning == "layers"
+    return _layers(siblings) if is_one else None
 
 
 # -- One leaf per layer ----------------------------------------------------------------
@@ -203,54 +215,59 @@ def _numbered(
     is_stack = siblings.shares and (is_named or (found == "other" and equal))
     if siblings.is_in_one_layer and not equal:
         is_stack = False  # the parts of that one
-    layers_inside = any(s.is_named and not s.is_one_layer for s in inner)
-    if layers_inside and not siblings.shares_most:
-        is_stack = False  # stages of their own widths
+    layers_inside = [s for s in inner if s.is_named and not s.is_one_layer]
+    num_inside = sum(len(stack.depths) for stack in layers_inside)
+    are_stages = is_stage(siblings.word) and 2 * num_inside > len(siblings.places)
+    if layers_inside and (are_stages or not siblings.shares_most):
+        is_stack = False  # of layers of their own, or of their own widths
     if not is_stack:
         left_out += left_out_inside
         inner = inner or list(_stacked_between(siblings))
-        if reason := _reason_to_leave_out(siblings, not inner):
+        if reason := _reason_to_leave_out(siblings, not inner, are_stages):
             is_apart = found in ("beside", "layers")
             left_out.append(LeftOut(reason, _layers(siblings), is_apart))
         yield from inner
         return
     whole = _layers_or_cycle(siblings)
-    read_inside = [s for stack in inner for s in (stack, *stack.rivals)]
-    alone = [s for s in read_inside if s.is_one_layer and not s.is_minor]
-    inner = [stack for stack in inner if not stack.is_one_layer]
-    number = len(_present(siblings.places))
-    is_most = number / 2 < sum(len(s.depths) for s in alone) < number
-    if is_most and not is_layer(siblings.word):
-        inner += alone  # stages of one layer each, and little beside it
     if whole.is_cycle:
         yield whole
         return
-    named_inside = [s for s in inner if _are_equal(s)]
-    named_inside += [stack for _, stack, _ in left_out_inside]
-    if not is_named and any(s.is_named and not s.is_minor for s in named_inside):
+    inside = [s for s in inner if s.is_equal and not s.is_one_layer]
+    inside += [stack for _, stack, _ in left_out_inside]
+    if not is_named and any(s.is_named and not s.is_minor for s in inside):
         left_out += left_out_inside
         yield from inner
         return
-    rivals = [
-        s
-        for s in inner
-        if not is_named or (not s.is_minor and (s.is_named or s.function == "unrolled"))
-    ]
-    if equal and is_named:
-        rivals = list(filter(_are_equal, rivals))
+    yield replace(whole, rivals=tuple(_rivals(siblings, inner, is_named)))
+
+
+def _rivals(siblings: Siblings, inner: list[Stack], is_named: bool) -> list[Stack]:
+    """What is read inside of siblings, and may be the layers as well as they are."""
+    found = [stack for stack in inner if not stack.is_one_layer]
+    if not is_layer(siblings.word):
+        found += _stages_of_one(siblings, inner)
+    if is_named:
+        found = [s for s in found if not s.is_minor]
+        found = [s for s in found if s.is_named or s.function == "unrolled"]
+        if siblings.are_equal:
+            found = [s for s in found if s.is_equal]
     chains = _chains(siblings)
-    if not rivals and (not is_named or any(c.are_units for c in chains)):
-        rivals = list(map(_layers, chains))
-    yield replace(whole, rivals=tuple(rivals))
+    if not found and (not is_named or any(c.are_units for c in chains)):
+        found = list(map(_layers, chains))
+    return found
 
 
-def _are_equal(stack: Stack) -> bool:
-    return "partly alike" not in stack.reason
+def _stages_of_one(siblings: Siblings, inner: list[Stack]) -> list[Stack]:
+    """The one layer of each, if there is little beside it: they may be stages."""
+    read_inside = [s for stack in inner for s in (stack, *stack.rivals)]
+    lone = [s for s in read_inside if s.is_one_layer and not s.is_minor]
+    number = len(_present(siblings.places))
+    return lone if number / 2 < sum(len(s.depths) for s in lone) < number else []
 
 
-def _reason_to_leave_out(siblings: Siblings, is_alone: bool) -> str:
+def _reason_to_leave_out(siblings: Siblings, is_alone: bool, are_stages: bool) -> str:
     found, alike = siblings.meaning, siblings.shares and siblings.are_equal
-    if found == "beside" and alike:
+    if (found == "beside" or are_stages) and alike:
         why = "alike, named as things that stand side by side"
     elif found == "layers" and is_alone:
         why = "called layers, but not alike in what they hold"
@@ -318,6 +335,7 @@ def _layers(siblings: Siblings) -> Stack:
         tuple(doubts),
         ranked=bool(scattered),
         kinds=kinds,
+        is_equal=siblings.are_equal,
         is_minor=siblings.is_minor,
         is_one_layer=len(numbers) < 2,
     )
@@ -538,6 +556,8 @@ def _stacked_by_shapes(
     stack = _scanned(node, places, (axis,), reason, is_named, tuple(doubts))
     is_one = least == 2 and (len(axes) == 1 or is_told)
     is_on_axis = is_one and (has_vectors or is_told) and not may_be_last
+    # The other axes have sizes that are seen elsewhere, as the model's width is.
+    is_on_axis |= least == 2 and has_vectors and len(own) == 1 < len(axes)
     num_axes = least - 1 if has_vectors else 1
     return replace(stack, num_axes=num_axes, is_on_axis=is_on_axis)
 

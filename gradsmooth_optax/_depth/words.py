@@ -73,6 +73,11 @@ def is_layer(name: str | int) -> bool:
     return len(_words(name)) == 1 and meaning(name) == "layers"
 
 
+def is_stage(name: str | int) -> bool:
+    """Whether it may hold layers, as the blocks of a U-Net do: `down_blocks`."""
+    return bool({"down", "up", "mid"} & {*_words(name)[:-1]})
+
+
 def _words(name: str | int) -> list[str]:
     """["encoder", "block"] of `encoder_block_3` and of `EncoderBlock`."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", str(name))
