@@ -10,8 +10,9 @@ import jax
 
 from gradsmooth_optax._depth.paths import Place, places_of
 from gradsmooth_optax._depth.proposals import best_spec, call_of_rivals, proposed
-from gradsmooth_optax._depth.reading import Stack, read
+from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.specs import DepthSpec
+from gradsmooth_optax._depth.stack import Stack
 
 
 @dataclasses.dataclass(frozen=True)

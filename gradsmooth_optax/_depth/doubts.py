@@ -11,8 +11,9 @@ import numpy as np
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import Group, Grouping, Member, group_places
 from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
-from gradsmooth_optax._depth.reading import Reading, Stack, read
+from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.specs import DepthSpec
+from gradsmooth_optax._depth.stack import Reading, Stack
 from gradsmooth_optax._depth.words import meaning
 
 # Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.

@@ -22,8 +22,9 @@ from gradsmooth_optax._depth.paths import (
     show_path,
     some,
 )
-from gradsmooth_optax._depth.reading import Reading, read
+from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.specs import Assignment, DepthSpec
+from gradsmooth_optax._depth.stack import Reading
 
 # Given a group and the number of a member, an array over the slots of that.
 SlotValues: TypeAlias = "Callable[[Group, int], Any]"

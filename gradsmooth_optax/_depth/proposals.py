@@ -8,9 +8,8 @@ from typing import Any
 from gradsmooth_optax._depth.doubts import doubts
 from gradsmooth_optax._depth.groups import Grouping, group_places
 from gradsmooth_optax._depth.paths import MASKED, Place
-from gradsmooth_optax._depth.reading import Reading, Stack
+from gradsmooth_optax._depth.presets import TRIES
 from gradsmooth_optax._depth.specs import (
-    PRESET_TRIES,
     DepthSpec,
     first_match,
     is_default_unrolled,
@@ -19,6 +18,7 @@ from gradsmooth_optax._depth.specs import (
     scanned,
     unrolled,
 )
+from gradsmooth_optax._depth.stack import Reading, Stack
 from gradsmooth_optax._depth.structure import Fault, faults
 
 
@@ -69,7 +69,7 @@ def best_spec(
     found = _tried(spec, reading, places, treedef)
     least, fitting = (_pairs(found), [found]) if found else (set(), [])
     inside = {path for stack in stacks for path in stack.depths}
-    for make, options in PRESET_TRIES:
+    for make, options in TRIES:
         other = _tried(make(**options), reading, places, treedef)
         if other and least < _pairs(other):
             taken = (m.path for group in other.coupled for m in group.members)

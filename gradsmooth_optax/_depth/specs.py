@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 import reprlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, cast
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import optax
@@ -26,13 +25,12 @@ from gradsmooth_optax._depth.paths import (
 )
 from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.spec_strings import called_by_name
+from gradsmooth_optax._depth.words import is_linear_weight
 
-P = ParamSpec("P")
 DepthFunction: TypeAlias = Callable[[Path, Any], Depth | None]
 
-# The layouts of common stacks by name, filled by `layouts`.
+# The layouts of common stacks by name, filled by `presets`.
 PRESETS: dict[str, Callable[..., DepthSpec]] = {}
-PRESET_TRIES: list[tuple[Callable[..., DepthSpec], Mapping[str, Any]]] = []
 
 
 class Assignment(NamedTuple):
@@ -72,14 +70,23 @@ class DepthSpec:
         """One `Assignment` or None for each place of a whole tree, masked ones too."""
         raise NotImplementedError
 
-    def unrestricted(self) -> DepthSpec:
-        """The spec without what `only` and `only_projections` leave out."""
-        return self
-
     @property
     def parts(self) -> tuple[DepthSpec, ...]:
         """The specs that this one is composed of."""
-        return ()
+        fields = vars(self)
+        return fields.get("members", (fields["member"],) if "member" in fields else ())
+
+    def with_parts(self, parts: tuple[DepthSpec, ...]) -> DepthSpec:
+        """The spec with others in their place."""
+        if not parts:
+            return self
+        has_several = "members" in vars(self)
+        new = {"members": parts} if has_several else {"member": parts[0]}
+        return dataclasses.replace(cast(Any, self), **new)
+
+    def unrestricted(self) -> DepthSpec:
+        """The spec without what `only` and `only_projections` leave out."""
+        return self.with_parts(tuple(part.unrestricted() for part in self.parts))
 
     def locate(self, places: Sequence[Place]) -> Assignments:
         """Like `assign`, and also where depth is in leaves that are left out.
@@ -192,7 +199,7 @@ def unrolled(
         pattern,
         integer("start", start),
         stack if stack is None else hashable("stack", stack),
-        _checked_count(num_layers),
+        checked_count(num_layers),
     )
 
 
@@ -247,11 +254,11 @@ def scanned(
         start,
         stride,
         stack if stack is None else hashable("stack", stack),
-        _checked_count(num_layers),
+        checked_count(num_layers),
     )
 
 
-def _checked_count(num_layers: int | None) -> int | None:
+def checked_count(num_layers: int | None) -> int | None:
     return None if num_layers is None else positive_int("num_layers", num_layers)
 
 
@@ -440,13 +447,6 @@ class _FirstMatch(DepthSpec):
                 assignments[i] = assignment
         return assignments
 
-    @property
-    def parts(self) -> tuple[DepthSpec, ...]:
-        return self.members
-
-    def unrestricted(self) -> DepthSpec:
-        return _FirstMatch(tuple(member.unrestricted() for member in self.members))
-
     def __repr__(self) -> str:
         return shown_call("first_match", self.members)
 
@@ -458,13 +458,6 @@ class _Ranked(_ShowsItsCall):
     def assign(self, places: Sequence[Place]) -> Assignments:
         assignments = self.member.assign(places)
         return [a and a._replace(ranked=True) for a in assignments]
-
-    @property
-    def parts(self) -> tuple[DepthSpec, ...]:
-        return (self.member,)
-
-    def unrestricted(self) -> DepthSpec:
-        return _Ranked(self.member.unrestricted())
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -497,67 +490,6 @@ class _DepthFn(_ShowsItsCall):
         return reduce_by_name(self, self.function)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class _Preset(DepthSpec):
-    call: str = dataclasses.field(compare=False)
-    member: DepthSpec
-    num_layers: int | None = None
-
-    def assign(self, places: Sequence[Place]) -> Assignments:
-        assignments = self.member.assign(places)
-        if self.num_layers is None:
-            return assignments
-        return [a and a._replace(num_layers=self.num_layers) for a in assignments]
-
-    @property
-    def parts(self) -> tuple[DepthSpec, ...]:
-        return (self.member,)
-
-    def unrestricted(self) -> DepthSpec:
-        return _Preset(self.call, self.member.unrestricted(), self.num_layers)
-
-    def __repr__(self) -> str:
-        return self.call
-
-
-def preset(
-    *tries: Mapping[str, Any],
-) -> Callable[[Callable[P, DepthSpec]], Callable[P, DepthSpec]]:
-    """Gives a layout its name; the spec that it returns shows this call.
-
-    A layout declares `num_layers`, for its signature, and it is checked here.
-
-    Args:
-      *tries: the options with which an error may propose it, if the tree fits.
-    """
-
-    def decorate(function: Callable[P, DepthSpec]) -> Callable[P, DepthSpec]:
-        @functools.wraps(function)
-        def named(*args: P.args, **options: P.kwargs) -> DepthSpec:
-            call = shown_call(f"layouts.{function.__name__}", args, options)
-            spec = function(*args, **options)
-            count = cast(int | None, options.get("num_layers"))
-            member = spec.member if isinstance(spec, _Preset) else spec
-            return _Preset(call, member, _checked_count(count))
-
-        PRESETS[function.__name__] = named
-        PRESET_TRIES.extend((named, options) for options in tries)
-        return named
-
-    return decorate
-
-
-def expanded(spec: DepthSpec) -> DepthSpec:
-    """The spec with the presets in it replaced by what they stand for."""
-    if isinstance(spec, _Preset):
-        return expanded(spec.member)
-    if isinstance(spec, _FirstMatch):
-        return _FirstMatch(tuple(map(expanded, spec.members)))
-    if isinstance(spec, _Ranked | _Only | _OnlyProjections):
-        return dataclasses.replace(spec, member=expanded(spec.member))
-    return spec
-
-
 @dataclasses.dataclass(frozen=True)
 class _Only(DepthSpec):
     member: DepthSpec
@@ -569,10 +501,6 @@ class _Only(DepthSpec):
             a if a and leaf is not MASKED and self.predicate(path, leaf) else None
             for a, (path, leaf, _) in zip(assignments, places, strict=True)
         ]
-
-    @property
-    def parts(self) -> tuple[DepthSpec, ...]:
-        return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
         return self.member.unrestricted()
@@ -591,7 +519,7 @@ class _OnlyProjections(DepthSpec):
         is_weight = [
             a is not None
             and leaf is not MASKED
-            and _is_linear_weight(path, layer_rank(a.depth, leaf))
+            and is_linear_weight(path, layer_rank(a.depth, leaf))
             for a, (path, leaf, _) in zip(assignments, places, strict=True)
         ]
         if self.bias:
@@ -601,10 +529,6 @@ class _OnlyProjections(DepthSpec):
         return [
             a if yes else None for a, yes in zip(assignments, is_weight, strict=True)
         ]
-
-    @property
-    def parts(self) -> tuple[DepthSpec, ...]:
-        return (self.member,)
 
     def unrestricted(self) -> DepthSpec:
         return self.member.unrestricted()
@@ -630,19 +554,6 @@ def is_default_unrolled(spec: DepthSpec) -> bool:
 def layer_rank(depth: Depth | None, leaf: Any) -> int:
     """Rank of one layer of a leaf: its rank without the depth axes."""
     return np.ndim(leaf) - len(as_tuple(depth.axis if depth else None))
-
-
-_WEIGHT_NAME = re.compile(
-    r"(?:^|_)(?:kernels?|weights?|w[a-z]{0,3}|lora_[ab]|einsum|linear)(?:_?\d+)?$",
-    re.IGNORECASE,
-)
-_TABLE_NAME = re.compile(r"embed|position|^pos(?:_|$)|^w[tp]e$", re.IGNORECASE)
-
-
-def _is_linear_weight(path: Path, rank: int) -> bool:
-    if rank < 2 or not path or not _WEIGHT_NAME.search(str(path[-1])):
-        return False
-    return not any(_TABLE_NAME.search(str(segment)) for segment in path[-2:])
 
 
 def _check_depth(depth: Any, path: Path, source: str) -> None:

@@ -73,6 +73,11 @@ def is_layer(name: str | int) -> bool:
     return len(_words(name)) == 1 and meaning(name) == "layers"
 
 
+def is_apart(node: tuple[str | int, ...]) -> bool:
+    """Whether a path is of things that stand side by side, such as experts."""
+    return any(meaning(segment, True) == "beside" for segment in node)
+
+
 def is_stage(name: str | int) -> bool:
     """Whether it may hold layers, as the blocks of a U-Net do: `down_blocks`."""
     return bool({"down", "up", "mid"} & {*_words(name)[:-1]})
@@ -94,3 +99,17 @@ def split_number(segment: str | int) -> tuple[str, int] | None:
     digits = text[len(stem) :]
     # Longer ones are hashes.
     return (stem, int(digits)) if digits not in ("", "-") and len(digits) < 10 else None
+
+
+_WEIGHT_NAME = re.compile(
+    r"(?:^|_)(?:kernels?|weights?|w[a-z]{0,3}|lora_[ab]|einsum|linear)(?:_?\d+)?$",
+    re.IGNORECASE,
+)
+_TABLE_NAME = re.compile(r"embed|position|^pos(?:_|$)|^w[tp]e$", re.IGNORECASE)
+
+
+def is_linear_weight(path: tuple[str | int, ...], rank: int) -> bool:
+    """Whether a path ends in the name of a projection, with so many axes."""
+    if rank < 2 or not path or not _WEIGHT_NAME.search(str(path[-1])):
+        return False
+    return not any(_TABLE_NAME.search(str(segment)) for segment in path[-2:])
