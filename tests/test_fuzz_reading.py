@@ -275,6 +275,21 @@ def scans(has_names, mlp=LAYER["mlp"]):
     }
 
 
+def stages_of_one(name, layer, down=True):
+    part = outside({"downsample": LINEAR}) if down else {}
+    return {
+        "down_blocks": [{name: as_layer(layer, s, 0)} | part for s in range(2)],
+    }
+
+
+MATRICES = {
+    "attn": {"w": [weight(4, 4)] * 3},
+    "mlp": weight(4, 8),
+    "gate": weight(8, 4),
+}
+WITH_NORMS = MATRICES | {"norms": [weight(4), weight(4)]}
+
+
 def beside(linears, others):
     return {"params": {"text": linears, "vision": others}}
 
@@ -298,6 +313,38 @@ TREES = {
     "down_blocks that hold layers": of_stages(dense(4, 8), "down_blocks"),
     "layers that hold layers": of_stages(dense(4, 8), "layers"),
     "stages that hold T5's layers": of_stages(block_of_t5(8), "stages"),
+    "stages of lists whose layers have parts called layers": {
+        "stages": [
+            [
+                as_layer({"mlp": {"layers": [LINEAR] * 2}, "attn": LINEAR}, s, n)
+                for n in range(2)
+            ]
+            for s in range(2)
+        ]
+    },
+    # One layer alone.
+    "stages of one layer each": stages_of_one("encoder_layer_00", block_of_t5(8)),
+    "stages of one layer without a number": stages_of_one("h", LAYER),
+    "stages of which one has a single layer": {
+        "stages": [
+            named("block_{}", block_of_t5(8), s, count)
+            if count > 1
+            else {"block": as_layer(block_of_t5(8), s, 0)}
+            for s, count in enumerate([2, 1, 3])
+        ]
+    },
+    "two models of layers of their own widths": {
+        f"gpt_{m}": {"h": [as_layer(dense(4, 4 + n), m, n) for n in range(3)]}
+        | outside({"embed": weight(9, 4)})
+        for m in range(2)
+    },
+    # Where no name tells vectors from matrices.
+    "a cycle of matrices": {"layers": positions(MATRICES, 0)},
+    "a cycle of matrices and vectors without names": {
+        "layers": positions(WITH_NORMS, 0)
+    },
+    "a stack of these": {"decoder": {"layers_0": stacked(WITH_NORMS)}}
+    | outside({"embed": weight(9, 4)}),
     # Stacked layers beside others.
     "a stack without names beside one with": scans((True, False)),
     "lists in a stack beside a stack with names": scans(
@@ -355,6 +402,40 @@ CALLS = {
         },
     ),
     "one of two stacks": (gs.scanned("decoder/h/"), scans((False, True))),
+    "stages of a U-Net": (
+        gs.unrolled(r"down_blocks/(\d+)/"),
+        {"down_blocks": [{"h": layers(LAYER, s, 3)} for s in range(2)]},
+    ),
+    "experts of each layer": (
+        gs.unrolled(r"experts/(\d+)/"),
+        {"blocks": layers(LAYER | {"moe": {"experts": [dense(4, 8)] * 3}})},
+    ),
+    "the last number, of one part only": (
+        gs.unrolled(r".*?(\d+)(?=\D*$)"),
+        {"layers": layers({"attn": LINEAR, "mlp": {"fc_0": dense(4, 8)}}, count=4)},
+    ),
+    "the number of the model for a first layer without one": (
+        gs.unrolled(r".*?(\d+)(?=\D*$)"),
+        {
+            "bert2": {"resblocks": as_layer(LINEAR, "one", 0)}
+            | {f"resblocks_{n}": as_layer(LINEAR, "one", n) for n in (1, 2)}
+        },
+    ),
+    "the layers inside of the layers of a second stack": (
+        gs.scanned("layers/"),
+        {
+            "decoder": {"layers": stacked(LAYER, "decoder", 5, True)},
+            "encoder": {
+                "block": stacked(
+                    LAYER | {"mlp": {"layers": [LINEAR] * 2}}, "encoder", 5, True
+                )
+            },
+        },
+    ),
+    "the width of one stack and the depth of another": (
+        gs.scanned("(?:encoderblock|h)/", axis=1),
+        scans((False, False)) | outside({"embed": weight(9, 4)}),
+    ),
     "the number of a stage": (gs.unrolled(r"down_blocks(\d+)/"), down_blocks(3)),
 }
 

@@ -68,6 +68,7 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
             first = min(depth.layer for depth in stack.depths.values())
             if all(stack.depths[path].layer > first for path in there):
                 yield from filter(None, [_missing(stack, held)])
+    yield from _part_of_a_stack(held, reading)
     yield from _wrong_axes(grouping)
     yield from _too_wide(grouping, reading)
 
@@ -266,6 +267,24 @@ def _coupled_apart(stack: Stack, grouping: Grouping) -> Group | None:
         if any(len(numbers) > 1 for numbers in layers.values()):
             return group
     return None
+
+
+def _part_of_a_stack(
+    held: Mapping[Path, tuple[Group, Member]], reading: Reading
+) -> Iterator[str]:
+    """One stack as a whole, and of another one a node inside that is called alike."""
+    stacks = [s for s in reading.stacks if s.function == "scanned" and s.is_named]
+    wholes = [s for s in stacks if s.depths.keys() <= held.keys()]
+    scans = {held[path][1].scan: s for s in wholes for path in s.depths}
+    for stack in stacks:
+        there = [path for path in stack.depths if path in held]
+        whole = scans.get(held[there[0]][1].scan) if there else None
+        if whole and len(there) < len(stack.depths):
+            yield (
+                f"takes {show_path(there[0])} and {len(there) - 1} more of the "
+                f"{len(stack.depths)} leaves of {stack.reason}; but all of "
+                f"{whole.reason}"
+            )
 
 
 def _wrong_axes(grouping: Grouping) -> Iterator[str]:

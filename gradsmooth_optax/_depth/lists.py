@@ -113,7 +113,8 @@ def layer_kinds(
     return tuple(sorted(common)) if len(common) > 1 else ()
 
 
-def layers_or_cycle(siblings: Siblings) -> Stack:
+def layers_or_cycle(siblings: Siblings, tree: Sequence[Place]) -> Stack:
+    """The siblings as layers, or as the positions of a cycle of stacked layers."""
     axes = stacked_axes(siblings.places) or _axes_of_matrices(siblings.places)
     if axes is None or is_apart(siblings.parent):
         return layers_of(siblings)
@@ -121,7 +122,8 @@ def layers_or_cycle(siblings: Siblings) -> Stack:
         f"{siblings}: all their leaves have one size on axis {some(axes)}: they are a "
         f"cycle of stacked layers, or the layers of an ensemble"
     )
-    return cycle_of(siblings, axes[0], "", (doubt,))
+    axis, *_ = own_axes(axes, siblings.places, tree) or axes
+    return cycle_of(siblings, axis, "", (doubt,))
 
 
 def cycle_of(
@@ -161,10 +163,10 @@ def stacked_axes(places: Sequence[Place]) -> list[int] | None:
 
 
 def _axes_of_matrices(places: Sequence[Place]) -> list[int] | None:
-    """The same of layers that have matrices and no other arrays."""
+    """The same where no name tells vectors from matrices, but many shapes agree."""
     shapes = {np.shape(place.leaf) for place in present(places)}
-    is_of_matrices = len(shapes) > 1 and set(map(len, shapes)) == {3}
-    axes = common_axes(list(shapes)) if is_of_matrices else []
+    least = 2 if set(map(len, shapes)) == {3} else 3
+    axes = common_axes(list(shapes)) if len(shapes) >= least else []
     return axes if len(axes) == 1 else None
 
 
@@ -177,3 +179,18 @@ def common_axes(shapes: Sequence[tuple[int, ...]]) -> list[int]:
         for axis in range(min(ranks))
         if len({shape[axis] for shape in shapes}) == 1 and shapes[0][axis] > 1
     ]
+
+
+def own_axes(
+    axes: list[int], places: Sequence[Place], tree: Sequence[Place]
+) -> list[int]:
+    """Those of the axes whose size no other leaf has, as the model's width has."""
+    inside = {place.path for place in places}
+    elsewhere = {
+        size
+        for place in present(tree)
+        if place.path not in inside
+        for size in np.shape(place.leaf)
+    }
+    sizes = np.shape(present(places)[0].leaf)
+    return [axis for axis in axes if sizes[axis] not in elsewhere]

@@ -141,7 +141,7 @@ def _numbered(
             left_out.append(LeftOut(reason, layers_of(siblings), is_apart))
         yield from inner
         return
-    whole = layers_or_cycle(siblings)
+    whole = layers_or_cycle(siblings, tree)
     if whole.is_cycle:
         yield whole
         return

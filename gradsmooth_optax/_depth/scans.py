@@ -13,6 +13,7 @@ from gradsmooth_optax._depth.lists import (
     common_axes,
     cycle_of,
     layer_kinds,
+    own_axes,
     stacked_axes,
 )
 from gradsmooth_optax._depth.paths import Path, Place, show_path, some
@@ -108,9 +109,8 @@ def _stacked_by_shapes(
     if all(map(is_apart, inside)) or _layers_are_below(node, places):
         return None
     others = [p for p in present(tree) if p.path[: len(node)] != node]
-    elsewhere = {n for p in others for n in np.shape(p.leaf)}
-    # The model's width is the size of other leaves too, and comes after the layers.
-    own = [axis for axis in axes if shapes[0][axis] not in elsewhere] or axes
+    # The model's width comes after the layers.
+    own = own_axes(axes, leaves, tree) or axes
     is_told = len(own) == 1 and own[0] == axes[0] and bool(others)
     axis = own[0]
     if any(p.axis_names and p.axis_names[axis] is not None for p in leaves):
@@ -130,7 +130,7 @@ def _stacked_by_shapes(
             f"each on axis {some(axes)}. Which are of the layers?"
         )
     is_last_alike = len({sizes[-1] for sizes in shapes}) == 1
-    may_be_last = is_last_alike and bool(others) and shapes[0][-1] not in elsewhere
+    may_be_last = is_last_alike and others and own_axes([-1], leaves, tree)
     if may_be_last:
         doubts.append(
             f"{show_path(node)}: all leaves have one size on their last axis too, "
