@@ -385,3 +385,14 @@ def test_the_boxes_may_be_gone_at_update():
     spec = detected(name).spec
     shown = str(gs.describe(spec, tree_of(name)))
     assert str(gs.describe(spec, stacks.at_update(tree_of(name)))) == shown
+
+
+def test_a_width_that_no_other_leaf_has_is_not_taken_for_the_depth():
+    layers = {"attn": {"kernel": (4, 8, 8), "bias": (4, 8)}, "ln": {"scale": (4, 8)}}
+    other = {"kernel": (4, 4), "bias": (4,)}  # the size of the depth, too
+    tree = jax.tree.map(
+        jnp.ones,
+        {"layers": layers, "Dense_0": other},
+        is_leaf=lambda x: type(x) is tuple,
+    )
+    assert gs.detect(tree).code == "gs.scanned('layers/')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -184,13 +185,19 @@ def common_axes(shapes: Sequence[tuple[int, ...]]) -> list[int]:
 def own_axes(
     axes: list[int], places: Sequence[Place], tree: Sequence[Place]
 ) -> list[int]:
-    """Those of the axes whose size no other leaf has, as the model's width has."""
-    inside = {place.path for place in places}
-    elsewhere = {
-        size
-        for place in present(tree)
-        if place.path not in inside
-        for size in np.shape(place.leaf)
-    }
-    sizes = np.shape(present(places)[0].leaf)
-    return [axis for axis in axes if sizes[axis] not in elsewhere]
+    """Those of the axes that have a size of their own, as the model's width has not.
+
+    That is on no other axis of these leaves, and in no other leaf.
+    """
+    leaves = present(places)
+    inside = {place.path for place in leaves}
+    outside = [np.shape(p.leaf) for p in present(tree) if p.path not in inside]
+    elsewhere = set(itertools.chain.from_iterable(outside))
+    shapes = [np.shape(place.leaf) for place in leaves]
+
+    def is_own(axis: int) -> bool:
+        size = shapes[0][axis]
+        again = any(size in (*s[:axis], *s[axis:][1:]) for s in shapes)
+        return not again and size not in elsewhere
+
+    return list(filter(is_own, axes))
