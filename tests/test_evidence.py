@@ -892,7 +892,9 @@ def test_an_update_is_compared_with_itself_before_coupling():
 
 def test_statistics_of_an_update_are_over_all_stacks_and_the_blocks_alone():
     updates = two_stacks(5)
-    found = update_statistics(made_up_task(of_step), updates)
+    found = jax.jit(functools.partial(update_statistics, made_up_task(of_step)))(
+        updates
+    )
     stacks = [updates[k]["kernel"] for k in ("encoder", "decoder")]
     stacks = [stack.reshape(len(stack), -1).astype(np.float64) for stack in stacks]
     rough = sum(np.sum(np.diff(u, axis=0) ** 2) for u in stacks)
