@@ -26,7 +26,8 @@ TINY = Sizes(
     gpt={"layers": 3, "width": 8, "heads": 2, "vocabulary": 16, "context": 8},
     batch=2,
 )
-NAMES = [case.name for case in cases(jax.devices()[:1], TINY)]
+CASES = cases(jax.devices()[:1], TINY)
+NAMES = [case.name for case in CASES]
 
 # 48 bytes per array; the fusion reads `a` twice and keeps one result on the chip.
 PROGRAM = """HloModule jit_f, is_scheduled=true
@@ -103,14 +104,14 @@ def test_the_count_agrees_with_a_program_compiled_here():
 
 def test_names_of_cases_are_their_own_and_every_base_comes_first():
     assert len(set(NAMES)) == len(NAMES)
-    for i, case in enumerate(cases(jax.devices()[:1], TINY)):
+    for i, case in enumerate(CASES):
         assert case.base is None or case.base in NAMES[:i]
     assert set(QUICK) <= set(NAMES)
 
 
 @pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
 def test_every_case_lowers(index):
-    case = cases(jax.devices()[:1], TINY)[index]
+    case = CASES[index]
     lowered = case.function.lower(*case.arguments)
     # The results overwrite all that they may: parameters and state, or nothing.
     donated = [x.donated for x in jax.tree.leaves(lowered.args_info)]
@@ -126,7 +127,7 @@ def test_every_case_lowers(index):
     ids=["in order", "in another order"],
 )
 def test_results_overwrite_their_own_arguments_unless_in_another_order(name, in_order):
-    (case,) = (case for case in cases(jax.devices()[:1], TINY) if case.name == name)
+    (case,) = (case for case in CASES if case.name == name)
     lowered = case.function.lower(*case.arguments).as_text()
     overwritten = [int(n) for n in re.findall(r"tf.aliasing_output = (\d+)", lowered)]
     num_results = len(jax.tree.leaves(case.arguments[:2]))

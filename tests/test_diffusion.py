@@ -53,7 +53,7 @@ SKIPS = {"skip/kernel", "skip/bias"}
 @functools.cache
 def task():
     built = diffusion.build(LAYERS, **OPTIONS)
-    names = ("loss", "evaluate", "states", "init")
+    names = ("loss", "evaluate", "states", "init", "draw")
     return built._replace(**{name: jax.jit(getattr(built, name)) for name in names})
 
 
@@ -281,7 +281,7 @@ def test_the_sampler_finds_the_only_image_there_is():
         return (noised - jnp.cos(angles) * wanted) / jnp.sin(angles)
 
     noise = jax.random.normal(jax.random.key(0), (5, 8, 8))
-    found = diffusion.denoise(predict, noise, 3)
+    found = jax.jit(lambda x: diffusion.denoise(predict, x, 3))(noise)
     np.testing.assert_allclose(found, np.broadcast_to(wanted, found.shape), atol=1e-4)
 
 
@@ -312,7 +312,7 @@ def test_the_sampler_takes_the_steps_of_ddim():
         return 0.9 * noised + 0.01 * times[:, None, None]
 
     noise = jnp.asarray(x, jnp.float32)
-    found = diffusion.denoise(predict, noise, steps)
+    found = jax.jit(lambda x: diffusion.denoise(predict, x, steps))(noise)
     for k in range(steps, 0, -1):
         time, after = (diffusion.LATEST * at / steps for at in (k, k - 1))
         kept, kept_after = (np.cos(np.pi / 2 * at) ** 2 for at in (time, after))

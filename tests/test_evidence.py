@@ -892,7 +892,9 @@ def test_an_update_is_compared_with_itself_before_coupling():
 
 def test_statistics_of_an_update_are_over_all_stacks_and_the_blocks_alone():
     updates = two_stacks(5)
-    found = update_statistics(made_up_task(of_step), updates)
+    found = jax.jit(functools.partial(update_statistics, made_up_task(of_step)))(
+        updates
+    )
     stacks = [updates[k]["kernel"] for k in ("encoder", "decoder")]
     stacks = [stack.reshape(len(stack), -1).astype(np.float64) for stack in stacks]
     rough = sum(np.sum(np.diff(u, axis=0) ** 2) for u in stacks)
@@ -1438,20 +1440,45 @@ def test_every_task_has_a_quick_a_full_and_a_large_preset():
         assert {"quick", "full", "tpu"} <= set(presets_of(task)) <= {*presets.NAMES}
 
 
-@pytest.mark.parametrize(("name", "preset"), PRESETS)
-def test_the_options_of_every_preset_fit_together(name, preset, monkeypatch):
-    """By shapes alone, without training a start or any parameter."""
+@functools.cache
+def fitted(name, layers, lanes, written):
+    """(Task, parameters of a lane, batch, that of an update, states), by shapes alone.
+
+    One for all presets whose models and data are the same.
+    """
 
     def start(layers, width, heads, *_):
         init = init_gpt(rl._model(layers, width, heads))
         shapes = jax.eval_shape(init, jax.random.key(0))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
-    monkeypatch.setattr(rl, "_trained_start", start)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(rl, "_trained_start", start)
+        task = TASKS[name].build(layers, **json.loads(written))
+    _, params = shapes_of(task, lanes)
+    for optimizer in ("adamw", "sgd", "muon"):
+        _, job = of_preset(name, optimizer, "full")
+        tx = trials.build_optimizer(job, task, WINDOW)
+        state = state_shapes(tx, params)
+        assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(params))
+
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    drawn = batch = jax.eval_shape(
+        functools.partial(task.draw, task.data), jax.random.key(0), np.int32(0)
+    )
+    if task.rollout is not None:
+        batches = jax.eval_shape(task.rollout, one, batch)
+        batch = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), batches)
+    metrics = jax.eval_shape(task.evaluate, one)
+    assert set(metrics) == {metric.name for metric in TASKS[name].METRICS}
+    assert all(metric.shape == () for metric in metrics.values())
+    return task, one, drawn, batch, jax.eval_shape(task.states, one, batch)
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_the_options_of_every_preset_fit_together(name, preset):
+    """By shapes alone, without training a start or any parameter."""
     found, _ = of_preset(name, "adamw", preset)
-    layers = found["depths"][-1]
-    task = TASKS[name].build(layers, **presets.task_options(found))
-    _, params = shapes_of(task, found["lanes"])
     for optimizer in ("adamw", "sgd", "muon"):
         chosen, job = of_preset(name, optimizer, preset)
         # The same model and data under every base.
@@ -1465,30 +1492,21 @@ def test_the_options_of_every_preset_fit_together(name, preset, monkeypatch):
         assert chosen["learning_rate"] > 0
         assert (job.warmup or 0) < job.steps
         assert job.schedule(job.steps - 1) <= 1.0
-        tx = trials.build_optimizer(job, task, WINDOW)
-        state = state_shapes(tx, params)
-        assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(params))
 
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-    batch = jax.eval_shape(
-        functools.partial(task.draw, task.data), jax.random.key(0), np.int32(0)
-    )
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {found["batch"]}
-    if task.rollout is not None:
-        batches = jax.eval_shape(task.rollout, one, batch)
-        batch = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), batches)
+    # More layers of the same shapes fit as well, and take longer to trace.
+    assert all(layers % 2 or name != "diffusion" for layers in found["depths"])
+    layers = 5
+    written = json.dumps(presets.task_options(found), sort_keys=True)
+    task, one, drawn, batch, states = fitted(name, layers, found["lanes"], written)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(drawn)} == {found["batch"]}
     examples = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
     assert len(examples) == 1
     assert examples.pop() % found["micro_batches"] == 0
-    states = jax.eval_shape(task.states, one, batch)
     assert states.shape[0] == layers + 1
     assert states.shape[-1] == found["width"]
-    metrics = jax.eval_shape(task.evaluate, one)
-    assert set(metrics) == {metric.name for metric in TASKS[name].METRICS}
-    assert all(metric.shape == () for metric in metrics.values())
-    for arm in presets.plan_of(name, preset).screened:
-        summary = gs.describe(arms.scope_of(arm, task), one)
-        assert summary.groups, arm.name
+    for scope in {arm.scope: arm for arm in presets.plan_of(name, preset).screened}:
+        arm = dataclasses.replace(WINDOW, scope=scope)
+        assert gs.describe(arms.scope_of(arm, task), one).groups, scope
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("tpu", 1.2), ("tpu-deep", 2.4)])

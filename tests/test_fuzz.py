@@ -1,7 +1,7 @@
 """Any tree with any depth: the result is the plain loops', or the error is ours.
 
-The suite draws the same few hundred examples every time. For more of them, other ones
-in every run, with the shares of results and refusals:
+The suite draws the same few dozen examples every time. For more of them, other ones in
+every run, with the shares of results and refusals:
 
     GRADSMOOTH_FUZZ_EXAMPLES=2000 python -m pytest tests/test_fuzz.py \
         --hypothesis-show-statistics
@@ -550,7 +550,7 @@ def without_empty(blocks):
     return [{role: x for role, x in block.items() if x.size} for block in blocks]
 
 
-@examples(80)
+@examples(20)
 @hypothesis.given(trees_with_depths(), operators(), OPTIONS, SEEDS, one_in(6))
 def test_any_depths_of_any_tree_smooth_as_the_plain_loops_do_or_are_refused_by_us(
     enable_x64, case, applied, options, seed, x64
@@ -561,7 +561,7 @@ def test_any_depths_of_any_tree_smooth_as_the_plain_loops_do_or_are_refused_by_u
             hypothesis.event(outcome)
 
 
-@examples(150)
+@examples(40)
 @hypothesis.given(models_with_patterns(), operators(), OPTIONS, SEEDS)
 def test_any_specs_of_any_model_smooth_as_the_plain_loops_do_or_are_refused_by_us(
     case, applied, options, seed

@@ -472,4 +472,4 @@ def test_inside_shard_map_it_is_refused():
     spec = jax.sharding.PartitionSpec()
     run = jax.shard_map(update, mesh=mesh, in_specs=spec, out_specs=spec)
     with pytest.raises(ValueError, match=re.escape("inside `jax.shard_map`")):
-        run(half)
+        jax.eval_shape(run, half)

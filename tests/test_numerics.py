@@ -17,37 +17,53 @@ UNROLLED = gs.unrolled()
 SCANNED = gs.scanned("blocks/")
 
 
-def step(tx, updates, params=None):
-    """One update from a fresh state, without jit."""
-    return tx.update(updates, tx.init(updates), params)[0]
+def step(tx, updates):
+    """One update from a fresh state, without jit: kernels are compiled once for all."""
+    return tx.update(updates, tx.init(updates))[0]
 
 
 def as_jax(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
-def run_unrolled(blocks, alpha=0.1, depth=UNROLLED, **kwargs):
+def run_unrolled(blocks, alpha=0.1, **kwargs):
     tree = as_jax(oracle.unrolled_tree(blocks))
-    out = step(gs.smooth_over_depth(depth, alpha, **kwargs), tree)
+    out = step(gs.smooth_over_depth(UNROLLED, alpha, **kwargs), tree)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
     return [out[f"layers_{layer}"] for layer in range(len(blocks))]
 
 
-def run_scanned(blocks, axis=0, alpha=0.1, **kwargs):
-    tree = as_jax({"blocks": oracle.stacked_tree(blocks, axis)})
-
+def along(axis):
     def depth(path, leaf):
         return gs.Depth("blocks", path[-1], axis=min(axis, leaf.ndim - 1))
 
-    out = step(gs.smooth_over_depth(depth, alpha, **kwargs), tree)
+    return depth
+
+
+def run_scanned(blocks, axis=0, alpha=0.1, **kwargs):
+    tree = as_jax({"blocks": oracle.stacked_tree(blocks, axis)})
+    out = step(gs.smooth_over_depth(along(axis), alpha, **kwargs), tree)
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
     return oracle.unstacked(out["blocks"], axis)
 
 
+def run_both(blocks, alpha=0.1, **kwargs):
+    """Of both layouts."""
+    return (
+        run_unrolled(blocks, alpha=alpha, **kwargs),
+        run_scanned(blocks, alpha=alpha, **kwargs),
+    )
+
+
 @pytest.mark.parametrize("norm_scope", NORM_SCOPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.float32, np.float64])
-@pytest.mark.parametrize("num_layers", [1, 2, 3, 12])
+@pytest.mark.parametrize(
+    ("num_layers", "dtype"),
+    [
+        *((3, dtype) for dtype in (jnp.float16, jnp.bfloat16, np.float32, np.float64)),
+        *((num_layers, np.float32) for num_layers in (1, 2, 12)),
+    ],
+)
 def test_every_variant_and_norm_scope_equals_the_plain_loops(
     num_layers, dtype, variant, norm_scope, enable_x64
 ):
@@ -55,8 +71,8 @@ def test_every_variant_and_norm_scope_equals_the_plain_loops(
     kwargs = {"variant": variant, "norm_scope": norm_scope}
     expected = oracle.window(blocks, 0.3, **kwargs)
     with enable_x64() if dtype is np.float64 else contextlib.nullcontext():
-        oracle.assert_blocks_close(run_unrolled(blocks, alpha=0.3, **kwargs), expected)
-        oracle.assert_blocks_close(run_scanned(blocks, alpha=0.3, **kwargs), expected)
+        for out in run_both(blocks, alpha=0.3, **kwargs):
+            oracle.assert_blocks_close(out, expected)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 1])
@@ -86,28 +102,30 @@ def test_the_default_strength_is_a_tenth_with_radius_one_standard_and_per_parame
     oracle.assert_blocks_close(out, oracle.window(blocks, 0.1))
 
 
-@pytest.mark.parametrize("variant", ["standard", "norm_preserving"])
 @pytest.mark.parametrize("decay", [None, 0.7])
-@pytest.mark.parametrize("radius", [2, 3, 8])
-@pytest.mark.parametrize("num_layers", [3, 12])
+@pytest.mark.parametrize(
+    ("radius", "variant"),
+    [(2, "standard"), (3, "norm_preserving"), (8, "standard"), (8, "norm_preserving")],
+)
 def test_a_wider_window_gives_the_weight_of_missing_neighbours_to_the_layer_itself(
-    num_layers, radius, decay, variant
+    radius, decay, variant
 ):
-    blocks = oracle.random_blocks(num_layers, shapes={"kernel": (2, 3)})
-    expected = oracle.window(blocks, 0.4, radius, decay, variant=variant)
     operator = gs.window(0.4, radius=radius, decay=decay)
-    tree = as_jax({"blocks": oracle.stacked_tree(blocks)})
-    out = step(gs.smooth_over_depth(SCANNED, operator, variant=variant), tree)
-    oracle.assert_blocks_close(oracle.unstacked(out["blocks"]), expected)
-    tree = as_jax(oracle.unrolled_tree(blocks))
-    out = step(gs.smooth_over_depth(UNROLLED, operator, variant=variant), tree)
-    out = [out[f"layers_{layer}"] for layer in range(num_layers)]
-    oracle.assert_blocks_close(out, expected)
+    for num_layers in (3, 12):
+        blocks = oracle.random_blocks(num_layers, shapes={"kernel": (2, 3)})
+        expected = oracle.window(blocks, 0.4, radius, decay, variant=variant)
+        for out in run_both(blocks, operator, variant=variant):
+            oracle.assert_blocks_close(out, expected)
 
 
-@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("axis", "variant", "norm_scope"),
+    [  # All pairs.
+        (axis, variant, NORM_SCOPES[(axis + i) % 2])
+        for axis in (0, 1, 2)
+        for i, variant in enumerate(VARIANTS)
+    ],
+)
 def test_any_rank_and_layer_axis_equals_the_plain_loops(axis, variant, norm_scope):
     blocks = oracle.random_blocks(3, shapes=oracle.EVERY_RANK)
     kwargs = {"variant": variant, "norm_scope": norm_scope}
@@ -122,18 +140,7 @@ def test_a_dense_operator_equals_the_plain_loops(variant, norm_scope):
     blocks = oracle.random_blocks(3)
     kwargs = {"variant": variant, "norm_scope": norm_scope}
     expected = oracle.smooth(blocks, lambda n: matrix, **kwargs)
-    for depth, tree in (
-        (UNROLLED, oracle.unrolled_tree(blocks)),
-        (SCANNED, {"blocks": oracle.stacked_tree(blocks)}),
-    ):
-        out = step(
-            gs.smooth_over_depth(depth, gs.dense(matrix), **kwargs), as_jax(tree)
-        )
-        out = (
-            oracle.unstacked(out["blocks"])
-            if "blocks" in out
-            else [out[f"layers_{layer}"] for layer in range(3)]
-        )
+    for out in run_both(blocks, gs.dense(matrix), **kwargs):
         oracle.assert_blocks_close(out, expected)
 
 
@@ -161,14 +168,15 @@ def test_leaves_of_different_dtypes_share_a_block_and_keep_their_dtypes(
         # The float64 role's factor comes from float32 norms of the others.
         loose = [{role: x for role, x in b.items() if role != "d"} for b in expected]
     with enable_x64():
-        out = run_unrolled(blocks, alpha=0.25, **kwargs)
-        assert {role: out[0][role].dtype for role in out[0]} == dtypes
-        if norm_scope == "block":
-            for got, want in zip(out, expected, strict=True):
-                assert oracle.relative_error(got["d"], want["d"]) < 1e-6
-            out = [{role: b[role] for role in loose[0]} for b in out]
-            expected = loose
-        oracle.assert_blocks_close(out, expected)
+        for out in run_both(blocks, alpha=0.25, **kwargs):
+            assert {role: out[0][role].dtype for role in out[0]} == dtypes
+            if norm_scope == "block":
+                for got, want in zip(out, expected, strict=True):
+                    assert oracle.relative_error(got["d"], want["d"]) < 1e-6
+                out = [{role: b[role] for role in loose[0]} for b in out]
+            oracle.assert_blocks_close(
+                out, loose if norm_scope == "block" else expected
+            )
 
 
 ALPHAS = {
@@ -183,20 +191,25 @@ ALPHAS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize(
+    ("alpha", "variant"),
+    [
+        *((alpha, "standard") for alpha in ALPHAS),
+        *(("strong float64", variant) for variant in VARIANTS[1:]),
+        *(("strong bfloat16", variant) for variant in VARIANTS[1:]),
+    ],
+)
 def test_each_leaf_keeps_its_dtype_and_precision_whatever_the_dtype_of_alpha(
     alpha, variant, enable_x64
 ):
+    dtypes = (jnp.bfloat16, jnp.float16, np.float32)
     with enable_x64():
         alpha = ALPHAS[alpha]()
-        for dtype in (jnp.bfloat16, jnp.float16, np.float32):
+        for dtype in dtypes:
             blocks = oracle.random_blocks(3, dtype, {"kernel": (2, 3)})
             expected = oracle.window(blocks, float(alpha), variant=variant)
-            out = run_scanned(blocks, alpha=alpha, variant=variant)
-            oracle.assert_blocks_close(out, expected)
-            out = run_unrolled(blocks, alpha=alpha, variant=variant)
-            oracle.assert_blocks_close(out, expected)
+            for out in run_both(blocks, alpha, variant=variant):
+                oracle.assert_blocks_close(out, expected)
 
 
 def test_half_precision_arithmetic_runs_in_float32_and_rounds_once():
@@ -217,16 +230,12 @@ def test_norms_of_half_precision_leaves_neither_overflow_nor_underflow(
 ):
     kwargs = {"variant": variant, "norm_scope": norm_scope}
     for scale in (2e3, 1e-3):
-        blocks = oracle.random_blocks(3)
         blocks = [
             {role: (scale * x).astype(np.float16) for role, x in block.items()}
-            for block in blocks
+            for block in oracle.random_blocks(3)
         ]
         expected = oracle.window(blocks, 0.3, **kwargs)
-        for out in (
-            run_scanned(blocks, alpha=0.3, **kwargs),
-            run_unrolled(blocks, alpha=0.3, **kwargs),
-        ):
+        for out in run_both(blocks, alpha=0.3, **kwargs):
             for got, want in zip(out, expected, strict=True):
                 assert oracle.relative_error(got["kernel"], want["kernel"]) < 1e-3
 
@@ -244,8 +253,8 @@ def test_complex_leaves_use_the_hermitian_norm(dtype, variant, norm_scope, enabl
     kwargs = {"variant": variant, "norm_scope": norm_scope}
     expected = oracle.window(blocks, 0.3, **kwargs)
     with enable_x64():
-        oracle.assert_blocks_close(run_unrolled(blocks, alpha=0.3, **kwargs), expected)
-        oracle.assert_blocks_close(run_scanned(blocks, alpha=0.3, **kwargs), expected)
+        for out in run_both(blocks, alpha=0.3, **kwargs):
+            oracle.assert_blocks_close(out, expected)
 
 
 # Norms of zero.
@@ -329,19 +338,17 @@ def test_updates_whose_squares_underflow_stay_finite(variant, norm_scope):
     chex.assert_tree_all_finite(out)
 
 
-@pytest.mark.parametrize("depth", ["scanned", "unrolled"])
-def test_a_nan_reaches_the_neighbours_and_no_other_layer(depth):
+def test_a_nan_reaches_the_neighbours_and_no_other_layer():
     blocks = oracle.random_blocks(6, shapes={"kernel": (2, 3)})
-    run = run_scanned if depth == "scanned" else run_unrolled
     for bad, spoiled in ((2, {1, 2, 3}), (0, {0, 1}), (5, {4, 5})):
         for value in (np.nan, np.inf):
             broken = [{"kernel": b["kernel"].copy()} for b in blocks]
             broken[bad]["kernel"][:] = value
-            out = run(broken, alpha=0.3)
-            layers = {
-                i for i, b in enumerate(out) if not np.isfinite(b["kernel"]).all()
-            }
-            assert layers == spoiled
+            for out in run_both(broken, alpha=0.3):
+                layers = {
+                    i for i, b in enumerate(out) if not np.isfinite(b["kernel"]).all()
+                }
+                assert layers == spoiled
 
 
 # Compilation changes nothing.
@@ -392,10 +399,8 @@ def test_strict_promotion_and_rank_rules_are_respected(variant):
     kwargs = {"variant": variant, "norm_scope": "block"}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         for alpha in (0.3, jnp.float32(0.3)):
-            out = run_unrolled(blocks, alpha=alpha, **kwargs)
-            oracle.assert_blocks_close(out, expected)
-            out = run_scanned(blocks, alpha=alpha, **kwargs)
-            oracle.assert_blocks_close(out, expected)
+            for out in run_both(blocks, alpha=alpha, **kwargs):
+                oracle.assert_blocks_close(out, expected)
         wide = gs.smooth_over_depth(SCANNED, gs.window(0.3, radius=2), variant=variant)
         tree = as_jax({"blocks": oracle.stacked_tree(blocks)})
         out = step(wide, tree)

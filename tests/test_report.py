@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.json_files import write_json
+from benchmarks.report import __main__ as command
 from benchmarks.report.__main__ import RESULTS, main
 from benchmarks.report.comparisons import (
     base_of,
@@ -19,7 +20,7 @@ from benchmarks.report.comparisons import (
     tuned_rate,
     window_of,
 )
-from benchmarks.report.figures import drawings
+from benchmarks.report.figures import drawings, svg
 from benchmarks.report.grid import grid
 from benchmarks.report.headline import in_short
 from benchmarks.report.names import metric_text
@@ -764,6 +765,7 @@ def test_in_short_is_the_first_sentence_and_the_counts_without_the_places(tmp_pa
     assert "layers" not in found.split("Not finished, and not counted: ")[0]
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_a_picture_is_shown_in_the_section_of_its_source_and_kept(tmp_path):
     values = [result({}), result({}, optimizer="sgd")]
     options = ["--results", str(written(tmp_path, *values))]
@@ -827,6 +829,21 @@ def test_writing_twice_gives_the_same_files_and_a_check_agrees(tmp_path):
     assert first == second
 
 
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """What of a test draws again is the same, see the test of writing twice."""
+    kept = {}
+
+    def once(sources):
+        if not kept:
+            kept.update({name: svg(of) for name, of in drawings(sources).items()})
+        return kept
+
+    monkeypatch.setattr(command, "drawings", once)
+    monkeypatch.setattr(command, "svg", str)
+
+
+@pytest.mark.usefixtures("drawn_once")
 def test_a_check_finds_what_differs(tmp_path, capsys):
     options = ["--results", str(written(tmp_path, result(HELPS)))]
     main(options)

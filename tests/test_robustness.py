@@ -538,15 +538,15 @@ def test_two_hundred_stacked_layers_equal_the_plain_loops(name):
 
 
 @pytest.mark.parametrize("variant", ["standard", "norm_preserving"])
-def test_two_hundred_unrolled_layers_equal_the_plain_loops(variant):
-    blocks = oracle.random_blocks(200, shapes={"bias": (3,)})
+def test_a_hundred_unrolled_layers_equal_the_plain_loops(variant):
+    blocks = oracle.random_blocks(100, shapes={"bias": (3,)})
     kwargs = {"variant": variant, "norm_scope": "block"}
     out = applied("window", UNROLLED, blocks, **kwargs)
     oracle.assert_blocks_close(out, oracle.window(blocks, 0.3, **kwargs))
 
 
-def test_a_matmul_over_two_hundred_unrolled_layers_equals_the_plain_loops():
-    blocks = oracle.random_blocks(200, shapes={"bias": (3,)})
+def test_a_matmul_over_a_hundred_unrolled_layers_equals_the_plain_loops():
+    blocks = oracle.random_blocks(100, shapes={"bias": (3,)})
     out = applied("tikhonov", UNROLLED, blocks)
     oracle.assert_blocks_close(out, OPERATORS["tikhonov"].couple(blocks))
 
@@ -568,7 +568,7 @@ def num_equations(jaxpr):
 )
 def test_the_compiled_program_of_an_unrolled_model_grows_linearly(name):
     tx, sizes = EVERYTHING[name](gs.unrolled()), []
-    for num_layers in (8, 16, 32):  # From 8 on "wide" is a matmul.
+    for num_layers in (8, 12, 20):  # From 8 on "wide" is a matmul.
         tree = UNROLLED.tree_of(oracle.random_blocks(num_layers))
         state = jax.eval_shape(tx.init, tree)
         sizes.append(num_equations(jax.make_jaxpr(tx.update)(tree, state).jaxpr))
@@ -661,28 +661,6 @@ def test_float64_updates_are_right_to_the_last_digits(name, layout, enable_x64):
         assert oracle.relative_error(got, want) < 4e-15
 
 
-@every_layout
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_float32_and_float64_roles_share_a_block_and_keep_their_dtypes(
-    variant, layout, enable_x64
-):
-    blocks = oracle.random_blocks(4, np.float64)
-    for block in blocks:
-        block["bias"] = block["bias"].astype(np.float32)
-    kwargs = {"variant": variant, "norm_scope": "block"}
-    with enable_x64():
-        out = applied("window", layout, blocks, **kwargs)
-    expected = oracle.window(blocks, 0.3, **kwargs)
-    for got, want in zip(out, expected, strict=True):
-        assert {role: x.dtype for role, x in got.items()} == {
-            "kernel": np.float64,
-            "bias": np.float32,
-        }
-        # The norm of a block is only as good as that of its float32 part.
-        for role in SHAPES:
-            assert oracle.relative_error(got[role], want[role]) < 1e-6
-
-
 def test_float32_states_and_updates_stay_float32_under_x64(enable_x64):
     with enable_x64():
         for name, make in OURS_ALONE.items():
@@ -695,16 +673,6 @@ def test_float32_states_and_updates_stay_float32_under_x64(enable_x64):
             chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
             floating = [x for x in jax.tree.leaves(state) if x.dtype.kind == "f"]
             assert {x.dtype for x in floating} <= {np.dtype("float32")}, name
-
-
-@every_layout
-@pytest.mark.parametrize(
-    "name", ["laplacian", "ema", "tikhonov", "mean", "similarity", "norm_matched"]
-)
-def test_operators_couple_complex_updates_as_the_plain_loops_do(name, layout):
-    blocks = oracle.complex_blocks(5)
-    out = applied(name, layout, blocks)
-    oracle.assert_blocks_close(out, OPERATORS[name].couple(blocks))
 
 
 @every_layout
@@ -1013,8 +981,19 @@ def assert_traces_strictly(tx, tree):
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
-@every_layout
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+# A layout has a code of its own; a dtype alone has none that others do not have.
+IN_EVERY_DTYPE = [
+    *((name, "stacked") for name in DTYPES),
+    *((name, "unrolled") for name in ("mixed", "mixed, x64")),
+]
+in_every_dtype = pytest.mark.parametrize(
+    ("dtypes", "layout"),
+    [(DTYPES[name], LAYOUTS[layout]) for name, layout in IN_EVERY_DTYPE],
+    ids=map(", ".join, IN_EVERY_DTYPE),
+)
+
+
+@in_every_dtype
 def test_nothing_of_ours_promotes_dtypes_or_ranks(dtypes, layout, enable_x64):
     with enable_x64():
         tree = tree_of_dtypes(dtypes, layout)
@@ -1076,8 +1055,7 @@ def test_learners_promote_nothing_in_updates_of_up_to_float32(name, layout):
         assert_traces_strictly(EVERYTHING[name](layout.depth), tree)
 
 
-@every_layout
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@in_every_dtype
 def test_depth_statistics_promote_nothing(dtypes, layout, enable_x64):
     with enable_x64():
         tree = tree_of_dtypes(dtypes, layout)
@@ -1299,7 +1277,10 @@ def test_gradient_noise_promotes_no_ranks(layout):
     tree = layout.tree_of(oracle.random_blocks(3))
     batches = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        gs.diagnostics.gradient_noise(batches, layout.depth)
+        jax.eval_shape(
+            lambda batches: gs.diagnostics.gradient_noise(batches, layout.depth),
+            batches,
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
@@ -1333,7 +1314,7 @@ def test_a_norm_that_overflows_makes_nan_and_never_what_came_in(variant, layout)
 def test_muon_takes_matrices_without_entries():
     params = {"blocks": {"w": jnp.zeros((3, 0, 4)), "v": jnp.ones((3, 4, 4))}}
     depth = gs.scanned("blocks/")
-    tx = gs.muon(1e-3, depth, gs.smooth_over_depth(depth))
+    tx = gs.muon(1e-3, depth, gs.smooth_over_depth(depth), ns_steps=1)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["blocks"]["w"].shape == (3, 0, 4)
     assert np.isfinite(updates["blocks"]["v"]).all()
