@@ -18,7 +18,7 @@ from typing import Any
 
 from gradsmooth_optax._depth.depth import Depth
 from gradsmooth_optax._depth.paths import Path, show_path
-from gradsmooth_optax._depth.presets import preset
+from gradsmooth_optax._depth.preset_registry import preset
 from gradsmooth_optax._depth.specs import (
     DepthSpec,
     depth_fn,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from gradsmooth_optax._depth.groups import (
 )
 from gradsmooth_optax._depth.paths import MASKED, show_path
 from gradsmooth_optax._depth.proposals import errors, warnings_of
+from gradsmooth_optax._depth.reading import signature
 from gradsmooth_optax._depth.specs import DepthSpec
 
 
 def coupled_groups(
-    spec: DepthSpec, tree: Any, strict: bool, said: set[str] | None = None
+    spec: DepthSpec, tree: Any, strict: bool, said: set[Hashable] | None = None
 ) -> Grouping:
     """Groups a tree by depth and checks that this is what was meant.
 
@@ -35,8 +36,8 @@ def coupled_groups(
       spec: where depth is.
       tree: a pytree of arrays, tracers or `jax.ShapeDtypeStruct`s.
       strict: as in `check_structure`.
-      said: the warnings that were given before, and are not given again; None for no
-        warnings.
+      said: the warnings that were given before, and the trees that were asked about;
+        neither happens again. None for no warnings.
 
     Raises:
       ValueError: as `group_by_depth` and `check_structure`.
@@ -44,11 +45,18 @@ def coupled_groups(
     grouping = group_by_depth(spec, tree)
     check_structure(grouping, strict)
     if said is not None and strict:
-        for warning in warnings_of(grouping):
-            if warning not in said:
-                said.add(warning)
-                warnings.warn(warning, DepthWarning, stacklevel=3)
+        _warn(grouping, said)
     return grouping
+
+
+def _warn(grouping: Grouping, said: set[Hashable]) -> None:
+    tree = signature(grouping.places)
+    if tree in said:
+        return
+    new = [warning for warning in warnings_of(grouping) if warning not in said]
+    said.update((tree, *new))
+    for warning in new:
+        warnings.warn(warning, DepthWarning, stacklevel=4)
 
 
 def check_structure(

@@ -14,7 +14,7 @@ import numpy as np
 from gradsmooth_optax._arrays import inexact_dtype
 from gradsmooth_optax._depth.groups import Group, group_by_depth
 from gradsmooth_optax._depth.paths import Place, show_path
-from gradsmooth_optax._depth.presets import expanded
+from gradsmooth_optax._depth.preset_registry import expanded
 from gradsmooth_optax._depth.proposals import errors, warnings_of
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec
 

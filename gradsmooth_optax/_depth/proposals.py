@@ -8,7 +8,7 @@ from typing import Any
 from gradsmooth_optax._depth.doubts import doubts
 from gradsmooth_optax._depth.groups import Grouping, group_places
 from gradsmooth_optax._depth.paths import MASKED, Place
-from gradsmooth_optax._depth.presets import TRIES
+from gradsmooth_optax._depth.preset_registry import TRIES
 from gradsmooth_optax._depth.specs import (
     DepthSpec,
     first_match,

@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
+import jax
 import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
@@ -32,9 +35,27 @@ def read(places: Sequence[Place]) -> Reading:
       places: of the tree, masked ones too: what is masked counts as being there, so
         that a part of a tree is read as the whole.
     """
+    return _read(signature(places))
+
+
+def signature(places: Sequence[Place]) -> tuple[Place, ...]:
+    """What a reading depends on: names, shapes, dtypes, the names of axes."""
+    return tuple(
+        Place(path, shaped, tuple(None if n is None else str(n) for n in axis_names))
+        for path, leaf, axis_names in places
+        if (shaped := leaf if leaf is MASKED else _shaped(leaf)) is not None
+    )
+
+
+def _shaped(leaf: Any) -> jax.ShapeDtypeStruct | None:
+    dtype = inexact_dtype(leaf)
+    return None if dtype is None else jax.ShapeDtypeStruct(np.shape(leaf), dtype)
+
+
+@functools.lru_cache(maxsize=32)  # an optimizer reads the same tree again and again
+def _read(tree: tuple[Place, ...]) -> Reading:
     left_out: list[LeftOut] = []
-    tree = [p for p in places if p.leaf is MASKED or inexact_dtype(p.leaf) is not None]
-    stacks = list(_stacks((), tree, tree, left_out))
+    stacks = list(_stacks((), list(tree), list(tree), left_out))
     # Whole layers come before single modules, and names of layers before others.
     ranks = [(s.is_named and not s.is_minor, s.is_named) for s in stacks]
     best = max(ranks, default=(False, False))

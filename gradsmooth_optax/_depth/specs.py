@@ -29,7 +29,7 @@ from gradsmooth_optax._depth.words import is_linear_weight
 
 DepthFunction: TypeAlias = Callable[[Path, Any], Depth | None]
 
-# The layouts of common stacks by name, filled by `presets`.
+# The layouts of common stacks by name, filled by `preset_registry`.
 PRESETS: dict[str, Callable[..., DepthSpec]] = {}
 
 

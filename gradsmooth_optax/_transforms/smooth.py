@@ -176,7 +176,7 @@ def smooth_over_depth(
     check_choice("norm_scope", norm_scope, get_args(NormScope))
     check_flag("strict", strict)
     _check_mesh_axes(axis_name, axis_boundary, norm_axis_names)
-    said: set[str] = set()
+    said: set[Hashable] = set()
 
     def init_fn(params):
         # Leafless trees come from optax: placeholders and trees of `MaskedNode`s.

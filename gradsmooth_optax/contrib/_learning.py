@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -106,7 +106,7 @@ def learning(
     check_flag("strict", strict)
     dtype = floating_dtype("dtype", dtype)
     sign = 1.0 if direction == "ascent" else -1.0
-    said: set[str] = set()
+    said: set[Hashable] = set()
 
     def init_fn(params):
         grouping = coupled_groups(spec, params, strict, said)
