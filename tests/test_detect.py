@@ -396,3 +396,12 @@ def test_a_width_that_no_other_leaf_has_is_not_taken_for_the_depth():
         is_leaf=lambda x: type(x) is tuple,
     )
     assert gs.detect(tree).code == "gs.scanned('layers/')"
+
+
+def test_two_stacks_of_one_name_are_no_certain_proposal():
+    layer = {"attn": {"kernel": (8, 8), "bias": (8,)}, "ln": {"scale": (8,)}}
+    stack = {"attn": {"kernel": (4, 8, 8), "bias": (4, 8)}, "ln": {"scale": (4, 8)}}
+    tree = {"layers": stack, **{f"layers_{i}": layer for i in range(3)}}
+    tree = jax.tree.map(jnp.ones, tree, is_leaf=lambda x: type(x) is tuple)
+    with pytest.raises(ValueError, match=r"tried on this tree.*`stack=`"):
+        _ = gs.detect(tree).spec

@@ -235,6 +235,7 @@ def test_init_says_of_any_model_what_describe_says():
 
 LAYER = {"attn": dense(4, 4), "norm": scale(4), "mlp": dense(4, 8)}
 LINEAR = dense(4, 4)
+NORMED = LAYER | {"ln_1": scale(4), "ln_2": scale(4)}
 
 
 def layers(shapes, chain="one", count=3, lead=()):
@@ -345,6 +346,25 @@ TREES = {
     },
     "a stack of these": {"decoder": {"layers_0": stacked(WITH_NORMS)}}
     | outside({"embed": weight(9, 4)}),
+    # Named otherwise than layers.
+    "discriminators beside blocks": {
+        "generator": {"blocks": layers(LAYER, "generator")},
+        "discriminators": [
+            outside({"convs": [dense(5, 4, 4)] * 3, "post": LINEAR}) for _ in range(3)
+        ],
+    },
+    "players": {"players": [outside({"actor": LINEAR, "critic": LINEAR})] * 3},
+    "lists of parts": {
+        "attentions": layers(LAYER["attn"], "attn", 4),
+        "layer_norm1": layers(scale(4), "norm1", 4),
+        "ffns": layers({"up": dense(4, 8), "down": dense(8, 4)}, "ffn", 4),
+        "layer_norm2": layers(scale(4), "norm2", 4),
+    },
+    "a stack beside a tower of its own": {
+        "decoder": {"layers": stacked(NORMED, "decoder", 4)},
+        "vision_tower": {"layers": stacked(NORMED, "tower", 3)}
+        | outside({"patch": weight(3, 4)}),
+    },
     # Stacked layers beside others.
     "a stack without names beside one with": scans((True, False)),
     "lists in a stack beside a stack with names": scans(
@@ -364,7 +384,6 @@ def ensemble(shapes):
     return {"ensemble": {"block": layers(shapes, lead=(2,))}}
 
 
-NORMED = LAYER | {"ln_1": scale(4), "ln_2": scale(4)}
 CALLS = {
     "a list of modules as a stack": (
         gs.scanned("blocks/"),
@@ -431,6 +450,10 @@ CALLS = {
                 )
             },
         },
+    ),
+    "a stack beside a tower": (
+        gs.scanned("decoder/layers/"),
+        TREES["a stack beside a tower of its own"],
     ),
     "the width of one stack and the depth of another": (
         gs.scanned("(?:encoderblock|h)/", axis=1),

@@ -117,8 +117,14 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
     stacks = [stack for stack in reading.stacks if not stack.is_one_layer]
     doubts = [doubt for stack in stacks for doubt in _doubts(stack, places)]
     proposal = proposed(stacks, places)
-    if not doubts:
-        proposal = best_spec(stacks, reading, places, treedef) or proposal
+    if proposal is not None and not doubts:
+        tried = best_spec(stacks, reading, places, treedef)
+        proposal = tried or proposal
+        if tried is None:
+            doubts.append(
+                "tried on this tree, the call is an error or doubted, as `describe` "
+                "shows: give a stack a name of its own with `stack=`, or leave it out"
+            )
     return Detection(
         "" if proposal is None else repr(proposal),
         tuple(found.reason for found in (stacks or reading.left_out)),

@@ -25,7 +25,13 @@ from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
 from gradsmooth_optax._depth.scans import scanned_stack, stacked, stacked_between
 from gradsmooth_optax._depth.siblings import Siblings, children_of
 from gradsmooth_optax._depth.stack import LeftOut, Reading, Stack, present
-from gradsmooth_optax._depth.words import is_apart, is_layer, is_stage, split_number
+from gradsmooth_optax._depth.words import (
+    is_apart,
+    is_layer,
+    is_stage,
+    meaning,
+    split_number,
+)
 
 
 def read(places: Sequence[Place]) -> Reading:
@@ -104,7 +110,10 @@ def _stacks(
             yield stack
             return
         is_first = is_apart(node) and not is_apart(node[:-1])
-        if is_first and (axes := stacked_axes(places)):
+        has_layers = any(
+            meaning(s) == "layers" for p in places for s in p.path[len(node) :]
+        )
+        if is_first and not has_layers and (axes := stacked_axes(places)):
             reason = (
                 f"{show_path(node)}: all leaves have one size on axis {some(axes)}, "
                 f"which is probably of an ensemble, of experts or of heads and not of "

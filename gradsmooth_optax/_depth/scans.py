@@ -19,7 +19,13 @@ from gradsmooth_optax._depth.lists import (
 from gradsmooth_optax._depth.paths import Path, Place, show_path, some
 from gradsmooth_optax._depth.siblings import Siblings, children_of, patterns_of
 from gradsmooth_optax._depth.stack import Stack, present
-from gradsmooth_optax._depth.words import VECTORS, is_apart, meaning, split_number
+from gradsmooth_optax._depth.words import (
+    VECTORS,
+    is_apart,
+    is_layer,
+    meaning,
+    split_number,
+)
 
 # What nn.PARTITION_NAME is set to: "layers", "dense_layers", "layers_per_stage", …
 _DEPTH_AXIS = re.compile(r"(?:.*_)?layers(?:_.*)?|scanned_blocks|circular_repeats")
@@ -102,11 +108,13 @@ def _stacked_by_shapes(
         return None
     families = [f for f in children_of(node, places)[0] if f.meaning != "parts"]
     number, least = split_number(node[-1]), min(map(len, shapes))
-    is_layer = number and (least > 2 or _is_one_of_several(node, number[0], tree))
-    if not has_vectors and (is_layer or families or len(leaves) < 2):
+    is_numbered = number and (least > 2 or _is_one_of_several(node, number[0], tree))
+    if not has_vectors and (is_numbered or families or len(leaves) < 2):
         return None
-    inside = [node] if is_named else [p.path[:-1] for p in leaves]
-    if all(map(is_apart, inside)) or _layers_are_below(node, places):
+    is_inside_apart = all(is_apart(p.path[:-1]) for p in leaves)
+    if is_inside_apart and not is_layer(node[-1]):
+        return None
+    if _layers_are_below(node, places):
         return None
     others = [p for p in present(tree) if p.path[: len(node)] != node]
     # The model's width comes after the layers.
@@ -119,6 +127,11 @@ def _stacked_by_shapes(
     doubts = []
     if not has_vectors and not is_told:
         doubts.append(f"{found} on axis {axis}, but none is a vector by its name")
+    if is_inside_apart:
+        doubts.append(
+            f"{show_path(node)}: it is in a tower, a head, an expert or one of several "
+            f"models, whose axis this may be"
+        )
     if not is_named:
         doubts.append(
             f"{found} on axis {axis}. Layers stacked by a scan look like that, and so "

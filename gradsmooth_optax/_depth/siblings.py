@@ -116,9 +116,12 @@ class Siblings:
     @property
     def word(self) -> str | int:
         """Their name, or that of the list."""
-        if not self.stem and self.parent and not split_number(self.parent[-1]):
-            return self.parent[-1]
-        return self.stem
+        if self.stem or not self.parent:
+            return self.stem
+        name = self.parent[-1]
+        stem, _ = split_number(name) or (name, 0)
+        # A list in `layers_0` is one of parts; one in `layer_norm1` is of what it says.
+        return stem if stem == name or meaning(stem) == "parts" else ""
 
     @property
     def meaning(self) -> Meaning:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 Meaning: TypeAlias = Literal["layers", "layers of parts", "parts", "beside", "other"]
 
 # How real stacks name their repeated blocks: layers_3, encoderblock_3, ...
-_LAYERS = re.compile(r"(?:layer|block)s?$|^stacked$")
+_LAYERS = re.compile(r"(?<!p)(?:layer|block)s?$|^stacked$")  # but for `player`
 
 # What a scan makes a matrix of.
 VECTORS = {"b", "beta", "bias", "gain", "gamma", "g", "offset", "scale"}
@@ -30,9 +30,15 @@ _BESIDE = {
 _WHOLES = {
     *("stage", "critic", "actor", "policy", "model", "ensemble", "member"),
     *("agent", "task", "client", "encoder", "decoder", "net", "network", "q", "qf"),
-    *("vf", "per_layer"),
+    *("vf", "per_layer", "player", "generator", "discriminator", "disc", "seed"),
+    *("adapter", "quantizer", "modality", "stream", "subnet", "backbone", "trunk"),
+    *("torso", "estimator", "period"),
 }
-_LISTS_OF_WHOLES = {f"{word}s" for word in _WHOLES} | {"policies", "ensemble"}
+_LISTS_OF_WHOLES = {f"{word}s" for word in _WHOLES} | {
+    "policies",
+    "ensemble",
+    "modalities",
+}
 
 
 @functools.lru_cache(maxsize=4096)  # a tree has few names, and each many times
