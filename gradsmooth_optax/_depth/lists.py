@@ -10,18 +10,19 @@ from dataclasses import replace
 import numpy as np
 
 from gradsmooth_optax._depth.depth import Depth
-from gradsmooth_optax._depth.paths import Path, Place, show_path, some
+from gradsmooth_optax._depth.paths import Path, Place, present, show_path, some
 from gradsmooth_optax._depth.siblings import (
     Siblings,
     are_consecutive,
     children_of,
     places_by_child,
 )
-from gradsmooth_optax._depth.stack import Stack, present
+from gradsmooth_optax._depth.stack import Stack
 from gradsmooth_optax._depth.words import VECTORS, is_apart
 
 
 def layers_of(siblings: Siblings) -> Stack:
+    """The siblings as layers, with what is to be decided about that."""
     is_named, numbers = siblings.meaning == "layers", list(siblings.children)
     scattered = {
         show_path(path)
@@ -130,6 +131,7 @@ def layers_or_cycle(siblings: Siblings, tree: Sequence[Place]) -> Stack:
 def cycle_of(
     siblings: Siblings, axis: int, reason: str, doubts: tuple[str, ...]
 ) -> Stack:
+    """The siblings as positions of a cycle, stacked over its repeats on `axis`."""
     layers, length = layers_of(siblings), len(siblings.children)
     doubts += tuple(d for d in layers.doubts if "`ranked` closes" in d)
     ranked = any(len(held) < length for held in siblings.numbers_of_roles.values())
@@ -172,6 +174,7 @@ def _axes_of_matrices(places: Sequence[Place]) -> list[int] | None:
 
 
 def common_axes(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """Axes on which all shapes agree, where they may be of vectors and matrices."""
     ranks = list(map(len, shapes))
     if min(ranks, default=0) < 2 or max(ranks) < 3:
         return []

@@ -47,6 +47,11 @@ def places_of(tree: Any) -> list[Place]:
     return list(_places((), tree))
 
 
+def present(places: Sequence[Place]) -> list[Place]:
+    """The places that hold leaves."""
+    return [place for place in places if place.leaf is not MASKED]
+
+
 def _places(path: Path, node: Any, names: tuple[Any, ...] = ()) -> Iterator[Place]:
     flat, _ = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda child: child is not node and _is_special(child)

@@ -21,10 +21,10 @@ from gradsmooth_optax._depth.lists import (
     layers_or_cycle,
     stacked_axes,
 )
-from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
+from gradsmooth_optax._depth.paths import MASKED, Path, Place, present, show_path, some
 from gradsmooth_optax._depth.scans import scanned_stack, stacked, stacked_between
 from gradsmooth_optax._depth.siblings import Siblings, children_of
-from gradsmooth_optax._depth.stack import LeftOut, Reading, Stack, present
+from gradsmooth_optax._depth.stack import LeftOut, Reading, Stack
 from gradsmooth_optax._depth.words import (
     is_apart,
     is_layer,

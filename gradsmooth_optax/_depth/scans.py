@@ -16,9 +16,9 @@ from gradsmooth_optax._depth.lists import (
     own_axes,
     stacked_axes,
 )
-from gradsmooth_optax._depth.paths import Path, Place, show_path, some
+from gradsmooth_optax._depth.paths import Path, Place, present, show_path, some
 from gradsmooth_optax._depth.siblings import Siblings, children_of, patterns_of
-from gradsmooth_optax._depth.stack import Stack, present
+from gradsmooth_optax._depth.stack import Stack
 from gradsmooth_optax._depth.words import (
     VECTORS,
     is_apart,
@@ -209,6 +209,7 @@ def scanned_stack(
     is_named: bool,
     doubts: tuple[str, ...] = (),
 ) -> Stack:
+    """The node as layers along these axes, or as a cycle with its positions."""
     axis = axes[0] if len(axes) == 1 else axes
     families, others = children_of(node, places)
     cycle = next((f for f in families if f.meaning == "layers"), None)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from gradsmooth_optax._depth.depth import Depth
-from gradsmooth_optax._depth.paths import MASKED, Path, Place
+from gradsmooth_optax._depth.paths import Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +78,3 @@ class Reading(NamedTuple):
 
     stacks: tuple[Stack, ...]
     left_out: tuple[LeftOut, ...]
-
-
-def present(places: Sequence[Place]) -> list[Place]:
-    """The places that hold leaves."""
-    return [place for place in places if place.leaf is not MASKED]

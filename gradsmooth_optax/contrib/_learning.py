@@ -22,7 +22,7 @@ from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
 from gradsmooth_optax._coupling.totals import Per, Units
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, Grouping
-from gradsmooth_optax._depth.paths import MASKED, places_of, show_path, some
+from gradsmooth_optax._depth.paths import places_of, present, show_path, some
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._transforms.states import with_checked_state
 
@@ -264,7 +264,7 @@ def _as_grouped(gradients: Any, grouping: Grouping) -> dict[int, Any]:
     Groups are those of what `inner` returned: it may change dtypes, and couple so what
     in the gradients is of different ones.
     """
-    there = [place for place in places_of(gradients) if place.leaf is not MASKED]
+    there = present(places_of(gradients))
     given = [(place.path, np.shape(place.leaf)) for place in there]
     returned = list(zip(grouping.paths, map(np.shape, grouping.leaves), strict=True))
     if given != returned:
