@@ -137,7 +137,7 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
 def _doubts(stack: Stack, places: Sequence[Place]) -> Iterator[str]:
     yield from stack.doubts
     if stack.rivals:
-        call = call_of_rivals(stack, places)
+        call = call_of_rivals([stack], places)
         yield (
             f"{stack.reason}; but also {stack.rivals[0].reason}. If those are the "
             f"layers, {f'write `{call!r}`' if call else 'there is nothing to couple'}"

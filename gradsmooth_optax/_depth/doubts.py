@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import Group, Grouping, Member, group_places
 from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
 from gradsmooth_optax._depth.reading import read
-from gradsmooth_optax._depth.specs import DepthSpec
+from gradsmooth_optax._depth.specs import DepthSpec, is_default_unrolled
 from gradsmooth_optax._depth.stack import Reading, Stack
 from gradsmooth_optax._depth.words import meaning
 
@@ -39,12 +41,24 @@ class DepthWarning(UserWarning):
     """
 
 
-def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
+class Doubt(NamedTuple):
+    """What is probably not meant.
+
+    Attributes:
+      found: what the grouping does, to be read after its spec.
+      missed: what it leaves out and the reading does not take for layers.
+    """
+
+    found: str
+    missed: tuple[Stack, ...] = ()
+
+
+def doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
     """What is probably not meant."""
     if not grouping.groups:
         return
     if not grouping.coupled:
-        yield from _nothing_coupled(grouping, reading)
+        yield from map(Doubt, _nothing_coupled(grouping, reading))
         return
     # What a restriction leaves out is left out on purpose.
     held = _held(_unrestricted(grouping))
@@ -54,23 +68,22 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
         if stack.function == "scanned"
         for path in stack.depths
     )
-    for stack in reading.stacks:
-        if not stack.is_one_layer:
-            # One of two readings is enough.
-            readings = (stack, *stack.rivals)
-            found = [_contradiction(s, held, takes_unnamed) for s in readings]
-            yield from found[:1] if all(found) else ()
-    for reason, stack, is_apart in reading.left_out:
-        if is_apart and (group := _coupled_apart(stack, grouping)):
-            yield f"couples {_shown(group)}: {reason}"
-        elif not is_apart and (there := held.keys() & stack.depths.keys()):
-            # Such as Haiku's, whose first one has no number.
-            first = min(depth.layer for depth in stack.depths.values())
-            if all(stack.depths[path].layer > first for path in there):
-                yield from filter(None, [_missing(stack, held)])
-    yield from _part_of_a_stack(held, reading)
-    yield from _wrong_axes(grouping)
-    yield from _too_wide(grouping, reading)
+    several = [stack for stack in reading.stacks if not stack.is_one_layer]
+    is_rival_there = any(s.rivals and held.keys() & s.depths.keys() for s in several)
+    for stack in several:
+        found = _contradictions((stack,), held, takes_unnamed)
+        if found and stack.rivals and held.keys() & stack.depths.keys():
+            # One of two readings is enough, but all of it.
+            others = _contradictions(stack.rivals, held, takes_unnamed)
+            found = others and min(found, others, key=len)
+        elif stack.rivals and not is_rival_there:
+            continue  # it may be no stack
+        yield from map(Doubt, found[:1])
+    yield from _not_taken_for_layers(held, grouping, reading)
+    yield from map(Doubt, _taken_without_a_pattern(held, grouping, reading))
+    yield from map(Doubt, _part_of_a_stack(held, reading))
+    yield from map(Doubt, _wrong_axes(grouping))
+    yield from map(Doubt, _too_wide(grouping, reading))
 
 
 def _nothing_coupled(grouping: Grouping, reading: Reading) -> Iterator[str]:
@@ -108,6 +121,15 @@ def _held(grouping: Grouping) -> dict[Path, tuple[Group, Member]]:
     }
 
 
+def _contradictions(
+    stacks: Sequence[Stack],
+    held: Mapping[Path, tuple[Group, Member]],
+    takes_unnamed: bool,
+) -> list[str]:
+    found = (_contradiction(stack, held, takes_unnamed) for stack in stacks)
+    return list(filter(None, found))
+
+
 def _contradiction(
     stack: Stack, held: Mapping[Path, tuple[Group, Member]], takes_unnamed: bool
 ) -> str:
@@ -135,20 +157,10 @@ def _contradiction(
     is_read = not stack.doubts or stack.is_cycle or is_named_list
     if not is_read and not (stack.function == "scanned" and stack.is_named):
         return ""
-    if missing := _missing(stack, held):
+    if missing := _missing(stack, held) or _read_as_stacked(stack, there):
         return missing
-    for path, (group, member) in there.items():
+    for path, (_, member) in there.items():
         axes = set(as_tuple(stack.depths[path].axis))
-        if stack.function == "unrolled" and member.axes:
-            # A cycle has a stride, and couples the siblings with each other.
-            is_alone = len(group.members) == 1
-            if _is_one_layer(group, member) or (is_alone and not _has_stride(member)):
-                return (
-                    f"takes axis {some(member.axes)} of leaf {show_path(path)} for "
-                    f"depth, but there are {stack.reason}. Probably the layers are "
-                    f"leaves of their own; were they positions of a cycle, they would "
-                    f"need a `stride`"
-                )
         is_wrong = not axes <= set(member.axes) and (stack.is_on_axis or is_read)
         if stack.function == "scanned" and (is_wrong or not member.axes):
             taken = f"axis {some(member.axes)}" if member.axes else "no axis"
@@ -159,6 +171,58 @@ def _contradiction(
     return _counterparts(stack, there) if is_read else ""
 
 
+def _not_taken_for_layers(
+    held: Mapping[Path, tuple[Group, Member]], grouping: Grouping, reading: Reading
+) -> Iterator[Doubt]:
+    """What is coupled though it is apart, and what is left out beside its like."""
+    beside = {
+        _place_of(stack)
+        for stack in (*reading.stacks, *(left.stack for left in reading.left_out))
+        if stack.function == "unrolled" and held.keys() & stack.depths.keys()
+    }
+    parts: dict[Hashable, list[Stack]] = defaultdict(list)
+    for reason, stack, is_apart in reading.left_out:
+        there = {path: held[path] for path in stack.depths if path in held}
+        if is_apart:
+            if group := _coupled_apart(stack, grouping):
+                yield Doubt(f"couples {_shown(group)}: {reason}")
+            continue
+        if _place_of(stack) in beside:
+            parts[_place_of(stack)].append(stack)
+        if there:
+            # Such as Haiku's, whose first one has no number.
+            first = min(depth.layer for depth in stack.depths.values())
+            is_without_first = all(stack.depths[path].layer > first for path in there)
+            found = is_without_first and _missing(stack, held)
+            if found := found or _read_as_stacked(stack, there):
+                yield Doubt(found, (stack,))
+    for stacks in parts.values():
+        if missing := [s for s in stacks if not held.keys() & s.depths.keys()]:
+            names = [str(next(iter(s.depths.values())).stack) for s in missing]
+            yield Doubt(
+                f"leaves out {some(names)}, which stand beside what it takes and are "
+                f"as many: probably parts of the same layers",
+                tuple(stacks),
+            )
+
+
+def _place_of(stack: Stack) -> tuple[str, frozenset[int]]:
+    """Where its siblings are, and their numbers: equal for lists side by side."""
+    depths = stack.depths.values()
+    name = next((str(depth.stack) for depth in depths), "")
+    return name.rpartition("/")[0], frozenset(depth.layer for depth in depths)
+
+
+def _taken_without_a_pattern(
+    held: Mapping[Path, tuple[Group, Member]], grouping: Grouping, reading: Reading
+) -> Iterator[str]:
+    """What `unrolled()` takes, though there is something to decide."""
+    if is_default_unrolled(grouping.spec):
+        for stack in reading.stacks:
+            if stack.function == "unrolled" and held.keys() & stack.depths.keys():
+                yield from (f"is not sure of {doubt}" for doubt in stack.doubts[:1])
+
+
 def _missing(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> str:
     """Layers of which nothing is taken, though of others something is."""
     there = {depth.layer for path, depth in stack.depths.items() if path in held}
@@ -167,6 +231,22 @@ def _missing(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> str:
         return ""
     number = f"layer{'s' * (len(missing) > 1)} {some(missing)}"
     return f"leaves out {number} of {stack.reason}"
+
+
+def _read_as_stacked(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> str:
+    """Layers that are leaves of their own, of which an axis is taken for depth."""
+    for path, (group, member) in there.items():
+        if stack.function == "unrolled" and member.axes:
+            # A cycle has a stride, and couples the siblings with each other.
+            is_alone = len(group.members) == 1
+            if _is_one_layer(group, member) or (is_alone and not _has_stride(member)):
+                return (
+                    f"takes axis {some(member.axes)} of leaf {show_path(path)} for "
+                    f"depth, but there are {stack.reason}. Probably the layers are "
+                    f"leaves of their own; were they positions of a cycle, they would "
+                    f"need a `stride`"
+                )
+    return ""
 
 
 def _has_stride(member: Member) -> bool:
@@ -314,7 +394,7 @@ def _wrong_axes(grouping: Grouping) -> Iterator[str]:
 
 
 def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
-    """Leaves beside a stack that the same `scanned` takes, of another size."""
+    """Leaves beside a stack that the same `scanned` takes."""
     stacks = [stack for stack in reading.stacks if not stack.is_one_layer]
     inside = {path for stack in stacks for path in stack.depths}
     scans: dict[DepthSpec, list[Member]] = defaultdict(list)
@@ -323,11 +403,14 @@ def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
             if member.scan is not None:
                 scans[member.scan].append(member)
     for scan, members in scans.items():
-        sizes = {m.layers.shape for m in members if m.path in inside}
+        taken = [m for m in members if m.path in inside]
+        sizes = {m.layers.shape for m in taken}
         for member in members:
             in_layers = {"layers", "layers of parts"} & set(map(meaning, member.path))
-            is_beside = member.path not in inside and not in_layers
-            if sizes and is_beside and member.layers.shape not in sizes:
+            if not taken or member.path in inside or in_layers:
+                continue
+            is_named = _is_named_by(getattr(scan, "pattern", ""), member.path, taken)
+            if member.layers.shape not in sizes or not is_named:
                 yield (
                     f"takes axis {some(member.axes)} of leaf {show_path(member.path)} "
                     f"for {member.layers.size} layers, though it is in none of the "
@@ -335,6 +418,25 @@ def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
                     f"too wide"
                 )
                 break
+
+
+def _is_named_by(pattern: str, path: Path, taken: Sequence[Member]) -> bool:
+    """Whether a pattern names a leaf, and does not just take it with its neighbors.
+
+    It matches the whole segment with which the path leaves those of the others.
+    """
+    shared = max(_num_shared(path, other.path) for other in taken)
+    match = re.search(pattern, show_path(path))
+    start = len(show_path((*path[:shared], "")))
+    end = len(show_path(path[: shared + 1]))
+    return bool(match) and match.start() <= start and match.end() >= end
+
+
+def _num_shared(path: Path, other: Path) -> int:
+    """How many segments are the same from the start."""
+    pairs = enumerate(zip(path, other, strict=False))
+    shorter = min(len(path), len(other))
+    return next((i for i, (a, b) in pairs if a != b), shorter)
 
 
 def unknown_stacks(

@@ -95,8 +95,13 @@ class Siblings:
         And not vectors alone: a norm and a linear layer both have a bias.
         """
         known = {n for numbers in self.numbers_of.values() for n in numbers}
+        ranks: dict[Path, set[int]] = defaultdict(set)
+        for path, shape, _ in self.numbers_of_roles:
+            ranks[path].add(len(shape))
         common = [
-            p for p, numbers in self.numbers_of.items() if len(numbers) == len(known)
+            path
+            for path, numbers in self.numbers_of.items()
+            if len(numbers) == len(known) and len(ranks[path]) < 2
         ]
         most = max(map(len, self.children.values()))
         vectors_alone = all(path and str(path[-1]) in VECTORS for path in common)
