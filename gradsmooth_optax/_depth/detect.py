@@ -9,7 +9,12 @@ from typing import Any
 import jax
 
 from gradsmooth_optax._depth.paths import Place, places_of
-from gradsmooth_optax._depth.proposals import best_spec, call_of_rivals, proposed
+from gradsmooth_optax._depth.proposals import (
+    best_spec,
+    call_of_rivals,
+    proposed,
+    why_not,
+)
 from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.specs import DepthSpec
 from gradsmooth_optax._depth.stack import Stack
@@ -121,10 +126,8 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
         tried = best_spec(stacks, reading, places, treedef)
         proposal = tried or proposal
         if tried is None:
-            doubts.append(
-                "tried on this tree, the call is an error or doubted, as `describe` "
-                "shows: give a stack a name of its own with `stack=`, or leave it out"
-            )
+            wrong = why_not(proposal, reading, places, treedef)
+            doubts.append(f"tried on this tree: {wrong}")
     return Detection(
         "" if proposal is None else repr(proposal),
         tuple(found.reason for found in (stacks or reading.left_out)),

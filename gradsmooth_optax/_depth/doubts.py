@@ -196,6 +196,8 @@ def _not_taken_for_layers(
             found = is_without_first and _missing(stack, held)
             if found := found or _read_as_stacked(stack, there):
                 yield Doubt(found, (stack,))
+        elif stack.is_named:
+            yield Doubt(f"leaves out all of {reason}", (stack,))
     for stacks in parts.values():
         if missing := [s for s in stacks if not held.keys() & s.depths.keys()]:
             names = [str(next(iter(s.depths.values())).stack) for s in missing]

@@ -88,10 +88,26 @@ def _tried(
         grouping = group_places(spec, places, treedef)
     except (TypeError, ValueError):
         return None
-    wrong = next(faults(grouping, strict=True), None) or next(
-        doubts(grouping, reading), None
-    )
-    return grouping if grouping.coupled and wrong is None else None
+    return None if _wrong(grouping, reading) else grouping
+
+
+def _wrong(grouping: Grouping, reading: Reading) -> str:
+    """What is said of a grouping, if anything is."""
+    for found, fix, _ in faults(grouping, strict=True):
+        return f"{found} To fix: {fix}."
+    for found, _ in doubts(grouping, reading):
+        return f"`depth` {grouping.spec!r} {found}."
+    return "" if grouping.coupled else f"`depth` {grouping.spec!r} couples nothing."
+
+
+def why_not(
+    spec: DepthSpec, reading: Reading, places: Sequence[Place], treedef: Any
+) -> str:
+    """What is said of a call on this tree."""
+    try:
+        return _wrong(group_places(spec, places, treedef), reading)
+    except (TypeError, ValueError) as error:
+        return str(error)
 
 
 def _is_along(grouping: Grouping, stacks: Sequence[Stack]) -> bool:
@@ -160,18 +176,21 @@ def call_of_rivals(
 def _message(fault: Fault, grouping: Grouping) -> str:
     if not fault.is_misread:
         return f"{fault.found} To fix: {fault.fix}."
-    reading, found = grouping.reading, fault.found
+    reading, found, missed = grouping.reading, fault.found, ()
     if not reading.stacks and reading.left_out:
-        found += f" The tree shows {reading.left_out[0].reason}."
-    cure = _cure(grouping, reading)
-    return f"{found} To fix: {cure}{'; or ' * bool(cure)}{fault.fix}."
+        reason, stack, is_apart = reading.left_out[0]
+        found += f" The tree shows {reason}."
+        missed = () if is_apart else (stack,)
+    cure = _cure(grouping, reading, found, missed)
+    if_so = "if those are the layers, " * bool(cure and missed)
+    return f"{found} To fix: {if_so}{cure}{'; or ' * bool(cure)}{fault.fix}."
 
 
 def warnings_of(grouping: Grouping) -> list[str]:
     """What is doubted, each with a call that was tried on the tree."""
     warnings = []
     for found, missed in doubts(grouping, grouping.reading):
-        cure = _cure(grouping, grouping.reading, missed)
+        cure = _cure(grouping, grouping.reading, found, missed)
         advice = f"To fix: {cure}" if cure else "No call was found that does better"
         stop = "" if found.endswith("?") else "."
         warnings.append(
@@ -181,7 +200,9 @@ def warnings_of(grouping: Grouping) -> list[str]:
     return warnings
 
 
-def _cure(grouping: Grouping, reading: Reading, missed: Sequence[Stack] = ()) -> str:
+def _cure(
+    grouping: Grouping, reading: Reading, found: str, missed: Sequence[Stack]
+) -> str:
     """A call that was tried, as advice; "" where none does better."""
     several = [stack for stack in reading.stacks if not stack.is_one_layer]
     certain = [stack for stack in several if stack.is_certain]
@@ -190,7 +211,7 @@ def _cure(grouping: Grouping, reading: Reading, missed: Sequence[Stack] = ()) ->
         spec = best_spec(stacks, reading, grouping.places, grouping.treedef)
         call = spec and restricted_like(spec, grouping.spec)
         if call and call != grouping.spec:
-            unsure = [doubt for stack in stacks for doubt in stack.doubts]
+            unsure = [d for stack in stacks for d in stack.doubts if d not in found]
             restricted = " with the same restriction" * (call != spec)
             so = "".join(f", if so: {doubt}" for doubt in unsure[:1])
             return f"write `{spec!r}`{restricted}{so}"

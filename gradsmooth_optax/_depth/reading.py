@@ -26,9 +26,9 @@ from gradsmooth_optax._depth.scans import scanned_stack, stacked, stacked_betwee
 from gradsmooth_optax._depth.siblings import Siblings, children_of
 from gradsmooth_optax._depth.stack import LeftOut, Reading, Stack
 from gradsmooth_optax._depth.words import (
-    is_apart,
     is_layer,
     is_stage,
+    may_be_apart,
     meaning,
     split_number,
 )
@@ -67,9 +67,19 @@ def _read(tree: tuple[Place, ...]) -> Reading:
     best = max(ranks, default=(False, False))
     minor = [s for s, r in zip(stacks, ranks, strict=True) if s.is_minor and r < best]
     left_out += [LeftOut(stack.reason, stack, False) for stack in minor]
-    kept = [stack for stack in stacks if stack not in minor]
+    kept = [
+        replace(stack, doubts=(*stack.doubts, _other_word(stack)))
+        if not stack.is_named and best[1] and stack.function == "unrolled"
+        else stack
+        for stack in stacks
+        if stack not in minor
+    ]
     sizes = {p.path: np.shape(p.leaf) for p in present(tree)}
     return Reading(tuple(_with_remainders(kept, sizes)), tuple(left_out))
+
+
+def _other_word(stack: Stack) -> str:
+    return f"{stack.reason}, but not called layers, as others are. Are they?"
 
 
 def _with_remainders(
@@ -109,7 +119,7 @@ def _stacks(
         if stack := stacked(node, places, tree):
             yield stack
             return
-        is_first = is_apart(node) and not is_apart(node[:-1])
+        is_first = may_be_apart(node) and not may_be_apart(node[:-1])
         has_layers = any(
             meaning(s) == "layers" for p in places for s in p.path[len(node) :]
         )
@@ -149,6 +159,7 @@ def _numbered(
     """The siblings as layers, or the stacks in each of them; or both as rivals."""
     found, equal = siblings.meaning, siblings.are_equal
     is_named = found == "layers" and (equal or siblings.num_modules > 1)
+    is_named |= found == "layers" and siblings.share_matrices
     left_out_inside: list[LeftOut] = []
     inner = [
         stack

@@ -110,6 +110,14 @@ class Siblings:
         )
 
     @property
+    def share_matrices(self) -> bool:
+        """Whether all of them hold a matrix of one shape, whatever else some hold."""
+        return any(
+            len(numbers) == len(self.children) and len(shape) > 1
+            for (_, shape, _), numbers in self.numbers_of_roles.items()
+        )
+
+    @property
     def num_modules(self) -> int:
         """How many modules the largest of them has."""
         modules = defaultdict(set)

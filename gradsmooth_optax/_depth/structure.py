@@ -190,8 +190,9 @@ def _duplicate(group: Group) -> Fault:
         return Fault(
             f"{given} {len(paths)} stacked leaves: {some(paths)}. They are probably "
             f"positions in a cycle of layers, or parts of one chain.",
-            "give the cycle's length, as in `scanned(r'layers_(\\d+)/', stride=6)`, "
-            "shift one part with `start=`, or name another `stack=`",
+            f"take their number into the pattern and give the cycle's length, "
+            f"`stride={len(group.members)}`; shift one part with `start=`; or name "
+            f"another `stack=`",
         )
     return Fault(
         f"{given} {len(paths)} leaves: {some(paths)}. The pattern probably drops the "

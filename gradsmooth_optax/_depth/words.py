@@ -34,6 +34,11 @@ _WHOLES = {
     *("adapter", "quantizer", "modality", "stream", "subnet", "backbone", "trunk"),
     *("torso", "estimator", "period"),
 }
+# Those of which a few are trained beside each other, by `vmap`.
+_LEARNERS = {
+    *("critic", "actor", "policy", "agent", "player", "discriminator", "q", "qf"),
+    *("vf", "estimator", "member", "ensemble"),
+}
 _LISTS_OF_WHOLES = {f"{word}s" for word in _WHOLES} | {
     "policies",
     "ensemble",
@@ -82,6 +87,11 @@ def is_layer(name: str | int) -> bool:
 def is_apart(node: tuple[str | int, ...]) -> bool:
     """Whether a path is of things that stand side by side, such as experts."""
     return any(meaning(segment, True) == "beside" for segment in node)
+
+
+def may_be_apart(node: tuple[str | int, ...]) -> bool:
+    """The same, or of one learner that may be several, stacked: `critic`."""
+    return is_apart(node) or any(_LEARNERS & {*_words(n)[-1:]} for n in node)
 
 
 def is_stage(name: str | int) -> bool:
