@@ -14,7 +14,7 @@ from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import Group, Grouping, Member, group_places
 from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
 from gradsmooth_optax._depth.reading import read
-from gradsmooth_optax._depth.specs import DepthSpec, is_default_unrolled
+from gradsmooth_optax._depth.specs import DepthSpec
 from gradsmooth_optax._depth.stack import Reading, Stack
 from gradsmooth_optax._depth.words import meaning
 
@@ -80,7 +80,6 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
             continue  # it may be no stack
         yield from map(Doubt, found[:1])
     yield from _not_taken_for_layers(held, grouping, reading)
-    yield from map(Doubt, _taken_without_a_pattern(held, grouping, reading))
     yield from map(Doubt, _part_of_a_stack(held, reading))
     yield from map(Doubt, _wrong_axes(grouping))
     yield from map(Doubt, _too_wide(grouping, reading))
@@ -208,21 +207,15 @@ def _not_taken_for_layers(
             )
 
 
-def _place_of(stack: Stack) -> tuple[str, frozenset[int]]:
-    """Where its siblings are, and their numbers: equal for lists side by side."""
+def _place_of(stack: Stack) -> tuple[str, frozenset[int], bool]:
+    """Where its siblings are, their numbers, and whether they are lone arrays.
+
+    Equal for lists side by side, of parts of the same layers.
+    """
     depths = stack.depths.values()
     name = next((str(depth.stack) for depth in depths), "")
-    return name.rpartition("/")[0], frozenset(depth.layer for depth in depths)
-
-
-def _taken_without_a_pattern(
-    held: Mapping[Path, tuple[Group, Member]], grouping: Grouping, reading: Reading
-) -> Iterator[str]:
-    """What `unrolled()` takes, though there is something to decide."""
-    if is_default_unrolled(grouping.spec):
-        for stack in reading.stacks:
-            if stack.function == "unrolled" and held.keys() & stack.depths.keys():
-                yield from (f"is not sure of {doubt}" for doubt in stack.doubts[:1])
+    numbers = frozenset(depth.layer for depth in depths)
+    return name.rpartition("/")[0], numbers, any(not depth.role for depth in depths)
 
 
 def _missing(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> str:

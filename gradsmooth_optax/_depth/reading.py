@@ -69,7 +69,7 @@ def _read(tree: tuple[Place, ...]) -> Reading:
     left_out += [LeftOut(stack.reason, stack, False) for stack in minor]
     kept = [
         replace(stack, doubts=(*stack.doubts, _other_word(stack)))
-        if not stack.is_named and best[1] and stack.function == "unrolled"
+        if not stack.is_named and best[0] and stack.function == "unrolled"
         else stack
         for stack in stacks
         if stack not in minor

@@ -197,8 +197,8 @@ def _duplicate(group: Group) -> Fault:
     return Fault(
         f"{given} {len(paths)} leaves: {some(paths)}. The pattern probably drops the "
         f"part of the path that tells them apart.",
-        "capture it, as in `(?P<stack>...)` or `(?P<role>...)`, or shift one part with "
-        "`start=`",
+        "capture it, as in `(?P<stack>...)` or `(?P<role>...)`, shift one part with "
+        "`start=`, or name another `stack=`",
     )
 
 
