@@ -81,6 +81,7 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
         yield from map(Doubt, found[:1])
     yield from _not_taken_for_layers(held, grouping, reading)
     yield from map(Doubt, _part_of_a_stack(held, reading))
+    yield from map(Doubt, _kinds_of_modules(grouping))
     yield from map(Doubt, _wrong_axes(grouping))
     yield from map(Doubt, _too_wide(grouping, reading))
 
@@ -360,6 +361,31 @@ def _part_of_a_stack(
                 f"{len(stack.depths)} leaves of {stack.reason}; but all of "
                 f"{whole.reason}"
             )
+
+
+def _kinds_of_modules(grouping: Grouping) -> Iterator[str]:
+    """Neighbors that only happen to be called alike, as the biases of all modules."""
+    modules: dict[Path, dict[str, int]] = defaultdict(dict)
+    for path, leaf in zip(grouping.paths, grouping.leaves, strict=True):
+        modules[path[:-1]][str(path[-1:])] = np.ndim(leaf)
+    for group in grouping.coupled:
+        members = group.members
+        for (m, index), (n, _) in group.neighbors if len(members) > 1 else ():
+            one, other = members[m].path, members[n].path
+            if not index and _are_other_kinds(modules[one[:-1]], modules[other[:-1]]):
+                yield (
+                    f"couples {show_path(one)} with {show_path(other)}, which is in "
+                    f"another kind of module"
+                )
+                return
+
+
+def _are_other_kinds(ranks: Mapping[str, int], others: Mapping[str, int]) -> bool:
+    shared = ranks.keys() & others.keys()
+    is_part = len(shared) == min(len(ranks), len(others))
+    has_matrix = any(ranks[name] > 1 for name in shared)
+    differ = any(ranks[name] != others[name] for name in shared)
+    return differ or not (is_part or has_matrix)
 
 
 def _wrong_axes(grouping: Grouping) -> Iterator[str]:

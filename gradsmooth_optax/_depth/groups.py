@@ -125,6 +125,13 @@ class Group:
         positions = [position for run in self.runs for position, _ in enumerate(run)]
         return np.arange(self.num_layers) - np.array(positions, int)
 
+    @property
+    def neighbors(self) -> list[tuple[Any, Any]]:
+        """The slots of each two layers that are neighbors, in depth order."""
+        pairs = itertools.pairwise(self.slots)
+        starts = itertools.pairwise(self.run_starts)
+        return [pair for pair, (a, b) in zip(pairs, starts, strict=True) if a == b]
+
     @functools.cached_property
     def ranks(self) -> tuple[np.ndarray, ...]:
         """For every member, the rank in `slots` of each of its slots."""

@@ -125,11 +125,8 @@ def _pairs(grouping: Grouping) -> set[tuple]:
     pairs = set()
     for group in grouping.coupled:
         where = [(member.leaf, member.axes) for member in group.members]
-        slots = [(where[m], index) for m, index in group.slots]
         pairs |= {
-            (slots[i], slots[i + 1])
-            for i in range(len(slots) - 1)
-            if group.run_starts[i] == group.run_starts[i + 1]
+            tuple((where[m], index) for m, index in pair) for pair in group.neighbors
         }
     return pairs
 
