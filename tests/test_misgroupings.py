@@ -536,7 +536,17 @@ CASES = {
     "numbers inside of names": Case(
         gs.unrolled(r"h(\d)_"),
         {f"net/h{i}_{m}": dense() for i in range(12) for m in ("attn", "mlp", "ln_1")},
-        ("leaves out net/h10_attn/bias",),
+        ("leaves out net/h1[01]_attn/bias",),
+    ),
+    "a first name without the number inside": Case(
+        gs.unrolled(r"h(\d+)_"),
+        {f"net/h{i}_{m}": dense() for i in ("", 1, 2) for m in ("attn", "mlp")},
+        ("leaves out net/h_attn/bias",),
+    ),
+    "a first layer that is called so": Case(
+        gs.unrolled(r"^block_(\d+)/"),
+        {f"{name}": block() for name in ("first_block", "block_1", "block_2")},
+        ("leaves out layer 0",),
     ),
     "blocks of a U-Net": Case(
         UNROLLED,

@@ -441,19 +441,25 @@ def _other_numbers(grouping: Grouping) -> Iterator[str]:
     held = _held(_unrestricted(grouping))
     alike: dict[str, dict[tuple[str, ...], Path]] = defaultdict(dict)
     for path in grouping.paths:
-        text = show_path(path)
-        alike[_without_numbers(path)][tuple(re.findall(r"\d+", text))] = path
-    for paths in alike.values():
+        numbers = re.findall(r"\d+", show_path(path))
+        alike[_without_numbers(path)][tuple(numbers)] = path
+    for text, paths in alike.items():
         taken = [n for n, path in paths.items() if _is_leaf_of_one(path, held)]
         for i in range(len(taken[0])) if len(taken) > 1 else ():
             others = {(*n[:i], *n[i + 1 :]) for n in taken}
             if len({n[i] for n in taken}) < 2 or len(others) == len(taken):
                 continue  # these are no layers
-            for n, path in paths.items():
-                if path not in held and (*n[:i], *n[i + 1 :]) in others:
+            found = {
+                (*n[:i], *n[i + 1 :]): p for n, p in paths.items() if p not in held
+            }
+            start, end = [m.span() for m in re.finditer("#", text)][i]
+            for without in (text[:start], text[:start].rstrip("_")):
+                found |= alike.get(without + text[end:], {})  # the first one
+            for numbers, path in found.items():
+                if numbers in others and path not in held:
                     yield (
-                        f"leaves out {show_path(path)}, whose path has another number, "
-                        f"but takes {show_path(paths[taken[0]])}"
+                        f"leaves out {show_path(path)}, whose path has another number "
+                        f"or none, but takes {show_path(paths[taken[0]])}"
                     )
                     return
 

@@ -224,8 +224,11 @@ def children_of(
         first_is_bare = bool(bare) and bare in children and counts_from_one
         if first_is_bare:
             numbered[0] = bare
-        elif bare and bare in children and sorted(numbered)[:1] == [2]:
-            numbered[1] = bare  # counted, and found, by nothing else than this
+        elif bare and len(numbered) > 1:
+            # Without a number, and so found by no pattern for the others.
+            first, start = min(numbered), f"first_{bare}"
+            if (first, True) in ((2, bare in children), (1, start in children)):
+                numbered[first - 1] = bare if first == 2 else start
         if len(numbered) > 1:
             found = {n: children.pop(numbered[n]) for n in sorted(numbered)}
             families.append(Siblings(node, stem, found, first_is_bare))
