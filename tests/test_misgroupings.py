@@ -571,7 +571,7 @@ CASES = {
     "a first layer without a number, and a second one": Case(
         gs.unrolled(r"layer_(\d+)/"),
         {f"layer{n}": block() for n in ("", "_2", "_3")},
-        ("leaves out layer 1",),
+        ("leaves out layer 0",),
     ),
     "the last norm, which is as wide as the model is deep": Case(
         gs.scanned("layers"),

@@ -220,15 +220,15 @@ def children_of(
         if stem in ambiguous:
             continue
         bare = stem.removesuffix("_")
-        counts_from_one = sorted(numbered) == list(range(1, len(numbered) + 1))
-        first_is_bare = bool(bare) and bare in children and counts_from_one
+        first, count = min(numbered), len(numbered)
+        is_counted = sorted(numbered) == list(range(first, first + count))
+        # From 2 on there may be a gap, or the count is from 1: to be decided.
+        is_next = first == 1 or (first == 2 and count > 1)
+        first_is_bare = bool(bare) and bare in children and is_counted and is_next
         if first_is_bare:
             numbered[0] = bare
-        elif bare and len(numbered) > 1:
-            # Without a number, and so found by no pattern for the others.
-            first, start = min(numbered), f"first_{bare}"
-            if (first, True) in ((2, bare in children), (1, start in children)):
-                numbered[first - 1] = bare if first == 2 else start
+        elif bare and first == 1 and f"first_{bare}" in children:
+            numbered[0] = f"first_{bare}"
         if len(numbered) > 1:
             found = {n: children.pop(numbered[n]) for n in sorted(numbered)}
             families.append(Siblings(node, stem, found, first_is_bare))
