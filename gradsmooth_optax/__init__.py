@@ -66,6 +66,11 @@ from gradsmooth_optax._transforms.smooth import (
     with_depth_smoothing as with_depth_smoothing,
 )
 
+# Every layer by itself.
+from gradsmooth_optax._transforms.per_layer import PerLayerState as PerLayerState
+from gradsmooth_optax._transforms.per_layer import StatesByStack as StatesByStack
+from gradsmooth_optax._transforms.per_layer import per_layer as per_layer
+
 # What it does, in numbers and in pictures.
 from gradsmooth_optax import diagnostics as diagnostics
 from gradsmooth_optax import plots as plots
