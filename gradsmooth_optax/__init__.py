@@ -70,6 +70,10 @@ from gradsmooth_optax._transforms.smooth import (
 from gradsmooth_optax._transforms.per_layer import PerLayerState as PerLayerState
 from gradsmooth_optax._transforms.per_layer import StatesByStack as StatesByStack
 from gradsmooth_optax._transforms.per_layer import per_layer as per_layer
+from gradsmooth_optax._transforms.scale import LayerFactors as LayerFactors
+from gradsmooth_optax._transforms.scale import factors_fn as factors_fn
+from gradsmooth_optax._transforms.scale import layer_wise_decay as layer_wise_decay
+from gradsmooth_optax._transforms.scale import scale_over_depth as scale_over_depth
 
 # What it does, in numbers and in pictures.
 from gradsmooth_optax import diagnostics as diagnostics

@@ -321,7 +321,8 @@ def _check_alike(block: Block, updates: Sequence[Any], new: Any) -> None:
         raise TypeError(
             f"`inner` of `per_layer` must keep the structure of the updates, but made "
             f"{jax.tree.structure(new)} of {block.treedef}, a layer of stack "
-            f"{block.stack!r}. Put what changes it outside: `chain(per_layer(...), it)`."
+            f"{block.stack!r}. Put what changes it outside: `chain(per_layer(...), "
+            f"it)`."
         )
     for part, old, found in zip(
         block.parts, updates, jax.tree.leaves(new), strict=True
@@ -503,8 +504,8 @@ def _check_kind(states: Sequence[Any]) -> None:
         )
     if "AddNoiseState" in kinds:
         warnings.warn(
-            "`inner` of `per_layer` adds noise, which is the same in every layer, since "
-            "each starts from the same key. Chain `optax.add_noise` outside.",
+            "`inner` of `per_layer` adds noise, which is the same in every layer: each "
+            "starts from the same key. Chain `optax.add_noise` outside.",
             DepthWarning,
             stacklevel=4,
         )
