@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradsmooth_optax._arrays import is_split, laid_out_like, like, split_like
 from gradsmooth_optax._checks import check_flag, transformation
 from gradsmooth_optax._depth.doubts import DepthWarning
 from gradsmooth_optax._depth.paths import MASKED, places_of, show_path
@@ -194,14 +195,21 @@ def _init(inner: Any, block: Block, leaves: Sequence[Any]) -> Any:
     own = [leaves[part.member.leaf] for part in block.parts]
     if not block.num_axes:
         return inner.init(block.nested(own))
-    treedef, state_axes = _state_axes(inner, block, own)
+    treedef, slots = _slots(inner, block, own)
 
     def init(values):
         return jax.tree.leaves(inner.init(block.nested(values)))
 
     axes = [part.axes for part in block.parts]
-    found = _mapped(init, axes, state_axes, block.num_axes)(own)
-    return jax.tree.unflatten(treedef, found)
+    aligned = [_aligned(x, a, block, own) for x, a in zip(own, axes, strict=True)]
+    found = _mapped(init, axes, [s.axes for s in slots], block.num_axes)(aligned)
+    laid_out = [
+        _aligned(x, slot.axes, block, own)
+        if slot.part is None
+        else laid_out_like(x, own[slot.part])
+        for x, slot in zip(found, slots, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, laid_out)
 
 
 def _update(
@@ -215,12 +223,7 @@ def _update(
     """The updates of the parts of a block, and its new state."""
     own = [leaves[part.member.leaf] for part in block.parts]
     of_params = [] if params is None else [params[p.member.leaf] for p in block.parts]
-    axes = [part.axes for part in block.parts]
-    treedef, state_axes = jax.tree.structure(state), []
-    if block.num_axes:
-        expected, state_axes = _state_axes(inner, block, own)
-        if treedef != expected:
-            raise TypeError(_of_another_grouping(f"has {treedef} for {block.stack!r}"))
+    treedef = jax.tree.structure(state)
 
     def update(values):
         updates, kept, of_layer = values
@@ -239,15 +242,30 @@ def _update(
         return jax.tree.leaves(new), jax.tree.leaves(new_state)
 
     values = (own, jax.tree.leaves(state), of_params)
-    if block.num_axes:
-        update = _mapped(
-            update,
-            (axes, state_axes, axes[: len(of_params)]),
-            (axes, state_axes),
-            block.num_axes,
-        )
-    found, new_state = update(values)
+    if not block.num_axes:
+        found, new_state = update(values)
+        return found, jax.tree.unflatten(treedef, new_state)
+    expected, slots = _slots(inner, block, own)
+    if treedef != expected:
+        raise TypeError(_of_another_grouping(f"has {treedef} for {block.stack!r}"))
+    axes, state_axes = [part.axes for part in block.parts], [s.axes for s in slots]
+    in_axes = (axes, state_axes, axes[: len(of_params)])
+    aligned = [
+        [_aligned(x, a, block, own) for x, a in zip(xs, of_xs, strict=True)]
+        for xs, of_xs in zip(values, in_axes, strict=True)
+    ]
+    mapped = _mapped(update, in_axes, (axes, state_axes), block.num_axes)
+    found, new_state = mapped(tuple(aligned))
+    found = [like(x, old) for x, old in zip(found, own, strict=True)]
     return found, jax.tree.unflatten(treedef, new_state)
+
+
+def _aligned(x: Any, axes: Sequence[int], block: Block, own: Sequence[Any]) -> Any:
+    """`x` split over the layers as the block is: all that `vmap` maps must be."""
+    for leaf, part in zip(own, block.parts, strict=True):
+        if is_split(leaf, part.axes):
+            return split_like(x, axes, leaf, part.axes)
+    return x
 
 
 def _mapped(function: Callable, in_axes: Any, out_axes: Any, num_axes: int) -> Callable:
@@ -266,53 +284,49 @@ def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(isinstance(axis, int) for axis in node)
 
 
-def _state_axes(
-    inner: Any, block: Block, own: Sequence[Any]
-) -> tuple[Any, list[tuple[int, ...]]]:
-    """The structure of the state of one layer, and where its arrays hold the layers."""
-    shapes = [
-        _without(np.shape(x), p.axes) for x, p in zip(own, block.parts, strict=True)
-    ]
-    layer = [
-        jax.ShapeDtypeStruct(shape, jnp.result_type(x))
-        for shape, x in zip(shapes, own, strict=True)
-    ]
-    state = jax.eval_shape(inner.init, block.nested(layer))
-    in_front = tuple(range(block.num_axes))
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Where an array of a state holds the layers.
 
-    def of_unit(unit: Any) -> Any:
-        if not unit.is_like_params:
-            return jax.tree.map(lambda _: _Leaf(in_front), unit.value)
-        subtrees = block.treedef.flatten_up_to(unit.value)
-        found = zip(subtrees, shapes, block.parts, strict=True)
-        return block.nested(
-            [
-                jax.tree.map(
-                    lambda x, s=shape, p=part: _Leaf(
-                        p.axes if x.shape == s else in_front
-                    ),
-                    subtree,
-                )
-                for subtree, shape, part in found
-            ]
+    Attributes:
+      axes: along which they are.
+      part: the part of the block whose shape it has; None of another shape.
+    """
+
+    axes: tuple[int, ...]
+    part: int | None = None
+
+
+def _slots(inner: Any, block: Block, own: Sequence[Any]) -> tuple[Any, list[_Slot]]:
+    """The structure of the state of one layer, and where its arrays hold the layers."""
+    parts = list(zip(own, block.parts, strict=True))
+    shapes = [_without(np.shape(x), part.axes) for x, part in parts]
+    dtypes = [jnp.result_type(x) for x in own]
+    layer = block.nested(list(map(jax.ShapeDtypeStruct, shapes, dtypes)))
+    state = jax.eval_shape(inner.init, layer)
+    in_front = _Slot(tuple(range(block.num_axes)))
+
+    def of_part(i: int, subtree: Any) -> Any:
+        own_slot = _Slot(block.parts[i].axes, i)
+        return jax.tree.map(
+            lambda x: own_slot if x.shape == shapes[i] else in_front, subtree
         )
 
+    def of_unit(unit: _Unit) -> Any:
+        if not unit.is_like_params:
+            return jax.tree.map(lambda _: in_front, unit.value)
+        subtrees = block.treedef.flatten_up_to(unit.value)
+        return block.nested([of_part(i, tree) for i, tree in enumerate(subtrees)])
+
     try:
-        axes = jax.tree.map(of_unit, _units(inner, state), is_leaf=_is_unit)
+        slots = jax.tree.map(of_unit, _units(inner, state), is_leaf=_is_unit)
     except _NO_STRUCTURE:
-        axes = jax.tree.map(lambda _: _Leaf(in_front), state)
-    return jax.tree.structure(state), [leaf.value for leaf in jax.tree.leaves(axes)]
+        slots = jax.tree.map(lambda _: in_front, state)
+    return jax.tree.structure(state), jax.tree.leaves(slots)
 
 
 def _without(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(n for axis, n in enumerate(shape) if axis not in axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """A value that is one leaf, whatever it is."""
-
-    value: Any
 
 
 def _check_alike(block: Block, updates: Sequence[Any], new: Any) -> None:
