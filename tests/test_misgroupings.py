@@ -348,7 +348,7 @@ CASES = {
     "parts of stacked layers": Case(
         gs.unrolled(r"experts/(\d)/"),
         {"layers": stacked({"attn": dense(), "experts": entries(4, dense)}, 3)},
-        ("takes no axis of leaf layers/experts/0",),
+        ("couples layers/experts/0/bias with layers/experts/1/bias, which are in one",),
     ),
     "neither of two readings": Case(
         gs.unrolled(r"fc(\d)/"),
@@ -431,9 +431,9 @@ CASES = {
     ),
     "a list of an unknown name beside layers": Case(
         UNROLLED,
-        {"languages": entries(4, lambda: {"d": dense(), "n": conv(4)})}
+        {"idioms": entries(4, lambda: {"d": dense(), "n": conv(4)})}
         | {"layers": entries(3)},
-        ("leaves out all of languages", "but not called layers"),
+        ("leaves out all of idioms", "but not called layers"),
     ),
     "the layers in a part of the model": Case(
         UNROLLED,
@@ -514,6 +514,86 @@ CASES = {
             }
         },
         ("couples net/0/bias with net/1/bias", "another kind of module"),
+    ),
+    "a function that sorts names by their letters": Case(
+        lambda path, leaf: gs.Depth(
+            "m", path[1:], sorted(many("layers_{}", 12)).index(path[0])
+        ),
+        many("layers_{}", 12),
+        ("another order than their numbers: layers_9",),
+        r"gs.unrolled(r'layers_(\d+)/')",
+    ),
+    "the width of what is not stacked": Case(
+        gs.scanned("layers/"),
+        {"layers": {"attn": dense(8, 8), "norm": {"scale": jnp.ones(8)}}},
+        (r"takes axis 0 of leaf layers/attn/bias \(8,\).*not stacked",),
+    ),
+    "the width of a list that is not stacked": Case(
+        gs.scanned("experts/"),
+        {"trunk": dense(), "experts": entries(4, lambda: dense(8, 8))},
+        ("takes axis 0 of leaf experts/0/bias",),
+    ),
+    "numbers inside of names": Case(
+        gs.unrolled(r"h(\d)_"),
+        {f"net/h{i}_{m}": dense() for i in range(12) for m in ("attn", "mlp", "ln_1")},
+        ("leaves out net/h1[01]_attn/bias",),
+    ),
+    "a first name without the number inside": Case(
+        gs.unrolled(r"h(\d+)_"),
+        {f"net/h{i}_{m}": dense() for i in ("", 1, 2) for m in ("attn", "mlp")},
+        ("leaves out net/h_attn/bias",),
+    ),
+    "a first layer that is called so": Case(
+        gs.unrolled(r"^block_(\d+)/"),
+        {f"{name}": block() for name in ("first_block", "block_1", "block_2")},
+        ("leaves out layer 0",),
+    ),
+    "blocks of a U-Net": Case(
+        UNROLLED,
+        {
+            f"down_{i}": many(
+                "res_{}", 2, lambda: {f"block{j}": block() for j in (1, 2)}
+            )
+            for i in range(2)
+        },
+        ("two numbers",),
+    ),
+    "norms of one stacked layer": Case(
+        gs.scanned(r"ln_(\d)/", stride=2),
+        {
+            "layers": {f"ln_{i}": {"scale": jnp.ones((6, 8))} for i in (1, 2)}
+            | {"w": {"kernel": jnp.ones((6, 8, 8))}},
+            "embed": jnp.ones((9, 8)),
+        },
+        ("couples layers/ln_1/scale with layers/ln_2/scale, which are in one layer",),
+        "gs.scanned('layers/')",
+    ),
+    "a first layer without a number, and a second one": Case(
+        gs.unrolled(r"layer_(\d+)/"),
+        {f"layer{n}": block() for n in ("", "_2", "_3")},
+        ("leaves out layer 1",),
+    ),
+    "the last norm, which is as wide as the model is deep": Case(
+        gs.scanned("layers"),
+        {
+            "layers": {"w": jnp.ones((12, 16, 12)), "b": jnp.ones((12, 12))},
+            "layers_norm": {"scale": jnp.ones(12)},
+            "embed": jnp.ones((9, 16)),
+        },
+        ("takes axis 0 of leaf layers_norm/scale", "too wide"),
+    ),
+    "counterparts of which a mask leaves one": Case(
+        gs.unrolled(r"^(\d+)/"),
+        [
+            {"layers": [dense(), *[dict.fromkeys(dense(), optax.MaskedNode())] * 3]}
+            for _ in range(3)
+        ],
+        ("3 siblings with layers inside",),
+    ),
+    "the networks of twins": Case(
+        UNROLLED,
+        {name: many("Dense_{}", 4, dense) for name in ("q1", "q2")},
+        (r"if those are the layers, write `gs.unrolled\(r'Dense_",),
     ),
     # Not the parameters.
     "a module": Case(UNROLLED, object(), ("one leaf of type object", "parameters")),
@@ -637,6 +717,37 @@ SILENT = {
                 for i in range(4)
             ]
         },
+    ),
+    "a function that counts from the last layer": (
+        lambda path, leaf: gs.Depth("m", path[1:], 3 - int(path[0][-1])),
+        many("layers_{}", 4),
+    ),
+    "convolutions without a bias": (
+        gs.unrolled(r"conv_layers/(\d+)/"),
+        {"conv_layers": entries(6, lambda: {"kernel": jnp.ones((3, 3, 8, 8))})},
+    ),
+    "Haiku's norms of images": (
+        gs.unrolled(r"res_block(?:_(\d+))?/"),
+        {
+            f"res_block{i}": {
+                "conv2_d": {"w": jnp.ones((3, 3, 8, 8))},
+                "batch_norm": {"scale": jnp.ones((1, 1, 1, 8))},
+            }
+            for i in ("", "_1", "_2")
+        },
+    ),
+    "a frozen tower": (
+        UNROLLED,
+        {
+            "text": {"layers": entries(4)},
+            "vision": {
+                "layers": jax.tree.map(lambda _: optax.MaskedNode(), entries(4))
+            },
+        },
+    ),
+    "functions between layers": (
+        gs.ranked(UNROLLED),
+        {"layers": [dense(), {"fn": None}, dense(), {"fn": None}, dense()]},
     ),
     "one stacked layer": (gs.scanned("layers/"), {"layers": stacked(block(), 1)}),
     "a cycle and what remains after it": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
 from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.specs import DepthSpec
 from gradsmooth_optax._depth.stack import Reading, Stack
-from gradsmooth_optax._depth.words import meaning
+from gradsmooth_optax._depth.words import VECTORS, meaning, split_number
 
 # Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.
 _KINDS = {"local", "global", "sliding", "full"}
@@ -55,6 +55,14 @@ class Doubt(NamedTuple):
 
 def doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
     """What is probably not meant."""
+    found = _doubts(grouping, reading)
+    if (first := next(found, None)) is not None:
+        yield from (first, *found)
+    elif grouping.coupled:  # what no reading is needed for
+        yield from map(Doubt, _other_numbers(grouping))
+
+
+def _doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
     if not grouping.groups:
         return
     if not grouping.coupled:
@@ -82,6 +90,7 @@ def doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
     yield from _not_taken_for_layers(held, grouping, reading)
     yield from map(Doubt, _part_of_a_stack(held, reading))
     yield from map(Doubt, _kinds_of_modules(grouping))
+    yield from map(Doubt, _not_stacked(grouping))
     yield from map(Doubt, _wrong_axes(grouping))
     yield from map(Doubt, _too_wide(grouping, reading))
 
@@ -140,6 +149,8 @@ def _contradiction(
     there are none that are, or another one is taken.
     """
     there = {path: held[path] for path in stack.depths if path in held}
+    if not stack.depths:
+        return ""  # all of it is masked
     if not there:
         is_unrolled = stack.function == "unrolled" and not stack.is_minor
         is_meant = stack.is_named or is_unrolled or takes_unnamed
@@ -153,6 +164,9 @@ def _contradiction(
             )
     if stack.kinds and set(stack.kinds) <= _KINDS:
         return _one_kind(stack, there)
+    may_be_cycle = stack.function != "scanned" or stack.is_cycle or stack.may_be_cycle
+    if parts := "" if may_be_cycle else _parts_of_one_layer(stack, there):
+        return parts
     is_named_list = stack.function == "unrolled" and stack.is_named
     is_read = not stack.doubts or stack.is_cycle or is_named_list
     if not is_read and not (stack.function == "scanned" and stack.is_named):
@@ -279,6 +293,8 @@ def _counterparts(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> s
     is_list = stack.function == "unrolled" and stack.is_named
     for layers in roles.values():
         own, uncoupled = {path for _, path in layers}, True
+        if stack.function == "unrolled" and (order := _another_order(layers, there)):
+            return order if order != "mirrored" else ""
         for (a, one), (b, other) in itertools.pairwise(sorted(layers)):
             (group, member), (next_group, next_member) = there[one], there[other]
             if group is next_group and _first(member) < _first(next_member):
@@ -305,15 +321,34 @@ def _counterparts(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> s
     return _parts_of_one_layer(stack, there) if is_list else ""
 
 
+def _another_order(
+    layers: list[tuple[int, Path]], there: Mapping[Path, tuple[Group, Member]]
+) -> str:
+    """Layers of one group that do not follow each other by their numbers."""
+    paths = [path for _, path in sorted(layers)]
+    found = [_first(there[path][1]) for path in paths]
+    if len({id(there[path][0]) for path in paths}) > 1 or found == sorted(found):
+        return ""
+    if found == sorted(found, reverse=True):
+        return "mirrored"
+    i = next(i for i, (a, b) in enumerate(itertools.pairwise(found)) if b < a)
+    return (
+        f"puts layers in another order than their numbers: {show_path(paths[i])} is "
+        f"its layer {found[i]}, and {show_path(paths[i + 1])} its layer {found[i + 1]}"
+    )
+
+
 def _parts_of_one_layer(
     stack: Stack, there: Mapping[Path, tuple[Group, Member]]
 ) -> str:
     """A group that couples what the tree shows in one layer."""
     layers: dict[int, dict[int, Path]] = defaultdict(dict)
     for path, (group, member) in there.items():
-        if group.run_lengths.max(initial=0) > 1 and not member.axes:
+        if group.run_lengths.max(initial=0) > 1:
             one = layers[id(group)].setdefault(stack.depths[path].layer, path)
-            if one != path:
+            # Parts that are told apart by words may be positions, as local and global.
+            is_part = not member.axes or _without_numbers(one) == _without_numbers(path)
+            if one != path and is_part:
                 return (
                     f"couples {show_path(one)} with {show_path(path)}, which are in "
                     f"one layer of {stack.reason}"
@@ -372,12 +407,71 @@ def _kinds_of_modules(grouping: Grouping) -> Iterator[str]:
         members = group.members
         for (m, index), (n, _) in group.neighbors if len(members) > 1 else ():
             one, other = members[m].path, members[n].path
-            if not index and _are_other_kinds(modules[one[:-1]], modules[other[:-1]]):
+            is_one_name = not index and one[-1:] == other[-1:]
+            if is_one_name and _are_other_kinds(modules[one[:-1]], modules[other[:-1]]):
                 yield (
                     f"couples {show_path(one)} with {show_path(other)}, which is in "
                     f"another kind of module"
                 )
                 return
+
+
+def _not_stacked(grouping: Grouping) -> Iterator[str]:
+    """A matrix with its vector, each of one layer, of which `scanned` takes an axis."""
+    shapes = {
+        path: np.shape(leaf)
+        for path, leaf in zip(grouping.paths, grouping.leaves, strict=True)
+    }
+    for group in grouping.coupled:
+        for member in group.members:
+            path = member.path
+            is_vector = path[-1:] and path[-1] in VECTORS and len(shapes[path]) == 1
+            for name in ("kernel", "weight", "w") if member.axes and is_vector else ():
+                if len(shapes.get((*path[:-1], name), ())) == 2:
+                    yield (
+                        f"takes axis 0 of leaf {show_path(path)} {shapes[path]} for "
+                        f"depth, beside {name} {shapes[*path[:-1], name]}: probably "
+                        f"these are of one layer and not stacked"
+                    )
+                    return
+
+
+def _other_numbers(grouping: Grouping) -> Iterator[str]:
+    """Leaves that are left out, though their paths only have another layer number."""
+    held = _held(_unrestricted(grouping))
+    alike: dict[str, dict[tuple[str, ...], Path]] = defaultdict(dict)
+    for path in grouping.paths:
+        numbers = re.findall(r"\d+", show_path(path))
+        alike[_without_numbers(path)][tuple(numbers)] = path
+    for text, paths in alike.items():
+        taken = [n for n, path in paths.items() if _is_leaf_of_one(path, held)]
+        for i in range(len(taken[0])) if len(taken) > 1 else ():
+            others = {(*n[:i], *n[i + 1 :]) for n in taken}
+            if len({n[i] for n in taken}) < 2 or len(others) == len(taken):
+                continue  # these are no layers
+            found = {
+                (*n[:i], *n[i + 1 :]): p for n, p in paths.items() if p not in held
+            }
+            start, end = [m.span() for m in re.finditer("#", text)][i]
+            for without in (text[:start], text[:start].rstrip("_")):
+                found |= alike.get(without + text[end:], {})  # the first one
+            for numbers, path in found.items():
+                if numbers in others and path not in held:
+                    yield (
+                        f"leaves out {show_path(path)}, whose path has another number "
+                        f"or none, but takes {show_path(paths[taken[0]])}"
+                    )
+                    return
+
+
+def _without_numbers(path: Path) -> str:
+    return re.sub(r"\d+", "#", show_path(path))
+
+
+def _is_leaf_of_one(path: Path, held: Mapping[Path, tuple[Group, Member]]) -> bool:
+    """Whether it is taken as one layer that has neighbors."""
+    group, member = held.get(path, (None, None))
+    return bool(member and not member.axes and group.run_lengths.max(initial=0) > 1)
 
 
 def _are_other_kinds(ranks: Mapping[str, int], others: Mapping[str, int]) -> bool:
@@ -444,20 +538,18 @@ def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
 def _is_named_by(pattern: str, path: Path, taken: Sequence[Member]) -> bool:
     """Whether a pattern names a leaf, and does not just take it with its neighbors.
 
-    It matches the whole segment with which the path leaves those of the others.
+    The segment with which the path leaves those of the others is a word in it.
     """
-    shared = max(_num_shared(path, other.path) for other in taken)
-    match = re.search(pattern, show_path(path))
-    start = len(show_path((*path[:shared], "")))
-    end = len(show_path(path[: shared + 1]))
-    return bool(match) and match.start() <= start and match.end() >= end
+    pairs = (zip(path, member.path, strict=False) for member in taken)
+    shared = max(sum(1 for _ in _equal(pair)) for pair in pairs)
+    name = str(path[min(shared, len(path) - 1)])
+    stem, _ = split_number(name) or (name, 0)
+    return not {name, stem, stem.rstrip("_")}.isdisjoint(re.findall(r"\w+", pattern))
 
 
-def _num_shared(path: Path, other: Path) -> int:
-    """How many segments are the same from the start."""
-    pairs = enumerate(zip(path, other, strict=False))
-    shorter = min(len(path), len(other))
-    return next((i for i, (a, b) in pairs if a != b), shorter)
+def _equal(pairs: Iterable[tuple]) -> Iterator[tuple]:
+    """The pairs up to the first that differs."""
+    return itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
 
 
 def unknown_stacks(

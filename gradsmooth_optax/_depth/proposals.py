@@ -175,9 +175,8 @@ def _message(fault: Fault, grouping: Grouping) -> str:
         return f"{fault.found} To fix: {fault.fix}."
     reading, found, missed = grouping.reading, fault.found, ()
     if not reading.stacks and reading.left_out:
-        reason, stack, is_apart = reading.left_out[0]
-        found += f" The tree shows {reason}."
-        missed = () if is_apart else (stack,)
+        found += f" The tree shows {reading.left_out[0].reason}."
+        missed = tuple(left.stack for left in reading.left_out if not left.is_apart)
     cure = _cure(grouping, reading, found, missed)
     if_so = "if those are the layers, " * bool(cure and missed)
     return f"{found} To fix: {if_so}{cure}{'; or ' * bool(cure)}{fault.fix}."
@@ -204,10 +203,14 @@ def _cure(
     several = [stack for stack in reading.stacks if not stack.is_one_layer]
     certain = [stack for stack in several if stack.is_certain]
     with_missed = [*several, *missed] if missed else []
+    taken = {member.path for group in grouping.groups for member in group.members}
     for stacks in (with_missed, missed, certain, several):
         spec = best_spec(stacks, reading, grouping.places, grouping.treedef)
         call = spec and restricted_like(spec, grouping.spec)
-        if call and call != grouping.spec:
+        # What the reading does not take for layers is only added to what is taken.
+        inside = {path for stack in stacks for path in stack.depths}
+        is_more = stacks in (certain, several) or taken <= inside
+        if call and call != grouping.spec and is_more:
             unsure = [d for stack in stacks for d in stack.doubts if d not in found]
             restricted = " with the same restriction" * (call != spec)
             so = "".join(f", if so: {doubt}" for doubt in unsure[:1])

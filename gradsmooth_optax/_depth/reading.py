@@ -188,11 +188,22 @@ def _numbered(
         return
     inside = [s for s in inner if s.is_equal and not s.is_one_layer]
     inside += [stack for _, stack, _ in left_out_inside]
-    if not is_named and any(s.is_named and not s.is_minor for s in inside):
+    named = [s for s in inside if s.is_named and not s.is_minor]
+    if not is_named and named:
         left_out += left_out_inside
+        if found == "other" and max(map(_num_layers, named)) == 2:
+            yield replace(whole, rivals=tuple(named))  # or parts, as block1 and block2
+            return
+        if max(map(_num_layers, named)) < 2:  # of which a mask leaves one
+            reason = f"{siblings}: {len(siblings.children)} siblings with layers inside"
+            left_out.append(LeftOut(reason, layers_of(siblings), True))
         yield from inner
         return
     yield replace(whole, rivals=tuple(_rivals(siblings, inner, is_named)))
+
+
+def _num_layers(stack: Stack) -> int:
+    return len({depth.layer for depth in stack.depths.values()})
 
 
 def _rivals(siblings: Siblings, inner: list[Stack], is_named: bool) -> list[Stack]:

@@ -107,7 +107,8 @@ def _stacked_by_shapes(
     is_named = word == "layers" or (word == "layers of parts" and num_modules > 1)
     if not axes or not (is_named or (has_vectors and num_modules > 1)):
         return None
-    families = [f for f in children_of(node, places)[0] if f.meaning != "parts"]
+    all_families = children_of(node, places)[0]
+    families = [f for f in all_families if f.meaning != "parts" or not f.stem]
     number, least = split_number(node[-1]), min(map(len, shapes))
     is_numbered = number and (least > 2 or _is_one_of_several(node, number[0], tree))
     if not has_vectors and (is_numbered or families or len(leaves) < 2):
@@ -251,4 +252,5 @@ def scanned_stack(
         is_named,
         doubts,
         kinds=kinds,
+        may_be_cycle=bool(cycle or layers or kinds),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
-from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path
+from gradsmooth_optax._depth.paths import MASKED, Path, Place, present, show_path
 from gradsmooth_optax._depth.words import (
     VECTORS,
     Meaning,
@@ -57,7 +57,11 @@ class Siblings:
     def numbers_of(self) -> dict[Path, list[int]]:
         """The numbers of the siblings that hold each path; wholly masked ones none."""
         numbers: dict[Path, list[int]] = defaultdict(list)
+        there = {self.inside(p) for p in present(self.places)}
         for number, places in self.children.items():
+            inside = {self.inside(place) for place in places}
+            if not present(places) and inside.isdisjoint(there) and there:
+                continue  # not a layer that is masked, but what has no parameters
             for place in places:
                 if self.inside(place) or place.leaf is not MASKED:
                     numbers[self.inside(place)].append(number)
@@ -220,6 +224,11 @@ def children_of(
         first_is_bare = bool(bare) and bare in children and counts_from_one
         if first_is_bare:
             numbered[0] = bare
+        elif bare and len(numbered) > 1:
+            # Without a number, and so found by no pattern for the others.
+            first, start = min(numbered), f"first_{bare}"
+            if (first, True) in ((2, bare in children), (1, start in children)):
+                numbered[first - 1] = bare if first == 2 else start
         if len(numbered) > 1:
             found = {n: children.pop(numbered[n]) for n in sorted(numbered)}
             families.append(Siblings(node, stem, found, first_is_bare))

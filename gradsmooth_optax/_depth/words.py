@@ -24,7 +24,8 @@ _PARTS = {
 # Never one after the other, whatever they hold.
 _BESIDE = {
     *("expert", "head", "tower", "branch", "branche", "codebook", "vmap", "view"),
-    *("mtp",),
+    *("mtp", "replica", "fold", "sample", "camera", "speaker", "probe", "sensor"),
+    *("language", "lang", "domain", "world", "annotator"),
 }
 # Things that hold layers. A list may be called as what it is in: `encoder/0`.
 _WHOLES = {
@@ -32,7 +33,7 @@ _WHOLES = {
     *("agent", "task", "client", "encoder", "decoder", "net", "network", "q", "qf"),
     *("vf", "per_layer", "player", "generator", "discriminator", "disc", "seed"),
     *("adapter", "quantizer", "modality", "stream", "subnet", "backbone", "trunk"),
-    *("torso", "estimator", "period"),
+    *("torso", "estimator", "period", "student", "teacher", "classifier"),
 }
 # Those of which a few are trained beside each other, by `vmap`.
 _LEARNERS = {
@@ -55,7 +56,8 @@ def meaning(name: str | int, is_list: bool = False) -> Meaning:
     words = _words(name)
     if not words:
         return "other"
-    if words[:2] == ["layer", "stack"] or words[0] == "layers":
+    is_plural_first = words[0] == "layers" and words[-1] not in _PARTS
+    if words[:2] == ["layer", "stack"] or is_plural_first:
         return "layers"  # Haiku's, and MaxText's layers_outside_pipeline
     singular = [word.removesuffix("s") for word in words]
     is_attention = {"attention", "attn"} & set(words)  # whose heads are in its arrays
