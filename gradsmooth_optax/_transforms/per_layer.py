@@ -123,7 +123,7 @@ def per_layer(
     )
     spec = as_spec(depth)
     of_rest = None
-    if not (isinstance(rest, str) and rest == "inner"):
+    if not isinstance(rest, str) or rest != "inner":
         of_rest = transformation("rest", rest, "rest=optax.sgd(1e-3)")
     check_flag("strict", strict)
     said: set[Hashable] = set()
@@ -132,32 +132,26 @@ def per_layer(
         blocks = blocks_of(spec, params, strict, said)
         leaves = blocks.grouping.leaves
         if not leaves:  # optax's placeholders, and trees of `MaskedNode`s
-            state = inner.init(params)
-            return PerLayerState(state, of_rest.init(params)) if of_rest else state
+            rest_state = of_rest and of_rest.init(params)
+            return _with_rest(of_rest, inner.init(params), rest_state)
         states = [_init(inner, block, leaves) for block in blocks.blocks]
         _check_kind(states)
         if of_rest is None and blocks.rest:
             states.append(inner.init(blocks.of_rest(leaves)))
         state = _joined(inner, blocks, states)
-        if of_rest is None:
-            return state
-        return PerLayerState(state, of_rest.init(blocks.of_rest(leaves)))
+        rest_state = of_rest and of_rest.init(blocks.of_rest(leaves))
+        return _with_rest(of_rest, state, rest_state)
 
     def update_fn(updates, state, params=None, **extra_args):
         blocks = blocks_of(spec, updates, strict, said)
         leaves = blocks.grouping.leaves
-        if of_rest is not None:
-            state, rest_state = _halves(state)
-        else:
-            rest_state = None
+        state, rest_state = (state, None) if of_rest is None else _halves(state)
         if not leaves:
             updates, state = inner.update(updates, state, params, **extra_args)
-            if of_rest is None:
-                return updates, state
-            return updates, PerLayerState(state, rest_state)
+            return updates, _with_rest(of_rest, state, rest_state)
         values = None if params is None else _leaves_like(params, blocks)
-        new: dict[int, Any] = {}
         states = _split(inner, blocks, state, of_rest is None)
+        new: dict[int, Any] = {}
         for i, block in enumerate(blocks.blocks):
             found, states[i] = _update(
                 inner, block, leaves, states[i], values, extra_args
@@ -165,10 +159,8 @@ def per_layer(
             parts = (part.member.leaf for part in block.parts)
             new.update(zip(parts, found, strict=True))
         if blocks.rest:
-            trees = (
-                blocks.of_rest(v) if v is not None else None for v in (leaves, values)
-            )
-            tree, of_params = trees
+            tree = blocks.of_rest(leaves)
+            of_params = None if values is None else blocks.of_rest(values)
             if of_rest is None:
                 tree, states[-1] = inner.update(
                     tree, states[-1], of_params, **extra_args
@@ -180,11 +172,13 @@ def per_layer(
             found = blocks.treedef.flatten_up_to(tree)
             new.update({i: found[i] for i in blocks.rest})
         state = _joined(inner, blocks, states, isinstance(state, StatesByStack))
-        if of_rest is not None:
-            state = PerLayerState(state, rest_state)
-        return blocks.grouping.replaced(new), state
+        return blocks.grouping.replaced(new), _with_rest(of_rest, state, rest_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_rest(of_rest: Any, state: Any, rest_state: Any) -> Any:
+    return state if of_rest is None else PerLayerState(state, rest_state)
 
 
 # -- One block -------------------------------------------------------------------------

@@ -216,12 +216,12 @@ def scale_over_depth(
             f"number itself: `rest=0.1`."
         )
     check_flag("strict", strict)
-    scheduled = is_function(factors)
+    schedule = factors if is_function(factors) else None
     said: set[Hashable] = set()
 
     def init_fn(params):
         blocks = blocks_of(spec, params, strict, said)
-        if not scheduled:
+        if schedule is None:
             _scales(blocks, factors, rest)
             return optax.EmptyState()
         return DepthSmoothingState(jnp.zeros([], jnp.int32))
@@ -229,8 +229,8 @@ def scale_over_depth(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         blocks, now = blocks_of(spec, updates, strict, said), factors
-        if scheduled:
-            now = factors_in("factors", factors(state.count))
+        if schedule is not None:
+            now = factors_in("factors", schedule(state.count))
             state = DepthSmoothingState(optax.safe_increment(state.count))
         leaves = blocks.grouping.leaves
         new = {
@@ -268,7 +268,7 @@ def _scales(blocks: Blocks, factors: Any, rest: Rest) -> dict[int, Any]:
         rest = factors.below_first(sizes.pop()) if sizes else None
     for i in blocks.rest if rest is not None else ():
         path, leaf = blocks.grouping.paths[i], blocks.grouping.leaves[i]
-        scales[i] = rest(path, leaf) if is_function(rest) else rest
+        scales[i] = rest(path, leaf) if callable(rest) else rest
     return scales
 
 
