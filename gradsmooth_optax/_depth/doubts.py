@@ -404,9 +404,9 @@ def _kinds_of_modules(grouping: Grouping) -> Iterator[str]:
     for path, leaf in zip(grouping.paths, grouping.leaves, strict=True):
         modules[path[:-1]][str(path[-1:])] = np.ndim(leaf)
     for group in grouping.coupled:
-        members = group.members
-        for (m, index), (n, _) in group.neighbors if len(members) > 1 else ():
-            one, other = members[m].path, members[n].path
+        paths = [member.path for member in group.members]
+        for (m, index), (n, _) in group.neighbors if len(paths) > 1 else ():
+            one, other = paths[m], paths[n]
             is_one_name = not index and one[-1:] == other[-1:]
             if is_one_name and _are_other_kinds(modules[one[:-1]], modules[other[:-1]]):
                 yield (
@@ -470,8 +470,10 @@ def _without_numbers(path: Path) -> str:
 
 def _is_leaf_of_one(path: Path, held: Mapping[Path, tuple[Group, Member]]) -> bool:
     """Whether it is taken as one layer that has neighbors."""
-    group, member = held.get(path, (None, None))
-    return bool(member and not member.axes and group.run_lengths.max(initial=0) > 1)
+    if path not in held:
+        return False
+    group, member = held[path]
+    return not member.axes and group.run_lengths.max(initial=0) > 1
 
 
 def _are_other_kinds(ranks: Mapping[str, int], others: Mapping[str, int]) -> bool:
