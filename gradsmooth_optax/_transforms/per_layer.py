@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ def per_layer(
                 )
             else:
                 tree, rest_state = of_rest.update(
-                    tree, rest_state, of_params, **extra_args
+                    tree, cast(Any, rest_state), of_params, **extra_args
                 )
             found = blocks.treedef.flatten_up_to(tree)
             new.update({i: found[i] for i in blocks.rest})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -216,7 +216,7 @@ def scale_over_depth(
             f"number itself: `rest=0.1`."
         )
     check_flag("strict", strict)
-    schedule = factors if is_function(factors) else None
+    schedule = cast(Any, factors) if is_function(factors) else None
     said: set[Hashable] = set()
 
     def init_fn(params):
