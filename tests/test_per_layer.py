@@ -239,6 +239,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("layout", "kind"), PAIRS)
 def test_the_law_holds_wherever_the_layers_are(layout, kind):
     check_law(KINDS[kind], layout)
@@ -333,7 +334,7 @@ def test_without_a_tree_like_the_parameters_it_is_a_state_for_each_stack():
     def init(params):
         if not jax.tree.leaves(params):
             raise ValueError("no parameters")  # so that a placeholder tells nothing
-        return {"norm": optax.tree.norm(params)}
+        return {"norm": optax.global_norm(params)}
 
     def update(updates, state, params=None):
         return jax.tree.map(lambda u: u * state["norm"], updates), state

@@ -8,6 +8,8 @@ import pytest
 
 import gradsmooth_optax as gs
 
+pytestmark = pytest.mark.core
+
 LAYERS = gs.scanned("layers/")
 
 

@@ -35,6 +35,15 @@ class PerLayerState(NamedTuple):
     Attributes:
       inner_state: of the layers, in the structure of the state of `inner`.
       rest_state: of the rest of the tree.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> depth, params = gs.scanned("blocks/"), {"blocks": {"w": jnp.ones((3, 2))}}
+      >>> tx = gs.per_layer(optax.scale_by_adam(), depth, rest=optax.sgd(0.1))
+      >>> tx.init(params).inner_state.mu["blocks"]["w"].shape
+      (3, 2)
     """
 
     inner_state: optax.OptState
@@ -47,6 +56,17 @@ class StatesByStack(NamedTuple):
     Attributes:
       states: for each stack the state of its layers, with layers in front; or one for
         each layer.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> def init(params):
+      ...     return jnp.linalg.norm(params["w"])  # not of optax's placeholder
+      >>> inner = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
+      >>> tx = gs.per_layer(inner, gs.scanned("blocks/"))
+      >>> print(tx.init({"blocks": {"w": jnp.ones((3, 4))}}).states["blocks"])
+      [2. 2. 2.]
     """
 
     states: dict[str, Any]
