@@ -165,10 +165,7 @@ class Group:
     @property
     def missing(self) -> tuple[range, ...]:
         """Layer numbers that are missing between the first and the last, by gap."""
-        if self.ranked:
-            return ()
-        pairs = itertools.pairwise(self.layers)
-        return tuple(range(a + 1, b) for a, b in pairs if b > a + 1)
+        return () if self.ranked else missing_between(self.layers)
 
     @property
     def gaps(self) -> tuple[int, ...]:
@@ -227,6 +224,12 @@ class Grouping:
         """The tree with new leaves at these positions, and its own at the others."""
         leaves = [new.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         return jax.tree.unflatten(self.treedef, leaves)
+
+
+def missing_between(layers: Sequence[int]) -> tuple[range, ...]:
+    """The numbers that are missing in an ascending sequence, by gap."""
+    pairs = itertools.pairwise(layers)
+    return tuple(range(a + 1, b) for a, b in pairs if b > a + 1)
 
 
 def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:

@@ -1,0 +1,368 @@
+"""Trees moved between a scanned model and an unrolled one, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradsmooth_optax._depth.checked_groups import check_structure
+from gradsmooth_optax._depth.groups import group_by_depth, member_of
+from gradsmooth_optax._depth.paths import MASKED, Path, places_of, show_path, some
+from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec
+
+
+def unstack(
+    tree: Any, depth: DepthLike, *, name: str = "{path}_{layer}", like: Any = None
+) -> Any:
+    """Moves a tree of a scanned model to the unrolled one: a leaf for each layer.
+
+    Parameters, updates and states of optimizers alike, so that a checkpoint of one
+    model starts the other. Nothing is computed: layers are slices. In a state, what is
+    like the parameters is found by the same `depth`.
+
+    Args:
+      tree: of the scanned model.
+      depth: where depth is in the scanned model.
+      name: path of a layer: `{path}` is the path of the stacked node (of a position in
+        a cycle without its number), `{stack}` the stack's name, `{layer}` the layer's
+        number. "{path}_{layer}" is Linen's and MaxText's way, "{path}/{layer}" that of
+        a list of layers.
+      like: a tree of the unrolled model, of arrays or `jax.ShapeDtypeStruct`s, whose
+        containers and keys are taken. None makes dicts with string keys, where the tree
+        has mappings. The state of `per_layer` needs it.
+
+    Returns:
+      The tree of the unrolled model.
+
+    Raises:
+      ValueError: if nothing is stacked, for a grouping that does not fit, two leaves of
+        one path, a leaf of `like` that is nowhere, or layers in a node that is no
+        mapping where `like` is None.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"blocks": {"w": jnp.arange(4.0).reshape(2, 2)}, "head": jnp.ones(1)}
+      >>> gs.unstack(params, gs.scanned("blocks/"))["blocks_1"]
+      {'w': Array([2., 3.], dtype=float32)}
+    """
+    spec = as_spec(depth)
+    slices = [s for region in _regions(tree) for s in _slices(region, spec, name)]
+    if all(s.index is None for s in slices):
+        raise ValueError(
+            f"`depth` {spec!r} of `unstack` finds no stacked leaf in the tree: "
+            f"{some([show_path(s.source) for s in slices], 12)}. Pass where depth is "
+            f"in the scanned model, as in `scanned('blocks/', axis=0)`."
+        )
+    _check_unique(slices)
+    if like is not None:
+        return _filled(like, {show_path(s.target): s.value() for s in slices})
+    return _rebuilt(tree, spec, name, ())
+
+
+def stack(
+    tree: Any, depth: DepthLike, *, name: str = "{path}_{layer}", like: Any
+) -> Any:
+    """Moves a tree of an unrolled model to the scanned one: the inverse of `unstack`.
+
+    Args:
+      tree: of the unrolled model.
+      depth: where depth is in the *scanned* model.
+      name: as in `unstack`.
+      like: a tree of the scanned model, of arrays or `jax.ShapeDtypeStruct`s, such as
+        `jax.eval_shape(model.init, ...)` or `jax.eval_shape(optimizer.init, params)`.
+
+    Returns:
+      The tree of the scanned model.
+
+    Raises:
+      ValueError: if nothing of `like` is stacked, for a grouping that does not fit, or
+        for a layer that the tree has not.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import jax.numpy as jnp
+      >>> params = {"blocks": {"w": jnp.arange(4.0).reshape(2, 2)}, "head": jnp.ones(1)}
+      >>> depth = gs.scanned("blocks/")
+      >>> back = gs.stack(gs.unstack(params, depth), depth, like=params)
+      >>> bool((back["blocks"]["w"] == params["blocks"]["w"]).all())
+      True
+    """
+    spec = as_spec(depth)
+    slices = [s for region in _regions(like) for s in _slices(region, spec, name)]
+    if all(s.index is None for s in slices):
+        raise ValueError(
+            f"`depth` {spec!r} of `stack` finds no stacked leaf in `like`: "
+            f"{some([show_path(s.source) for s in slices], 12)}. Pass where depth is "
+            f"in the scanned model, and a tree of it for `like`."
+        )
+    _check_unique(slices)
+    found = {show_path(path): leaf for path, leaf, _ in _leaves(tree)}
+    parts: dict[Path, dict[Any, Any]] = {}
+    for s in slices:
+        if show_path(s.target) in found:
+            parts.setdefault(s.source, {})[s.index] = found[show_path(s.target)]
+        elif s.index is not None and _is_there(s.leaf):
+            raise ValueError(
+                f"`tree` of `stack` has no leaf {show_path(s.target)}, which is layer "
+                f"{s.layer} of {show_path(s.source)} in `like`. Its leaves are "
+                f"{some(list(found), 12)}. Pass the `name` by which the layers are "
+                f"called, now {name!r}."
+            )
+    stacked = {
+        show_path(s.source): _stacked(s, parts[s.source])
+        for s in slices
+        if s.source in parts
+    }
+    return _filled(like, found | stacked)
+
+
+# -- What becomes of a leaf ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    """One layer of a stacked leaf; or a leaf as it is.
+
+    Attributes:
+      source: path in the scanned model.
+      leaf: what is there.
+      target: path in the unrolled model.
+      axes: over which the leaf holds layers.
+      index: of this layer along them; None for a leaf as it is.
+      layer: the layer's number.
+    """
+
+    source: Path
+    leaf: Any
+    target: Path
+    axes: tuple[int, ...] = ()
+    index: tuple[int, ...] | None = None
+    layer: int = 0
+
+    def value(self) -> Any:
+        """The slice."""
+        if not self.index or not _is_there(self.leaf):
+            return self.leaf
+        where: list[Any] = [slice(None)] * np.ndim(self.leaf)
+        for axis, i in zip(self.axes, self.index, strict=True):
+            where[axis] = i
+        return self.leaf[tuple(where)]
+
+
+def _stacked(one: _Slice, parts: dict[Any, Any]) -> Any:
+    """The leaf of the scanned model that holds these layers."""
+    if not one.axes:
+        return parts[one.index]
+    if not _is_there(one.leaf):
+        return one.leaf
+    indices = sorted(parts)
+    values = [parts[index] for index in indices]
+    if np.shape(values[0]) == np.shape(one.leaf):
+        return values[0]
+    xp: Any = np if all(isinstance(v, np.ndarray) for v in values) else jnp
+    sizes = [last + 1 for last in indices[-1]]
+    joined = xp.stack(values).reshape(*sizes, *np.shape(values[0]))
+    return xp.moveaxis(joined, range(len(sizes)), one.axes)
+
+
+def _slices(region: tuple[Path, Any], spec: DepthSpec, name: str) -> Iterator[_Slice]:
+    """What becomes of every leaf of a region of the scanned tree."""
+    prefix, tree = region
+    grouping = group_by_depth(spec, tree)
+    if grouping.groups:
+        check_structure(grouping, True, wholes=())
+    found = list(zip(_leaves(tree), grouping.assignments, strict=True))
+    holders = Counter((a.depth.stack, a.depth.role) for _, a in found if a)
+    members: dict[Hashable, list] = {}
+    for i, ((path, leaf, _), a) in enumerate(found):
+        if a and _is_there(leaf):
+            members.setdefault(a.depth.stack, []).append(
+                member_of(i, path, a, np.shape(leaf))
+            )
+    for (path, leaf, _), a in found:
+        source = (*prefix, *path)
+        if a is None:
+            yield _Slice(source, leaf, source)
+            continue
+        depth = a.depth
+        if _is_there(leaf):
+            member = member_of(0, path, a, np.shape(leaf))
+        else:  # masked: in all layers of the position that others hold
+            like = next((m for m in members.get(depth.stack, ()) if m.axes), None)
+            if like is None or depth.axis is None:
+                yield _Slice(source, leaf, source)
+                continue
+            layers = like.layers - like.layers.min() + depth.layer
+            member = dataclasses.replace(like, layers=layers)
+        is_one_of_several = holders[depth.stack, depth.role] > 1 or not member.axes
+        for index, layer in np.ndenumerate(member.layers):
+            target = _renamed(path, depth, int(layer), name, is_one_of_several)
+            yield _Slice(
+                source, leaf, (*prefix, *target), member.axes, index, int(layer)
+            )
+
+
+def _renamed(path: Path, depth: Any, layer: int, name: str, strip: bool) -> Path:
+    """The path of a layer's leaf in the unrolled model."""
+    role = (
+        str(depth.role) if not isinstance(depth.role, tuple) else show_path(depth.role)
+    )
+    text = show_path(path)
+    node = None
+    if text == role or text.endswith(f"/{role}") or not role:
+        node = text[: len(text) - len(role)].rstrip("/")
+        if strip:
+            node = node.rstrip("0123456789").rstrip("/_.")
+    if node is None and "{path}" in name:
+        raise ValueError(
+            f"leaf {text} has role {role!r}, which is not the end of its path, so that "
+            f"`name={name!r}` has no `{{path}}`. Write the name by the stack, as in "
+            f"`name='{{stack}}_{{layer}}'`."
+        )
+    layer_path = name.format(path=node, layer=layer, stack=depth.stack)
+    return tuple(part for part in f"{layer_path}/{role}".split("/") if part)
+
+
+def _check_unique(slices: list[_Slice]) -> None:
+    twice = [p for p, n in Counter(s.target for s in slices).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"`name` gives one path to several leaves: "
+            f"{some(list(map(show_path, twice)), 3)}. Let it hold what tells them "
+            f"apart, `{{path}}` or `{{stack}}`."
+        )
+
+
+# -- Trees -----------------------------------------------------------------------------
+
+
+def _is_there(leaf: Any) -> bool:
+    return leaf is not None and not isinstance(leaf, optax.MaskedNode)
+
+
+def _leaves(tree: Any) -> list[tuple[Path, Any, Any]]:
+    """(path, leaf or what stands in its place, names of axes), in order."""
+    values = jax.tree.leaves(tree, is_leaf=lambda node: not _is_there(node))
+    places = places_of(tree)
+    if len(values) != len(places):  # a box holds several, or none
+        values = [None if p.leaf is MASKED else p.leaf for p in places]
+    return [(p.path, v, p.axis_names) for p, v in zip(places, values, strict=True)]
+
+
+def _is_mapping(tree: Any) -> bool:
+    """Whether a tree is of mappings down to its leaves."""
+    if isinstance(tree, dict):
+        return all(map(_is_mapping, tree.values()))
+    return not _is_there(tree) or jax.tree.structure(tree).num_nodes == 1
+
+
+def _is_plain(node: Any) -> bool:
+    """A tuple, a list, a named tuple, or a dict of those: what states are made of."""
+    return isinstance(node, tuple | list | dict) and not isinstance(
+        node, optax.MaskedNode
+    )
+
+
+def _regions(tree: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The parts of a tree that are like the parameters, or leaves, with their paths."""
+    if not _is_plain(tree) or _is_mapping(tree) or (not prefix and not _is_state(tree)):
+        yield prefix, tree
+        return
+    for key, child in _children(tree):
+        yield from _regions(child, (*prefix, key))
+
+
+def _is_state(tree: Any) -> bool:
+    """Whether a tree that is no mapping is made of tuples first, as states are."""
+    return isinstance(tree, tuple) or (
+        isinstance(tree, dict) and any(_is_state(child) for child in tree.values())
+    )
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, Mapping):
+        return [(key, node[key]) for key in sorted(node)]
+    if hasattr(node, "_fields"):
+        return [(field, getattr(node, field)) for field in node._fields]
+    return list(enumerate(node))
+
+
+def _rebuilt(tree: Any, spec: DepthSpec, name: str, prefix: Path) -> Any:
+    """The tree with dicts of layers in place of its mappings."""
+    regions = list(_regions(tree, prefix))
+    if len(regions) == 1 and regions[0][1] is tree:
+        slices = list(_slices((prefix, tree), spec, name))
+        if all(s.index is None for s in slices):
+            return tree
+        if not _is_mapping(tree):
+            raise ValueError(
+                f"the layers of {some([show_path(s.target) for s in slices], 3)} are "
+                f"in a {type(tree).__name__}, which is no mapping. Pass a tree of the "
+                f"unrolled model, whose containers are taken: `unstack(tree, depth, "
+                f"like=...)`."
+            )
+        new: dict[Any, Any] = {}
+        for s in slices:
+            *nodes, last = s.target[len(prefix) :]
+            node = new
+            for key in nodes:
+                node = node.setdefault(key, {})
+            node[last] = s.value()
+        return new
+    made = [
+        _rebuilt(child, spec, name, (*prefix, key)) for key, child in _children(tree)
+    ]
+    if isinstance(tree, dict):
+        return dict(zip((key for key, _ in _children(tree)), made, strict=True))
+    return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
+
+
+def _filled(like: Any, found: Mapping[str, Any]) -> Any:
+    """The tree `like` with what was found at its paths."""
+    wanted = [(show_path(path), leaf) for path, leaf, _ in _leaves(like)]
+    paths, values = [text for text, _ in wanted], []
+    for text, leaf in wanted:
+        if not _is_there(leaf):
+            continue
+        node, _, last = text.rpartition("/")
+        if text in found:
+            value = found[text]
+        elif last.isdecimal() and node in found:  # a count of `per_layer`, of a layer
+            counts = jnp.reshape(found[node], (-1, *np.shape(leaf)))
+            value = counts[_numbers_below(node, paths).index(int(last))]
+        elif numbers := _numbers_below(text, list(found)):
+            counts = [found[f"{text}/{n}"] for n in numbers]
+            value = jnp.stack(counts).reshape(np.shape(leaf))
+        else:
+            raise ValueError(
+                f"`like` has a leaf {text}, which is nowhere in the tree: "
+                f"{some(list(found), 12)}. Pass a tree of the same model, or the "
+                f"`name` by which its layers are called."
+            )
+        values.append(_of_shape(value, leaf, text))
+    return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def _numbers_below(node: str, paths: list[str]) -> list[int]:
+    """The numbers of the leaves right below a path, ascending."""
+    below = [p.removeprefix(f"{node}/") for p in paths if p.startswith(f"{node}/")]
+    return sorted(int(p) for p in below if p.isdecimal())
+
+
+def _of_shape(value: Any, leaf: Any, text: str) -> Any:
+    if np.shape(value) != np.shape(leaf):
+        raise ValueError(
+            f"{text} has shape {np.shape(value)} where `like` has {np.shape(leaf)}. "
+            f"Probably the axis of `depth` is another one, or this is the state of an "
+            f"optimizer that saw all layers as one array, which no layer's can be made "
+            f"of: start that optimizer anew, or use `per_layer`."
+        )
+    return value

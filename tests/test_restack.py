@@ -1,0 +1,199 @@
+"""Trees moved between a scanned model and an unrolled one come back bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_per_layer import LAYOUTS, REST, drawn, layers, unrolled
+
+import gradsmooth_optax as gs
+
+SCANNED = {name: LAYOUTS[name] for name in LAYOUTS if name not in ("unrolled",)}
+
+
+def same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def model(layout, seed=0):
+    num_layers, made, depth = LAYOUTS[layout]
+    return made(layers(num_layers, seed)) | drawn(99, REST), depth
+
+
+@pytest.mark.parametrize("layout", ["axis 0", "axis 1", "last axis"])
+def test_a_scanned_model_becomes_numbered_siblings(layout):
+    params, depth = model(layout)
+    same(gs.unstack(params, depth), unrolled(layers(3, 0)) | drawn(99, REST))
+
+
+def test_a_layer_may_be_a_child_of_a_list():
+    params, depth = model("axis 1")
+    found = gs.unstack(params, depth, name="{path}/{layer}")
+    assert found["layers"].keys() == {"0", "1", "2"}
+    like = {"layers": layers(3, 5)} | drawn(5, REST)
+    found = gs.unstack(params, depth, name="{path}/{layer}", like=like)
+    same(found, {"layers": layers(3, 0)} | drawn(99, REST))
+
+
+def test_positions_of_a_cycle_are_layers_in_depth_order():
+    params, depth = model("cycle")
+    found = gs.unstack(params, depth)["layers"]
+    same(found, unrolled(layers(4, 0)))
+
+
+def test_a_cycle_and_its_remainder_are_one_stack_by_name():
+    params, depth = model("cycle with remainder")
+    found = gs.unstack(params, depth, name="{stack}_{layer}")
+    wanted = {f"decoder_{i}": layer for i, layer in enumerate(layers(5, 0))}
+    same(found, wanted | drawn(99, REST))
+
+
+STATES = {
+    "parameters": lambda params: params,
+    "adam": optax.adam(0.1).init,
+    "adamw, masked": optax.adamw(
+        0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+    ).init,
+    "partition": optax.partition(
+        {"a": optax.adam(0.1), "b": optax.sgd(0.1, momentum=0.9)},
+        lambda p: jax.tree.map(lambda x: "a" if x.ndim > 2 else "b", p),
+    ).init,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("layout", SCANNED)
+def test_there_and_back_is_the_same(layout, state):
+    params, depth = model(layout)
+    name = "{stack}_{layer}" if layout == "cycle with remainder" else "{path}_{layer}"
+    tree = STATES[state](params)
+    there = gs.unstack(tree, depth, name=name)
+    same(gs.stack(there, depth, name=name, like=tree), tree)
+
+
+def test_a_state_of_adam_is_that_of_the_unrolled_model():
+    params, depth = model("axis 1")
+    updates, _ = model("axis 1", seed=7)
+    flat, flat_updates = gs.unstack(params, depth), gs.unstack(updates, depth)
+    tx = optax.adamw(0.1)
+    found = tx.update(updates, tx.init(params), params)
+    wanted = tx.update(flat_updates, tx.init(flat), flat)
+    same(gs.unstack(found, depth), wanted)
+
+
+@pytest.mark.parametrize("layout", ["axis 0", "axis 1", "nested scans"])
+def test_a_state_of_per_layer_goes_on_in_the_unrolled_model(layout):
+    params, depth = model(layout)
+    updates, _ = model(layout, seed=7)
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    inner = optax.chain(*[factored] * (layout == "axis 0"), optax.lamb(0.1))
+    scanned_tx = gs.per_layer(inner, depth)
+    _, state = scanned_tx.update(updates, scanned_tx.init(params), params)
+    flat, flat_updates = gs.unstack(params, depth), gs.unstack(updates, depth)
+    flat_tx = gs.per_layer(inner, gs.unrolled(r"layers_(\d+)/"))
+    like = flat_tx.init(flat)
+    moved = gs.unstack(state, depth, like=like)
+    _, wanted = flat_tx.update(flat_updates, like, flat)
+    for a, b in zip(*map(jax.tree.leaves, (moved, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5)
+    same(gs.stack(moved, depth, like=state), state)
+
+
+def test_masks_and_none_stay_where_they_are():
+    params = {
+        "layers": {"w": jnp.ones((2, 3)), "m": optax.MaskedNode(), "n": None},
+        "head": optax.MaskedNode(),
+    }
+    depth = gs.scanned("layers/")
+    found = gs.unstack(params, depth)
+    assert found["layers_1"]["m"] == optax.MaskedNode()
+    assert found["layers_1"]["n"] is None
+    assert found["head"] == optax.MaskedNode()
+    same(gs.stack(found, depth, like=params), params)
+
+
+def test_the_modules_of_equinox_are_filled_by_like():
+    eqx = pytest.importorskip("equinox")
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def layer(key):
+        return eqx.nn.Linear(4, 4, key=key)
+
+    stacked = {"layers": eqx.filter_vmap(layer)(keys)}
+    listed = {"layers": [layer(key) for key in jax.random.split(jax.random.key(1), 3)]}
+    depth, name = gs.scanned("layers/"), "{path}/{layer}"
+    found = gs.unstack(stacked, depth, name=name, like=listed)
+    assert isinstance(found["layers"][1], eqx.nn.Linear)
+    np.testing.assert_array_equal(
+        found["layers"][1].weight, stacked["layers"].weight[1]
+    )
+    same(gs.stack(found, depth, name=name, like=stacked), stacked)
+    with pytest.raises(ValueError, match=r"in a Linear, which is no mapping.*like="):
+        gs.unstack(stacked["layers"], gs.scanned(""), name=name)
+
+
+def test_bits_are_kept_also_of_nan_and_integers():
+    bits = np.arange(6, dtype=np.uint32).reshape(2, 3) + 0x7FC00001
+    params = {"layers": {"w": bits.view(np.float32), "step": np.arange(2)}}
+    depth = gs.scanned("layers/")
+    back = gs.stack(gs.unstack(params, depth), depth, like=params)
+    np.testing.assert_array_equal(back["layers"]["w"].view(np.uint32), bits)
+    np.testing.assert_array_equal(back["layers"]["step"], np.arange(2))
+
+
+def plain_adafactor():
+    params, depth = model("axis 1")
+    tx = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    flat = gs.unstack(params, depth)
+    gs.unstack(tx.init(params), depth, like=tx.init(flat))
+
+
+PARAMS = {"layers": {"w": jnp.ones((2, 3))}, "head": jnp.ones(2)}
+ERRORS = {
+    "nothing stacked": (
+        lambda: gs.unstack(PARAMS, gs.scanned("blocks/")),
+        "finds no stacked leaf",
+    ),
+    "nothing stacked in like": (
+        lambda: gs.stack(PARAMS, gs.scanned("blocks/"), like=PARAMS),
+        "finds no stacked leaf in `like`",
+    ),
+    "one path for all": (
+        lambda: gs.unstack(PARAMS, gs.scanned("layers/"), name="layer"),
+        "`name` gives one path to several leaves: layer/w",
+    ),
+    "a layer that is not there": (
+        lambda: gs.stack(
+            {"layers_0": {"w": jnp.ones(3)}, "head": 1},
+            gs.scanned("layers/"),
+            like=PARAMS,
+        ),
+        "has no leaf layers_1/w, which is layer 1 of layers/w",
+    ),
+    "a leaf that is nowhere": (
+        lambda: gs.unstack(PARAMS, gs.scanned("layers/"), like={"bias": jnp.ones(2)}),
+        "`like` has a leaf bias, which is nowhere",
+    ),
+    "a state that saw all layers as one array": (
+        plain_adafactor,
+        "so no axis 1|saw all layers as one array",
+    ),
+    "a role that is not in the path": (
+        lambda: gs.unstack(
+            {"layers": {"mlp_local": {"w": jnp.ones((2, 3))}}},
+            gs.scanned(r"layers/(?P<role>\w+)_local/"),
+        ),
+        "which is not the end of its path",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_an_error_that_says_what_to_do(name):
+    call, words = ERRORS[name]
+    with pytest.raises(ValueError, match=words):
+        call()
