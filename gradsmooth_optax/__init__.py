@@ -67,8 +67,8 @@ from gradsmooth_optax._transforms.smooth import (
 )
 
 # Every layer by itself.
-from gradsmooth_optax._transforms.per_layer import PerLayerState as PerLayerState
-from gradsmooth_optax._transforms.per_layer import StatesByStack as StatesByStack
+from gradsmooth_optax._transforms.layer_states import PerLayerState as PerLayerState
+from gradsmooth_optax._transforms.layer_states import StatesByStack as StatesByStack
 from gradsmooth_optax._transforms.per_layer import per_layer as per_layer
 from gradsmooth_optax._transforms.scale import LayerFactors as LayerFactors
 from gradsmooth_optax._transforms.scale import factors_fn as factors_fn

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -210,6 +210,15 @@ class Grouping:
         return tuple(g for g in self.groups if g.run_lengths.max(initial=0) > 1)
 
     @functools.cached_property
+    def held(self) -> Held:
+        """The leaves that are in groups, by their paths."""
+        return {
+            member.path: (group, member)
+            for group in self.groups
+            for member in group.members
+        }
+
+    @functools.cached_property
     def reading(self) -> Reading:
         """What the tree shows by itself."""
         return read(self.places)
@@ -230,6 +239,21 @@ def missing_between(layers: Sequence[int]) -> tuple[range, ...]:
     """The numbers that are missing in an ascending sequence, by gap."""
     pairs = itertools.pairwise(layers)
     return tuple(range(a + 1, b) for a, b in pairs if b > a + 1)
+
+
+# What a grouping holds, by path.
+Held: TypeAlias = "Mapping[Path, tuple[Group, Member]]"
+
+
+def unrestricted(grouping: Grouping) -> Grouping:
+    """The grouping with what a restriction leaves out."""
+    spec = grouping.spec.unrestricted()
+    if spec == grouping.spec:
+        return grouping
+    try:
+        return group_places(spec, grouping.places, grouping.treedef)
+    except ValueError:  # a leaf without the axis: that is why it is left out
+        return grouping
 
 
 def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,18 @@ from gradsmooth_optax._depth.doubts import DepthWarning
 from gradsmooth_optax._depth.paths import MASKED, places_of, show_path
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._transforms.blocks import Block, Blocks, blocks_of
+from gradsmooth_optax._transforms.layer_states import (
+    NO_STRUCTURE,
+    PerLayerState,
+    StatesByStack,
+    Unit,
+    halves,
+    is_unit,
+    joined,
+    of_another_grouping,
+    split,
+    units_of,
+)
 
 # What sees the whole model, or every example of a batch, and no layer.
 _NOT_PER_LAYER = {
@@ -26,50 +38,6 @@ _NOT_PER_LAYER = {
     "ScaleByZoomLinesearchState": "a line search",
     "DifferentiallyPrivateAggregateState": "clipping of every example's gradient",
 }
-_REST = "(rest)"
-
-
-class PerLayerState(NamedTuple):
-    """State of `per_layer` where the rest has a transformation of its own.
-
-    Attributes:
-      inner_state: of the layers, in the structure of the state of `inner`.
-      rest_state: of the rest of the tree.
-
-    Example:
-      >>> import gradsmooth_optax as gs
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> depth, params = gs.scanned("blocks/"), {"blocks": {"w": jnp.ones((3, 2))}}
-      >>> tx = gs.per_layer(optax.scale_by_adam(), depth, rest=optax.sgd(0.1))
-      >>> tx.init(params).inner_state.mu["blocks"]["w"].shape
-      (3, 2)
-    """
-
-    inner_state: optax.OptState
-    rest_state: optax.OptState
-
-
-class StatesByStack(NamedTuple):
-    """State of the layers where `inner` does not say what is like the parameters.
-
-    Attributes:
-      states: for each stack the state of its layers, with layers in front; or one for
-        each layer.
-
-    Example:
-      >>> import gradsmooth_optax as gs
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> def init(params):
-      ...     return jnp.linalg.norm(params["w"])  # not of optax's placeholder
-      >>> inner = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
-      >>> tx = gs.per_layer(inner, gs.scanned("blocks/"))
-      >>> print(tx.init({"blocks": {"w": jnp.ones((3, 4))}}).states["blocks"])
-      [2. 2. 2.]
-    """
-
-    states: dict[str, Any]
 
 
 def per_layer(
@@ -158,19 +126,19 @@ def per_layer(
         _check_kind(states)
         if of_rest is None and blocks.rest:
             states.append(inner.init(blocks.of_rest(leaves)))
-        state = _joined(inner, blocks, states)
+        state = joined(inner, blocks, states)
         rest_state = of_rest and of_rest.init(blocks.of_rest(leaves))
         return _with_rest(of_rest, state, rest_state)
 
     def update_fn(updates, state, params=None, **extra_args):
         blocks = blocks_of(spec, updates, strict, said)
         leaves = blocks.grouping.leaves
-        state, rest_state = (state, None) if of_rest is None else _halves(state)
+        state, rest_state = (state, None) if of_rest is None else halves(state)
         if not leaves:
             updates, state = inner.update(updates, state, params, **extra_args)
             return updates, _with_rest(of_rest, state, rest_state)
         values = None if params is None else _leaves_like(params, blocks)
-        states = _split(inner, blocks, state, of_rest is None)
+        states = split(inner, blocks, state, of_rest is None)
         new: dict[int, Any] = {}
         for i, block in enumerate(blocks.blocks):
             found, states[i] = _update(
@@ -191,7 +159,7 @@ def per_layer(
                 )
             found = blocks.treedef.flatten_up_to(tree)
             new.update({i: found[i] for i in blocks.rest})
-        state = _joined(inner, blocks, states, isinstance(state, StatesByStack))
+        state = joined(inner, blocks, states, isinstance(state, StatesByStack))
         return blocks.grouping.replaced(new), _with_rest(of_rest, state, rest_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -199,9 +167,6 @@ def per_layer(
 
 def _with_rest(of_rest: Any, state: Any, rest_state: Any) -> Any:
     return state if of_rest is None else PerLayerState(state, rest_state)
-
-
-# -- One block -------------------------------------------------------------------------
 
 
 def _init(inner: Any, block: Block, leaves: Sequence[Any]) -> Any:
@@ -261,7 +226,7 @@ def _update(
         return found, jax.tree.unflatten(treedef, new_state)
     expected, slots = _slots(inner, block, own)
     if treedef != expected:
-        raise TypeError(_of_another_grouping(f"has {treedef} for {block.stack!r}"))
+        raise TypeError(of_another_grouping(f"has {treedef} for {block.stack!r}"))
     axes, state_axes = [part.axes for part in block.parts], [s.axes for s in slots]
     in_axes = (axes, state_axes, axes[: len(of_params)])
     aligned = [
@@ -326,15 +291,15 @@ def _slots(inner: Any, block: Block, own: Sequence[Any]) -> tuple[Any, list[_Slo
             lambda x: own_slot if x.shape == shapes[i] else in_front, subtree
         )
 
-    def of_unit(unit: _Unit) -> Any:
+    def of_unit(unit: Unit) -> Any:
         if not unit.is_like_params:
             return jax.tree.map(lambda _: in_front, unit.value)
         subtrees = block.treedef.flatten_up_to(unit.value)
         return block.nested([of_part(i, tree) for i, tree in enumerate(subtrees)])
 
     try:
-        slots = jax.tree.map(of_unit, _units(inner, state), is_leaf=_is_unit)
-    except _NO_STRUCTURE:
+        slots = jax.tree.map(of_unit, units_of(inner, state), is_leaf=is_unit)
+    except NO_STRUCTURE:
         slots = jax.tree.map(lambda _: in_front, state)
     return jax.tree.structure(state), jax.tree.leaves(slots)
 
@@ -362,149 +327,6 @@ def _check_alike(block: Block, updates: Sequence[Any], new: Any) -> None:
                 f"{show_path(part.member.path)}. Put what changes it outside: "
                 f"`chain(per_layer(...), it)`."
             )
-
-
-# -- The state of all ------------------------------------------------------------------
-
-
-class _Unit(NamedTuple):
-    """A part of a state: a tree like the parameters, or something else."""
-
-    is_like_params: bool
-    value: Any
-
-
-def _is_unit(node: Any) -> bool:
-    return isinstance(node, _Unit)
-
-
-# What is raised where a state does not say what in it is like the parameters.
-_NO_STRUCTURE = (TypeError, ValueError, AttributeError, KeyError, IndexError)
-
-
-def _units(inner: Any, state: Any) -> Any:
-    """The state with its parts as units."""
-    return optax.tree_utils.tree_map_params(
-        inner,
-        lambda tree: _Unit(True, tree),
-        state,
-        transform_non_params=lambda value: _Unit(False, value),
-        is_leaf=lambda _: True,
-    )
-
-
-def _joined(
-    inner: Any, blocks: Blocks, states: Sequence[Any], by_stack: bool = False
-) -> Any:
-    """One state of those of the blocks, and of the rest if it is the last one."""
-    if by_stack:
-        return StatesByStack(_by_stack(blocks, states))
-
-    def joined(*units):
-        if not units[0].is_like_params:
-            return _by_stack(blocks, [unit.value for unit in units])
-        found: list[Any] = [optax.MaskedNode()] * len(blocks.grouping.leaves)
-        for block, unit in zip(blocks.blocks, units, strict=False):
-            subtrees = block.treedef.flatten_up_to(unit.value)
-            for part, subtree in zip(block.parts, subtrees, strict=True):
-                found[part.member.leaf] = subtree
-        if len(units) > len(blocks.blocks):
-            subtrees = blocks.treedef.flatten_up_to(units[-1].value)
-            for i in blocks.rest:
-                found[i] = subtrees[i]
-        return jax.tree.unflatten(blocks.treedef, found)
-
-    try:
-        units = [_units(inner, state) for state in states]
-        return jax.tree.map(joined, *units, is_leaf=_is_unit)
-    except _NO_STRUCTURE:
-        return StatesByStack(_by_stack(blocks, states))
-
-
-def _split(inner: Any, blocks: Blocks, state: Any, has_rest: bool) -> list[Any]:
-    """The states of the blocks, and of the rest."""
-    wanted: list[Block | None] = list(blocks.blocks)
-    if has_rest and blocks.rest:
-        wanted.append(None)
-    try:
-        if isinstance(state, StatesByStack):
-            return [_of_block(blocks, state.states, block) for block in wanted]
-        units = _units(inner, state)
-        flat = jax.tree.map(
-            lambda unit: (
-                _Unit(True, blocks.treedef.flatten_up_to(unit.value))
-                if unit.is_like_params
-                else unit
-            ),
-            units,
-            is_leaf=_is_unit,
-        )
-
-        def pick(unit: Any, block: Block | None) -> Any:
-            if not unit.is_like_params:
-                return _of_block(blocks, unit.value, block)
-            if block is None:
-                return blocks.of_rest(unit.value)
-            return block.nested([unit.value[p.member.leaf] for p in block.parts])
-
-        return [
-            jax.tree.map(lambda unit, b=block: pick(unit, b), flat, is_leaf=_is_unit)
-            for block in wanted
-        ]
-    except _NO_STRUCTURE as error:
-        raise TypeError(_of_another_grouping(f"does not fit: {error}")) from error
-
-
-def _by_stack(blocks: Blocks, values: Sequence[Any]) -> dict[str, Any]:
-    """One value for each block, by stack, and that of the rest."""
-    found: dict[str, Any] = {}
-    for block, value in zip(blocks.blocks, values, strict=False):
-        if _is_whole(blocks, block):
-            found[_key(block)] = value
-        else:
-            found.setdefault(_key(block), {})[block.first] = value
-    if len(values) > len(blocks.blocks):
-        found[_REST] = values[-1]
-    return found
-
-
-def _of_block(blocks: Blocks, values: dict[str, Any], block: Block | None) -> Any:
-    if block is None:
-        return values[_REST]
-    found = values[_key(block)]
-    if _is_whole(blocks, block):
-        return found
-    # Some checkpoints give keys back as strings.
-    return found[block.first] if block.first in found else found[str(block.first)]
-
-
-def _is_whole(blocks: Blocks, block: Block) -> bool:
-    """Whether a block is stacked and all of its stack."""
-    is_alone = sum(other.stack == block.stack for other in blocks.blocks) == 1
-    return bool(block.num_axes) and is_alone
-
-
-def _key(block: Block) -> str:
-    return block.stack if isinstance(block.stack, str) else repr(block.stack)
-
-
-def _halves(state: Any) -> tuple[Any, Any]:
-    if not isinstance(state, PerLayerState):
-        raise TypeError(
-            f"`state` of `per_layer` with a `rest` of its own must be a PerLayerState, "
-            f"but is of type {type(state).__name__}: it was made by other settings. "
-            f"Start anew with `init(params)`, or pass `PerLayerState(state, "
-            f"rest.init(params))`."
-        )
-    return state
-
-
-def _of_another_grouping(found: str) -> str:
-    return (
-        f"`state` of `per_layer` was made for another grouping or by other settings: "
-        f"it {found}. Start anew with `init(params)`, or pass the same `inner` and "
-        f"`depth` that made it."
-    )
 
 
 def _leaves_like(params: Any, blocks: Blocks) -> list[Any]:
