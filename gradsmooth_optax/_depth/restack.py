@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 
 from gradsmooth_optax._depth.checked_groups import check_structure
+from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import group_by_depth, member_of
 from gradsmooth_optax._depth.paths import MASKED, Path, places_of, show_path, some
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec
@@ -53,8 +55,8 @@ def unstack(
       >>> gs.unstack(params, gs.scanned("blocks/"))["blocks_1"]
       {'w': Array([2., 3.], dtype=float32)}
     """
-    spec = as_spec(depth)
-    slices = [s for region in _regions(tree) for s in _slices(region, spec, name)]
+    spec, shapes = as_spec(depth), _shapes(like)
+    slices = [s for r in _regions(tree) for s in _slices(r, spec, name, shapes)]
     if all(s.index is None for s in slices):
         raise ValueError(
             f"`depth` {spec!r} of `unstack` finds no stacked leaf in the tree: "
@@ -63,7 +65,8 @@ def unstack(
         )
     _check_unique(slices)
     if like is not None:
-        return _filled(like, {show_path(s.target): s.value() for s in slices})
+        values = {show_path(s.target): s.value() for s in slices}
+        return _filled(like, values, slices, is_unstacked=True)
     return _rebuilt(tree, spec, name, ())
 
 
@@ -95,8 +98,8 @@ def stack(
       >>> bool((back["blocks"]["w"] == params["blocks"]["w"]).all())
       True
     """
-    spec = as_spec(depth)
-    slices = [s for region in _regions(like) for s in _slices(region, spec, name)]
+    spec, shapes = as_spec(depth), _shapes(tree)
+    slices = [s for r in _regions(like) for s in _slices(r, spec, name, shapes)]
     if all(s.index is None for s in slices):
         raise ValueError(
             f"`depth` {spec!r} of `stack` finds no stacked leaf in `like`: "
@@ -121,7 +124,7 @@ def stack(
         for s in slices
         if s.source in parts
     }
-    return _filled(like, found | stacked)
+    return _filled(like, found | stacked, slices, is_unstacked=False)
 
 
 # -- What becomes of a leaf ------------------------------------------------------------
@@ -138,6 +141,7 @@ class _Slice:
       axes: over which the leaf holds layers.
       index: of this layer along them; None for a leaf as it is.
       layer: the layer's number.
+      stack: the stack's name.
     """
 
     source: Path
@@ -146,6 +150,7 @@ class _Slice:
     axes: tuple[int, ...] = ()
     index: tuple[int, ...] | None = None
     layer: int = 0
+    stack: Hashable = None
 
     def value(self) -> Any:
         """The slice."""
@@ -165,49 +170,75 @@ def _stacked(one: _Slice, parts: dict[Any, Any]) -> Any:
         return one.leaf
     indices = sorted(parts)
     values = [parts[index] for index in indices]
-    if np.shape(values[0]) == np.shape(one.leaf):
-        return values[0]
     xp: Any = np if all(isinstance(v, np.ndarray) for v in values) else jnp
     sizes = [last + 1 for last in indices[-1]]
     joined = xp.stack(values).reshape(*sizes, *np.shape(values[0]))
     return xp.moveaxis(joined, range(len(sizes)), one.axes)
 
 
-def _slices(region: tuple[Path, Any], spec: DepthSpec, name: str) -> Iterator[_Slice]:
-    """What becomes of every leaf of a region of the scanned tree."""
+def _slices(
+    region: tuple[Path, Any], spec: DepthSpec, name: str, shapes: _Shapes | None
+) -> Iterator[_Slice]:
+    """What becomes of every leaf of a region of the scanned tree.
+
+    Args:
+      region: its path, and the tree there.
+      spec: where depth is in it.
+      name: of a layer.
+      shapes: of the leaves of the unrolled tree, None where they are not known.
+    """
     prefix, tree = region
-    grouping = group_by_depth(spec, tree)
-    if grouping.groups:
-        check_structure(grouping, True, wholes=())
-    found = list(zip(_leaves(tree), grouping.assignments, strict=True))
+    if shapes is None:
+        grouping = group_by_depth(spec, tree)
+        if grouping.groups:
+            check_structure(grouping, True, wholes=())
+    found = list(zip(_leaves(tree), spec.assign(places_of(tree)), strict=True))
     holders = Counter((a.depth.stack, a.depth.role) for _, a in found if a)
-    members: dict[Hashable, list] = {}
-    for i, ((path, leaf, _), a) in enumerate(found):
-        if a and _is_there(leaf):
-            members.setdefault(a.depth.stack, []).append(
-                member_of(i, path, a, np.shape(leaf))
-            )
-    for (path, leaf, _), a in found:
+    known: dict[Hashable, tuple[tuple[int, ...], np.ndarray]] = {}
+    for (path, leaf, _), a in sorted(found, key=lambda pair: not _is_there(pair[0][1])):
         source = (*prefix, *path)
         if a is None:
             yield _Slice(source, leaf, source)
             continue
-        depth = a.depth
+        depth, several = a.depth, holders[a.depth.stack, a.depth.role] > 1
+
+        def target(layer: int, path=path, depth=depth, several=several) -> Path:
+            is_numbered = several or depth.axis is None
+            return (*prefix, *_renamed(path, depth, layer, name, is_numbered))
+
         if _is_there(leaf):
-            member = member_of(0, path, a, np.shape(leaf))
-        else:  # masked: in all layers of the position that others hold
-            like = next((m for m in members.get(depth.stack, ()) if m.axes), None)
-            if like is None or depth.axis is None:
-                yield _Slice(source, leaf, source)
-                continue
-            layers = like.layers - like.layers.min() + depth.layer
-            member = dataclasses.replace(like, layers=layers)
-        is_one_of_several = holders[depth.stack, depth.role] > 1 or not member.axes
-        for index, layer in np.ndenumerate(member.layers):
-            target = _renamed(path, depth, int(layer), name, is_one_of_several)
-            yield _Slice(
-                source, leaf, (*prefix, *target), member.axes, index, int(layer)
-            )
+            of_layer = (shapes or {}).get(show_path(target(depth.layer)))
+            axes, layers = _layers_of(path, np.shape(leaf), a, of_layer)
+            if axes:
+                known[depth.stack] = axes, layers - depth.layer
+        elif depth.axis is not None and depth.stack in known:
+            axes, layers = known[depth.stack]  # masked: as what is there
+            layers = layers + depth.layer
+        else:
+            yield _Slice(source, leaf, source)
+            continue
+        for index, n in np.ndenumerate(layers):
+            layer, stack = int(n), depth.stack
+            yield _Slice(source, leaf, target(layer), axes, index, layer, stack)
+
+
+def _layers_of(
+    path: Path, shape: tuple[int, ...], assignment: Any, of_layer: Any
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """The axes of a leaf over its layers, and the layers' numbers along them.
+
+    Those of depth; or the first ones, where only that leaves the shape of a layer's, as
+    in what `per_layer` keeps in another shape than the parameter's.
+    """
+    depth = assignment.depth
+    in_front = tuple(range(len(as_tuple(depth.axis))))
+    if in_front and of_layer == shape[len(in_front) :]:
+        named = [axis % max(len(shape), 1) for axis in as_tuple(depth.axis)]
+        rest = [n for axis, n in enumerate(shape) if axis not in named]
+        if tuple(rest) != of_layer or max(as_tuple(depth.axis)) >= len(shape):
+            depth = dataclasses.replace(depth, axis=in_front)
+    member = member_of(0, path, assignment._replace(depth=depth), shape)
+    return member.axes, member.layers
 
 
 def _renamed(path: Path, depth: Any, layer: int, name: str, strip: bool) -> Path:
@@ -299,7 +330,7 @@ def _rebuilt(tree: Any, spec: DepthSpec, name: str, prefix: Path) -> Any:
     """The tree with dicts of layers in place of its mappings."""
     regions = list(_regions(tree, prefix))
     if len(regions) == 1 and regions[0][1] is tree:
-        slices = list(_slices((prefix, tree), spec, name))
+        slices = list(_slices((prefix, tree), spec, name, None))
         if all(s.index is None for s in slices):
             return tree
         if not _is_mapping(tree):
@@ -325,23 +356,33 @@ def _rebuilt(tree: Any, spec: DepthSpec, name: str, prefix: Path) -> Any:
     return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
 
 
-def _filled(like: Any, found: Mapping[str, Any]) -> Any:
-    """The tree `like` with what was found at its paths."""
+_Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+
+def _shapes(tree: Any) -> _Shapes | None:
+    """The shapes of the leaves by path."""
+    if tree is None:
+        return None
+    return {show_path(p): np.shape(x) for p, x, _ in _leaves(tree) if _is_there(x)}
+
+
+def _filled(
+    like: Any, found: Mapping[str, Any], slices: Sequence[_Slice], is_unstacked: bool
+) -> Any:
+    """The tree `like`, of the unrolled model or not, with what is at its paths."""
     wanted = [(show_path(path), leaf) for path, leaf, _ in _leaves(like)]
-    paths, values = [text for text, _ in wanted], []
+    paths, values, scans = [text for text, _ in wanted], [], _scans(slices)
     for text, leaf in wanted:
         if not _is_there(leaf):
             continue
-        node, _, last = text.rpartition("/")
-        if text in found:
-            value = found[text]
-        elif last.isdecimal() and node in found:  # a count of `per_layer`, of a layer
-            counts = jnp.reshape(found[node], (-1, *np.shape(leaf)))
-            value = counts[_numbers_below(node, paths).index(int(last))]
-        elif numbers := _numbers_below(text, list(found)):
-            counts = [found[f"{text}/{n}"] for n in numbers]
-            value = jnp.stack(counts).reshape(np.shape(leaf))
-        else:
+        value = found.get(text)
+        if value is None or np.shape(value) != np.shape(leaf):
+            if is_unstacked:
+                count = _count_of_layer(text, leaf, paths, found, scans)
+            else:
+                count = _counts_of_layers(text, leaf, found, scans)
+            value = value if count is None else count
+        if value is None:
             raise ValueError(
                 f"`like` has a leaf {text}, which is nowhere in the tree: "
                 f"{some(list(found), 12)}. Pass a tree of the same model, or the "
@@ -349,6 +390,67 @@ def _filled(like: Any, found: Mapping[str, Any]) -> Any:
             )
         values.append(_of_shape(value, leaf, text))
     return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+# -- What `per_layer` keeps by stack, as counts ----------------------------------------
+
+# Stack -> first layer of a block -> layers, in the order of its axes.
+_Scans: TypeAlias = dict[str, dict[int, list[int]]]
+
+
+def _scans(slices: Sequence[_Slice]) -> _Scans:
+    by_source: dict[Path, list[_Slice]] = {}
+    for one in slices:
+        if one.index is not None:
+            by_source.setdefault(one.source, []).append(one)
+    scans: _Scans = {}
+    for held in by_source.values():
+        layers = [one.layer for one in held]
+        scans.setdefault(str(held[0].stack), {})[min(layers)] = layers
+    return scans
+
+
+def _places_by_stack(node: str, scans: _Scans) -> dict[str, list[int]]:
+    """The paths at which `per_layer` keeps what is of a stack, and their layers."""
+    for stack, blocks in scans.items():
+        if node == stack or node.endswith(f"/{stack}"):
+            is_whole = len(blocks) == 1
+            return {
+                node if is_whole else f"{node}/{first}": layers
+                for first, layers in blocks.items()
+            }
+    return {}
+
+
+def _count_of_layer(
+    text: str, leaf: Any, wanted: list[str], found: Mapping[str, Any], scans: _Scans
+) -> Any:
+    """What the scanned state has for one layer of the unrolled one."""
+    node, _, last = text.rpartition("/")
+    places = _places_by_stack(node, scans) if last.isdecimal() else {}
+    if not places or not places.keys() <= found.keys():
+        return None
+    by_layer: dict[int, Any] = {}
+    for place, layers in places.items():
+        counts = jnp.reshape(found[place], (len(layers), *np.shape(leaf)))
+        by_layer |= dict(zip(layers, counts, strict=True))
+    rank = _numbers_below(node, wanted).index(int(last))
+    return by_layer[sorted(by_layer)[rank]]
+
+
+def _counts_of_layers(
+    text: str, leaf: Any, found: Mapping[str, Any], scans: _Scans
+) -> Any:
+    """What the unrolled state has for the layers of a place in the scanned one."""
+    for node in (text, text.rpartition("/")[0]):
+        places = _places_by_stack(node, scans)
+        numbers = _numbers_below(node, list(found))
+        all_layers = sorted(itertools.chain.from_iterable(places.values()))
+        if text in places and len(numbers) == len(all_layers):
+            number_of = dict(zip(all_layers, numbers, strict=True))
+            counts = [found[f"{node}/{number_of[layer]}"] for layer in places[text]]
+            return jnp.stack(counts).reshape(np.shape(leaf))
+    return None
 
 
 def _numbers_below(node: str, paths: list[str]) -> list[int]:
