@@ -1125,13 +1125,17 @@ def each_layer():
     """`per_layer` and `scale_over_depth` on meshes of both kinds, and by stages."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": ((8, 4, 6), P("stage", "model")), "bias": ((8, 6), P("stage"))}
+    shapes["scale"] = ((8, 4), P("stage", "model"))
     tree = {
         "layers": {
             n: rng.normal(size=s).astype("float32") for n, (s, _) in shapes.items()
         },
         "head": rng.normal(size=(4, 3)).astype("float32"),
     }
-    specs = {"layers": {n: spec for n, (_, spec) in shapes.items()}, "head": P()}
+    specs_of_all = {
+        "layers": {n: spec for n, (_, spec) in shapes.items()},
+        "head": P(),
+    }
     depth = gs.scanned("layers/")
     transformations = {
         "adam": gs.per_layer(optax.adam(0.1), depth),
@@ -1148,7 +1152,9 @@ def each_layer():
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
     def on_mesh(tx, kind, want):
-        mesh = mesh_of("grid", kind)
+        mesh, specs = mesh_of("grid", kind), {**specs_of_all}
+        if kind == AxisType.Explicit:  # of one role the layers are not split
+            specs["layers"] = specs["layers"] | {"scale": P(None, "model")}
         with jax.set_mesh(mesh):
             params = jax.tree.map(
                 lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
@@ -1172,7 +1178,7 @@ def each_layer():
             _, state = tx.update(params, tx.init(params), params)
             return tx.update(params, state, params)[0]
 
-        split = {"layers": {"kernel": P("stage"), "bias": P("stage")}, "head": P()}
+        split = {"layers": dict.fromkeys(shapes, P("stage")), "head": P()}
         mapped = jax.jit(
             jax.shard_map(
                 update, mesh=meshes()["line"], in_specs=(split,), out_specs=split

@@ -331,6 +331,43 @@ def test_tree_map_params_maps_the_state(layout):
     assert mapped_state[0].count == "other"
 
 
+def test_a_state_is_saved_and_restored_by_orbax(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    params, depth = unrolled(layers(3, 0)) | drawn(99, REST), gs.unrolled()
+    tx = gs.per_layer(optax.lamb(0.1), depth)
+    _, state = tx.update(params, tx.init(params), params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        restored = checkpointer.restore(tmp_path / "state", like)
+    close(tx.update(params, restored, params)[0], tx.update(params, state, params)[0])
+
+
+def test_flax_nnx_trains_a_stacked_model_as_a_list_of_layers():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, layers):
+            self.layers = layers
+
+    def layer(key):
+        return nnx.Linear(4, 4, rngs=nnx.Rngs(key))
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked_model = Model(nnx.vmap(layer)(keys))
+    listed = Model(nnx.List([layer(key) for key in keys]))
+    tx = gs.per_layer(optax.lamb(0.1), gs.scanned("layers/"))
+    for model, optimizer in ((stacked_model, tx), (listed, optax.lamb(0.1))):
+        optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+        for _ in range(2):  # the parameters are gradients as good as any
+            optimizer.update(model, nnx.state(model, nnx.Param))
+    for i, one in enumerate(listed.layers):
+        np.testing.assert_allclose(
+            stacked_model.layers.kernel[i], one.kernel[...], rtol=2e-5, atol=1e-6
+        )
+
+
 def test_without_a_tree_like_the_parameters_it_is_a_state_for_each_stack():
     def init(params):
         if not jax.tree.leaves(params):
