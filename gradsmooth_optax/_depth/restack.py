@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,15 @@ import optax
 from gradsmooth_optax._depth.checked_groups import check_structure
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import group_by_depth, member_of
-from gradsmooth_optax._depth.paths import MASKED, Path, places_of, show_path, some
+from gradsmooth_optax._depth.paths import Path, places_of, show_path, some
+from gradsmooth_optax._depth.refill import (
+    Scans,
+    Shapes,
+    filled,
+    is_there,
+    leaves_of,
+    shapes_of,
+)
 from gradsmooth_optax._depth.specs import DepthLike, DepthSpec, as_spec
 
 
@@ -55,7 +62,7 @@ def unstack(
       >>> gs.unstack(params, gs.scanned("blocks/"))["blocks_1"]
       {'w': Array([2., 3.], dtype=float32)}
     """
-    spec, shapes = as_spec(depth), _shapes(like)
+    spec, shapes = as_spec(depth), shapes_of(like)
     slices = [s for r in _regions(tree) for s in _slices(r, spec, name, shapes)]
     if all(s.index is None for s in slices):
         raise ValueError(
@@ -66,7 +73,7 @@ def unstack(
     _check_unique(slices)
     if like is not None:
         values = {show_path(s.target): s.value() for s in slices}
-        return _filled(like, values, slices, is_unstacked=True)
+        return filled(like, values, _scans(slices), is_unstacked=True)
     return _rebuilt(tree, spec, name, ())
 
 
@@ -98,7 +105,7 @@ def stack(
       >>> bool((back["blocks"]["w"] == params["blocks"]["w"]).all())
       True
     """
-    spec, shapes = as_spec(depth), _shapes(tree)
+    spec, shapes = as_spec(depth), shapes_of(tree)
     slices = [s for r in _regions(like) for s in _slices(r, spec, name, shapes)]
     if all(s.index is None for s in slices):
         raise ValueError(
@@ -107,12 +114,12 @@ def stack(
             f"in the scanned model, and a tree of it for `like`."
         )
     _check_unique(slices)
-    found = {show_path(path): leaf for path, leaf, _ in _leaves(tree)}
+    found = {show_path(path): leaf for path, leaf, _ in leaves_of(tree)}
     parts: dict[Path, dict[Any, Any]] = {}
     for s in slices:
         if show_path(s.target) in found:
             parts.setdefault(s.source, {})[s.index] = found[show_path(s.target)]
-        elif s.index is not None and _is_there(s.leaf):
+        elif s.index is not None and is_there(s.leaf):
             raise ValueError(
                 f"`tree` of `stack` has no leaf {show_path(s.target)}, which is layer "
                 f"{s.layer} of {show_path(s.source)} in `like`. Its leaves are "
@@ -124,7 +131,7 @@ def stack(
         for s in slices
         if s.source in parts
     }
-    return _filled(like, found | stacked, slices, is_unstacked=False)
+    return filled(like, found | stacked, _scans(slices), is_unstacked=False)
 
 
 # -- What becomes of a leaf ------------------------------------------------------------
@@ -154,7 +161,7 @@ class _Slice:
 
     def value(self) -> Any:
         """The slice."""
-        if not self.index or not _is_there(self.leaf):
+        if not self.index or not is_there(self.leaf):
             return self.leaf
         where: list[Any] = [slice(None)] * np.ndim(self.leaf)
         for axis, i in zip(self.axes, self.index, strict=True):
@@ -166,7 +173,7 @@ def _stacked(one: _Slice, parts: dict[Any, Any]) -> Any:
     """The leaf of the scanned model that holds these layers."""
     if not one.axes:
         return parts[one.index]
-    if not _is_there(one.leaf):
+    if not is_there(one.leaf):
         return one.leaf
     indices = sorted(parts)
     values = [parts[index] for index in indices]
@@ -177,7 +184,7 @@ def _stacked(one: _Slice, parts: dict[Any, Any]) -> Any:
 
 
 def _slices(
-    region: tuple[Path, Any], spec: DepthSpec, name: str, shapes: _Shapes | None
+    region: tuple[Path, Any], spec: DepthSpec, name: str, shapes: Shapes | None
 ) -> Iterator[_Slice]:
     """What becomes of every leaf of a region of the scanned tree.
 
@@ -192,10 +199,10 @@ def _slices(
         grouping = group_by_depth(spec, tree)
         if grouping.groups:
             check_structure(grouping, True, wholes=())
-    found = list(zip(_leaves(tree), spec.assign(places_of(tree)), strict=True))
+    found = list(zip(leaves_of(tree), spec.assign(places_of(tree)), strict=True))
     holders = Counter((a.depth.stack, a.depth.role) for _, a in found if a)
     known: dict[Hashable, tuple[tuple[int, ...], np.ndarray]] = {}
-    for (path, leaf, _), a in sorted(found, key=lambda pair: not _is_there(pair[0][1])):
+    for (path, leaf, _), a in sorted(found, key=lambda pair: not is_there(pair[0][1])):
         source = (*prefix, *path)
         if a is None:
             yield _Slice(source, leaf, source)
@@ -206,7 +213,7 @@ def _slices(
             is_numbered = several or depth.axis is None
             return (*prefix, *_renamed(path, depth, layer, name, is_numbered))
 
-        if _is_there(leaf):
+        if is_there(leaf):
             of_layer = (shapes or {}).get(show_path(target(depth.layer)))
             axes, layers = _layers_of(path, np.shape(leaf), a, of_layer)
             if axes:
@@ -262,6 +269,18 @@ def _renamed(path: Path, depth: Any, layer: int, name: str, strip: bool) -> Path
     return tuple(part for part in f"{layer_path}/{role}".split("/") if part)
 
 
+def _scans(slices: Sequence[_Slice]) -> Scans:
+    by_source: dict[Path, list[_Slice]] = {}
+    for one in slices:
+        if one.index is not None:
+            by_source.setdefault(one.source, []).append(one)
+    scans: Scans = {}
+    for held in by_source.values():
+        layers = [one.layer for one in held]
+        scans.setdefault(str(held[0].stack), {})[min(layers)] = layers
+    return scans
+
+
 def _check_unique(slices: list[_Slice]) -> None:
     twice = [p for p, n in Counter(s.target for s in slices).items() if n > 1]
     if twice:
@@ -275,24 +294,11 @@ def _check_unique(slices: list[_Slice]) -> None:
 # -- Trees -----------------------------------------------------------------------------
 
 
-def _is_there(leaf: Any) -> bool:
-    return leaf is not None and not isinstance(leaf, optax.MaskedNode)
-
-
-def _leaves(tree: Any) -> list[tuple[Path, Any, Any]]:
-    """(path, leaf or what stands in its place, names of axes), in order."""
-    values = jax.tree.leaves(tree, is_leaf=lambda node: not _is_there(node))
-    places = places_of(tree)
-    if len(values) != len(places):  # a box holds several, or none
-        values = [None if p.leaf is MASKED else p.leaf for p in places]
-    return [(p.path, v, p.axis_names) for p, v in zip(places, values, strict=True)]
-
-
 def _is_mapping(tree: Any) -> bool:
     """Whether a tree is of mappings down to its leaves."""
     if isinstance(tree, dict):
         return all(map(_is_mapping, tree.values()))
-    return not _is_there(tree) or jax.tree.structure(tree).num_nodes == 1
+    return not is_there(tree) or jax.tree.structure(tree).num_nodes == 1
 
 
 def _is_plain(node: Any) -> bool:
@@ -354,117 +360,3 @@ def _rebuilt(tree: Any, spec: DepthSpec, name: str, prefix: Path) -> Any:
     if isinstance(tree, dict):
         return dict(zip((key for key, _ in _children(tree)), made, strict=True))
     return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
-
-
-_Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
-
-
-def _shapes(tree: Any) -> _Shapes | None:
-    """The shapes of the leaves by path."""
-    if tree is None:
-        return None
-    return {show_path(p): np.shape(x) for p, x, _ in _leaves(tree) if _is_there(x)}
-
-
-def _filled(
-    like: Any, found: Mapping[str, Any], slices: Sequence[_Slice], is_unstacked: bool
-) -> Any:
-    """The tree `like`, of the unrolled model or not, with what is at its paths."""
-    wanted = [(show_path(path), leaf) for path, leaf, _ in _leaves(like)]
-    paths, values, scans = [text for text, _ in wanted], [], _scans(slices)
-    for text, leaf in wanted:
-        if not _is_there(leaf):
-            continue
-        value = found.get(text)
-        if value is None or np.shape(value) != np.shape(leaf):
-            if is_unstacked:
-                count = _count_of_layer(text, leaf, paths, found, scans)
-            else:
-                count = _counts_of_layers(text, leaf, found, scans)
-            value = value if count is None else count
-        if value is None:
-            raise ValueError(
-                f"`like` has a leaf {text}, which is nowhere in the tree: "
-                f"{some(list(found), 12)}. Pass a tree of the same model, or the "
-                f"`name` by which its layers are called."
-            )
-        values.append(_of_shape(value, leaf, text))
-    return jax.tree.unflatten(jax.tree.structure(like), values)
-
-
-# -- What `per_layer` keeps by stack, as counts ----------------------------------------
-
-# Stack -> first layer of a block -> layers, in the order of its axes.
-_Scans: TypeAlias = dict[str, dict[int, list[int]]]
-
-
-def _scans(slices: Sequence[_Slice]) -> _Scans:
-    by_source: dict[Path, list[_Slice]] = {}
-    for one in slices:
-        if one.index is not None:
-            by_source.setdefault(one.source, []).append(one)
-    scans: _Scans = {}
-    for held in by_source.values():
-        layers = [one.layer for one in held]
-        scans.setdefault(str(held[0].stack), {})[min(layers)] = layers
-    return scans
-
-
-def _places_by_stack(node: str, scans: _Scans) -> dict[str, list[int]]:
-    """The paths at which `per_layer` keeps what is of a stack, and their layers."""
-    for stack, blocks in scans.items():
-        if node == stack or node.endswith(f"/{stack}"):
-            is_whole = len(blocks) == 1
-            return {
-                node if is_whole else f"{node}/{first}": layers
-                for first, layers in blocks.items()
-            }
-    return {}
-
-
-def _count_of_layer(
-    text: str, leaf: Any, wanted: list[str], found: Mapping[str, Any], scans: _Scans
-) -> Any:
-    """What the scanned state has for one layer of the unrolled one."""
-    node, _, last = text.rpartition("/")
-    places = _places_by_stack(node, scans) if last.isdecimal() else {}
-    if not places or not places.keys() <= found.keys():
-        return None
-    by_layer: dict[int, Any] = {}
-    for place, layers in places.items():
-        counts = jnp.reshape(found[place], (len(layers), *np.shape(leaf)))
-        by_layer |= dict(zip(layers, counts, strict=True))
-    rank = _numbers_below(node, wanted).index(int(last))
-    return by_layer[sorted(by_layer)[rank]]
-
-
-def _counts_of_layers(
-    text: str, leaf: Any, found: Mapping[str, Any], scans: _Scans
-) -> Any:
-    """What the unrolled state has for the layers of a place in the scanned one."""
-    for node in (text, text.rpartition("/")[0]):
-        places = _places_by_stack(node, scans)
-        numbers = _numbers_below(node, list(found))
-        all_layers = sorted(itertools.chain.from_iterable(places.values()))
-        if text in places and len(numbers) == len(all_layers):
-            number_of = dict(zip(all_layers, numbers, strict=True))
-            counts = [found[f"{node}/{number_of[layer]}"] for layer in places[text]]
-            return jnp.stack(counts).reshape(np.shape(leaf))
-    return None
-
-
-def _numbers_below(node: str, paths: list[str]) -> list[int]:
-    """The numbers of the leaves right below a path, ascending."""
-    below = [p.removeprefix(f"{node}/") for p in paths if p.startswith(f"{node}/")]
-    return sorted(int(p) for p in below if p.isdecimal())
-
-
-def _of_shape(value: Any, leaf: Any, text: str) -> Any:
-    if np.shape(value) != np.shape(leaf):
-        raise ValueError(
-            f"{text} has shape {np.shape(value)} where `like` has {np.shape(leaf)}. "
-            f"Probably the axis of `depth` is another one, or this is the state of an "
-            f"optimizer that saw all layers as one array, which no layer's can be made "
-            f"of: start that optimizer anew, or use `per_layer`."
-        )
-    return value
