@@ -271,6 +271,27 @@ def test_a_rate_may_be_injected_around_it():
     close(found, wanted)
 
 
+def test_a_scanned_stack_is_traced_once_whatever_its_depth():
+    tx = gs.per_layer(optax.lamb(0.1), LAYOUTS["axis 0"][2])
+
+    def num_equations(num_layers):
+        params = on_axis(0)(layers(num_layers, 0))
+        update = jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p)[0])
+        return len(update(params).jaxpr.eqns)
+
+    assert num_equations(2) == num_equations(50)
+
+
+def test_inner_gets_extra_arguments_whole():
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: (), update)
+    tx, updates = gs.per_layer(inner, LAYOUTS["axis 0"][2]), on_axis(0)(layers(3, 0))
+    found, _ = tx.update(updates, tx.init(updates), value=jnp.float32(2.0))
+    close(found, jax.tree.map(lambda u: 2 * u, updates))
+
+
 def test_every_dtype_of_a_layer_stays_what_it_is():
     updates = {
         "layers": {

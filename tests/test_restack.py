@@ -52,6 +52,23 @@ def test_a_cycle_and_its_remainder_are_one_stack_by_name():
     same(found, wanted | drawn(99, REST))
 
 
+NAMED = {
+    "maxtext": ("decoder", "layers", 1),
+    "flax_linen(scan_axis=0)": ("encoder", "encoderblock", 0),
+}
+
+
+@pytest.mark.parametrize("depth", NAMED)
+def test_a_layout_is_found_by_its_name(depth):
+    node, stack, axis = NAMED[depth]
+    trees = layers(3, 0)
+    scanned = {"params": {node: {stack: LAYOUTS[f"axis {axis}"][1](trees)["layers"]}}}
+    found = gs.unstack(scanned, depth)
+    listed = {f"{stack}_{i}": tree for i, tree in enumerate(trees)}
+    same(found, {"params": {node: listed}})
+    same(gs.stack(found, depth, like=scanned), scanned)
+
+
 STATES = {
     "parameters": lambda params: params,
     "adam": optax.adam(0.1).init,
