@@ -124,6 +124,58 @@ def test_a_state_of_per_layer_goes_on_in_the_unrolled_model(layout):
     same(gs.stack(moved, depth, name=name, like=state), state)
 
 
+def test_other_containers_beside_the_layers_stay_what_they_are():
+    params = {
+        "enc": {"layers": {"w": jnp.ones((3, 4))}},
+        "dec": {"layers": {"w": jnp.ones((3, 4))}, "extra": [jnp.ones(2), jnp.ones(2)]},
+        "heads": (jnp.ones(2), jnp.zeros(2)),
+    }
+    depth = gs.scanned("layers/")
+    for tree in (params, optax.adam(0.1).init(params)):
+        found = gs.unstack(tree, depth)
+        same(gs.stack(found, depth, like=tree), tree)
+    found = gs.unstack(params, depth)
+    assert found["dec"].keys() == {"layers_0", "layers_1", "layers_2", "extra"}
+    assert isinstance(found["heads"], tuple)
+
+
+def test_a_masked_group_is_spread_as_the_group_that_holds_the_layers():
+    params = {"blocks": {"w": jnp.ones((3, 4))}, "o": jnp.ones(2)}
+    tx = optax.partition(
+        {"a": optax.adam(0.1), "b": optax.sgd(0.1, momentum=0.9)},
+        lambda tree: (
+            {
+                "blocks": jax.tree.map(lambda _: "a", tree["blocks"]),
+                "o": "b",
+            }
+            if "blocks" in tree
+            else jax.tree.map(lambda _: "a", tree)
+        ),
+    )
+    depth = gs.scanned("blocks/")
+    flat = gs.unstack(params, depth)
+    found = gs.unstack(tx.init(params), depth)
+    updates, _ = tx.update(flat, tx.init(flat), flat)
+    again, _ = tx.update(flat, jax.tree.map(jnp.asarray, tx.init(flat)), flat)
+    same(updates, again)
+    assert found.inner_states["a"].inner_state[0].mu.keys() == flat.keys()
+
+
+def test_a_number_that_is_the_nodes_name_stays():
+    params = {"blk1": {"a": jnp.ones((2, 4))}, "blk2": {"a": jnp.ones((2, 4))}}
+    depth = gs.first_match(
+        gs.scanned("blk1/", stack="d"), gs.scanned("blk2/", stack="d", start=2)
+    )
+    assert gs.unstack(params, depth).keys() == {"blk1_0", "blk1_1", "blk2_2", "blk2_3"}
+
+
+def test_a_function_is_not_asked_about_counts():
+    params = {"blocks": {"w": jnp.ones((2, 3))}}
+    depth = gs.depth_fn(lambda path, leaf: gs.Depth("b", path[-1], axis=0))
+    found = gs.unstack(optax.adam(0.1).init(params), depth)
+    assert found[0].mu.keys() == {"blocks_0", "blocks_1"}
+
+
 def test_masks_and_none_stay_where_they_are():
     params = {
         "layers": {"w": jnp.ones((2, 3)), "m": optax.MaskedNode(), "n": None},
@@ -185,7 +237,7 @@ ERRORS = {
     ),
     "one path for all": (
         lambda: gs.unstack(PARAMS, gs.scanned("layers/"), name="layer"),
-        "`name` gives one path to several leaves: layer/w",
+        "`name` gives one path to several leaves, .*: layer/w",
     ),
     "a layer that is not there": (
         lambda: gs.stack(
@@ -197,7 +249,36 @@ ERRORS = {
     ),
     "a leaf that is nowhere": (
         lambda: gs.unstack(PARAMS, gs.scanned("layers/"), like={"bias": jnp.ones(2)}),
-        "`like` has a leaf bias, which is nowhere",
+        "`like` of `unstack` has a leaf bias, which is nowhere",
+    ),
+    "a leaf where a layer goes": (
+        lambda: gs.unstack(
+            {"blocks": {"w": jnp.ones((2, 3))}, "blocks_0": jnp.ones(3)},
+            gs.scanned("^blocks/"),
+        ),
+        "to a leaf and a node: blocks_0",
+    ),
+    "a layer too many": (
+        lambda: gs.stack(
+            {f"layers_{i}": {"w": jnp.ones(3)} for i in range(3)}
+            | {"head": PARAMS["head"]},
+            gs.scanned("layers/"),
+            like=PARAMS,
+        ),
+        "no place for layers_2/w, which would be lost",
+    ),
+    "layers of several shapes": (
+        lambda: gs.stack(
+            {f"layers_{i}": {"w": jnp.ones(3 + i)} for i in range(2)}
+            | {"head": PARAMS["head"]},
+            gs.scanned("layers/"),
+            like=PARAMS,
+        ),
+        "layers of layers/w that differ",
+    ),
+    "a name of other words": (
+        lambda: gs.unstack(PARAMS, gs.scanned("layers/"), name="{foo}_{layer}"),
+        "`name` must be a format of",
     ),
     "a state that saw all layers as one array": (
         plain_adafactor,

@@ -42,29 +42,42 @@ def shapes_of(tree: Any) -> Shapes | None:
     return {show_path(p): np.shape(x) for p, x, _ in leaves_of(tree) if is_there(x)}
 
 
-def filled(
-    like: Any, found: Mapping[str, Any], scans: Scans, is_unstacked: bool
-) -> Any:
-    """The tree `like`, of the unrolled model or not, with what is at its paths."""
+def filled(like: Any, found: Mapping[str, Any], scans: Scans, function: str) -> Any:
+    """The tree `like` with what is at its paths, all of it.
+
+    Args:
+      like: the tree.
+      found: leaves by path.
+      scans: the stacks of the scanned model.
+      function: "unstack" where `like` is of the unrolled model, else "stack".
+    """
     wanted = [(show_path(path), leaf) for path, leaf, _ in leaves_of(like)]
-    paths, values = [text for text, _ in wanted], []
+    paths, values, used = [text for text, _ in wanted], [], set()
     for text, leaf in wanted:
+        used.add(text)
         if not is_there(leaf):
             continue
         value = found.get(text)
         if value is None or np.shape(value) != np.shape(leaf):
-            if is_unstacked:
-                count = _count_of_layer(text, leaf, paths, found, scans)
+            if function == "unstack":
+                count, taken = _count_of_layer(text, leaf, paths, found, scans)
             else:
-                count = _counts_of_layers(text, leaf, found, scans)
+                count, taken = _counts_of_layers(text, leaf, found, scans)
             value = value if count is None else count
+            used |= taken
         if value is None:
             raise ValueError(
-                f"`like` has a leaf {text}, which is nowhere in the tree: "
-                f"{some(list(found), 12)}. Pass a tree of the same model, or the "
+                f"`like` of `{function}` has a leaf {text}, which is nowhere in the "
+                f"tree: {some(list(found), 12)}. Pass a tree of the same model, or the "
                 f"`name` by which its layers are called."
             )
         values.append(_of_shape(value, leaf, text))
+    left = [text for text, leaf in found.items() if is_there(leaf) and text not in used]
+    if left:
+        raise ValueError(
+            f"`like` of `{function}` has no place for {some(left)}, which would be "
+            f"lost. Pass a `like` of the whole model, of as many layers."
+        )
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
@@ -81,7 +94,8 @@ def _of_shape(value: Any, leaf: Any, text: str) -> Any:
 
 def _places_by_stack(node: str, scans: Scans) -> dict[str, list[int]]:
     """The paths at which `per_layer` keeps what is of a stack, and their layers."""
-    for stack, blocks in scans.items():
+    for stack in sorted(scans, key=len, reverse=True):  # the longest name that fits
+        blocks = scans[stack]
         if node == stack or node.endswith(f"/{stack}"):
             is_whole = len(blocks) == 1
             return {
@@ -93,23 +107,23 @@ def _places_by_stack(node: str, scans: Scans) -> dict[str, list[int]]:
 
 def _count_of_layer(
     text: str, leaf: Any, wanted: list[str], found: Mapping[str, Any], scans: Scans
-) -> Any:
+) -> tuple[Any, set[str]]:
     """What the scanned state has for one layer of the unrolled one."""
     node, _, last = text.rpartition("/")
     places = _places_by_stack(node, scans) if last.isdecimal() else {}
     if not places or not places.keys() <= found.keys():
-        return None
+        return None, set()
     by_layer: dict[int, Any] = {}
     for place, layers in places.items():
         counts = jnp.reshape(found[place], (len(layers), *np.shape(leaf)))
         by_layer |= dict(zip(layers, counts, strict=True))
     rank = _numbers_below(node, wanted).index(int(last))
-    return by_layer[sorted(by_layer)[rank]]
+    return by_layer[sorted(by_layer)[rank]], set(places)
 
 
 def _counts_of_layers(
     text: str, leaf: Any, found: Mapping[str, Any], scans: Scans
-) -> Any:
+) -> tuple[Any, set[str]]:
     """What the unrolled state has for the layers of a place in the scanned one."""
     for node in (text, text.rpartition("/")[0]):
         places = _places_by_stack(node, scans)
@@ -118,8 +132,9 @@ def _counts_of_layers(
         if text in places and len(numbers) == len(all_layers):
             number_of = dict(zip(all_layers, numbers, strict=True))
             counts = [found[f"{node}/{number_of[layer]}"] for layer in places[text]]
-            return jnp.stack(counts).reshape(np.shape(leaf))
-    return None
+            taken = {f"{node}/{number_of[layer]}" for layer in places[text]}
+            return jnp.stack(counts).reshape(np.shape(leaf)), taken
+    return None, set()
 
 
 def _numbers_below(node: str, paths: list[str]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,14 @@ import optax
 from gradsmooth_optax._depth.checked_groups import check_structure
 from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.groups import group_by_depth, member_of
-from gradsmooth_optax._depth.paths import Path, places_of, show_path, some
+from gradsmooth_optax._depth.paths import (
+    Path,
+    compile_pattern,
+    layer_group,
+    places_of,
+    show_path,
+    some,
+)
 from gradsmooth_optax._depth.refill import (
     Scans,
     Shapes,
@@ -62,19 +70,23 @@ def unstack(
       >>> gs.unstack(params, gs.scanned("blocks/"))["blocks_1"]
       {'w': Array([2., 3.], dtype=float32)}
     """
-    spec, shapes = as_spec(depth), shapes_of(like)
-    slices = [s for r in _regions(tree) for s in _slices(r, spec, name, shapes)]
+    spec = as_spec(depth)
+    _check_name(name)
+    slices = _slices(tree, spec, name, shapes_of(like))
+    _check_unique(slices)
+    if like is not None:
+        values = {show_path(s.target): s.value() for s in slices}
+        return filled(like, values, _scans(slices), "unstack")
     if all(s.index is None for s in slices):
         raise ValueError(
             f"`depth` {spec!r} of `unstack` finds no stacked leaf in the tree: "
             f"{some([show_path(s.source) for s in slices], 12)}. Pass where depth is "
             f"in the scanned model, as in `scanned('blocks/', axis=0)`."
         )
-    _check_unique(slices)
-    if like is not None:
-        values = {show_path(s.target): s.value() for s in slices}
-        return filled(like, values, _scans(slices), is_unstacked=True)
-    return _rebuilt(tree, spec, name, ())
+    by_leaf: dict[int, list[_Slice]] = {}
+    for one in slices:
+        by_leaf.setdefault(one.number, []).append(one)
+    return _rebuilt(tree, list(map(by_leaf.get, sorted(by_leaf))), 0)
 
 
 def stack(
@@ -105,33 +117,37 @@ def stack(
       >>> bool((back["blocks"]["w"] == params["blocks"]["w"]).all())
       True
     """
-    spec, shapes = as_spec(depth), shapes_of(tree)
-    slices = [s for r in _regions(like) for s in _slices(r, spec, name, shapes)]
-    if all(s.index is None for s in slices):
+    spec = as_spec(depth)
+    _check_name(name)
+    slices = _slices(like, spec, name, shapes_of(tree))
+    _check_unique(slices)
+    found = {show_path(path): leaf for path, leaf, _ in leaves_of(tree)}
+    parts: dict[Path, dict[Any, Any]] = {}
+    for s in slices:
+        target = show_path(s.target)
+        if target in found:
+            parts.setdefault(s.source, {})[s.index] = found[target]
+        elif s.index is not None and is_there(s.leaf):
+            raise ValueError(
+                f"`tree` of `stack` has no leaf {target}, which is layer {s.layer} of "
+                f"{show_path(s.source)} in `like`. Its leaves are "
+                f"{some(list(found), 12)}. Pass the `name` by which the layers are "
+                f"called, now {name!r}."
+            )
+    if all(s.index is None for s in slices) and any(is_there(s.leaf) for s in slices):
         raise ValueError(
             f"`depth` {spec!r} of `stack` finds no stacked leaf in `like`: "
             f"{some([show_path(s.source) for s in slices], 12)}. Pass where depth is "
             f"in the scanned model, and a tree of it for `like`."
         )
-    _check_unique(slices)
-    found = {show_path(path): leaf for path, leaf, _ in leaves_of(tree)}
-    parts: dict[Path, dict[Any, Any]] = {}
-    for s in slices:
-        if show_path(s.target) in found:
-            parts.setdefault(s.source, {})[s.index] = found[show_path(s.target)]
-        elif s.index is not None and is_there(s.leaf):
-            raise ValueError(
-                f"`tree` of `stack` has no leaf {show_path(s.target)}, which is layer "
-                f"{s.layer} of {show_path(s.source)} in `like`. Its leaves are "
-                f"{some(list(found), 12)}. Pass the `name` by which the layers are "
-                f"called, now {name!r}."
-            )
+    moved = {show_path(s.target) for s in slices}
     stacked = {
         show_path(s.source): _stacked(s, parts[s.source])
         for s in slices
         if s.source in parts
     }
-    return filled(like, found | stacked, _scans(slices), is_unstacked=False)
+    rest = {text: leaf for text, leaf in found.items() if text not in moved}
+    return filled(like, rest | stacked, _scans(slices), "stack")
 
 
 # -- What becomes of a leaf ------------------------------------------------------------
@@ -149,6 +165,7 @@ class _Slice:
       index: of this layer along them; None for a leaf as it is.
       layer: the layer's number.
       stack: the stack's name.
+      number: of the leaf in the tree.
     """
 
     source: Path
@@ -158,11 +175,15 @@ class _Slice:
     index: tuple[int, ...] | None = None
     layer: int = 0
     stack: Hashable = None
+    number: int = 0
 
     def value(self) -> Any:
         """The slice."""
         if not self.index or not is_there(self.leaf):
             return self.leaf
+        if isinstance(self.leaf, jax.ShapeDtypeStruct):
+            shape = [n for i, n in enumerate(self.leaf.shape) if i not in self.axes]
+            return jax.ShapeDtypeStruct(tuple(shape), self.leaf.dtype)
         where: list[Any] = [slice(None)] * np.ndim(self.leaf)
         for axis, i in zip(self.axes, self.index, strict=True):
             where[axis] = i
@@ -177,6 +198,17 @@ def _stacked(one: _Slice, parts: dict[Any, Any]) -> Any:
         return one.leaf
     indices = sorted(parts)
     values = [parts[index] for index in indices]
+    kinds = {(np.shape(v), jnp.result_type(v)) for v in values if is_there(v)}
+    if len(kinds) > 1 or not all(map(is_there, values)):
+        raise ValueError(
+            f"`tree` of `stack` has layers of {show_path(one.source)} that differ or "
+            f"are masked: {some(list(map(str, kinds)))}. One array holds layers of one "
+            f"shape and dtype."
+        )
+    if isinstance(one.leaf, jax.ShapeDtypeStruct) and isinstance(
+        values[0], jax.ShapeDtypeStruct
+    ):
+        return one.leaf
     xp: Any = np if all(isinstance(v, np.ndarray) for v in values) else jnp
     sizes = [last + 1 for last in indices[-1]]
     joined = xp.stack(values).reshape(*sizes, *np.shape(values[0]))
@@ -184,49 +216,59 @@ def _stacked(one: _Slice, parts: dict[Any, Any]) -> Any:
 
 
 def _slices(
-    region: tuple[Path, Any], spec: DepthSpec, name: str, shapes: Shapes | None
-) -> Iterator[_Slice]:
-    """What becomes of every leaf of a region of the scanned tree.
+    tree: Any, spec: DepthSpec, name: str, shapes: Shapes | None
+) -> list[_Slice]:
+    """What becomes of every leaf of the scanned tree.
 
     Args:
-      region: its path, and the tree there.
-      spec: where depth is in it.
+      tree: the scanned one.
+      spec: where depth is in each part of it that is like the parameters.
       name: of a layer.
       shapes: of the leaves of the unrolled tree, None where they are not known.
     """
-    prefix, tree = region
-    if shapes is None:
-        grouping = group_by_depth(spec, tree)
-        if grouping.groups:
-            check_structure(grouping, True, wholes=())
-    found = list(zip(leaves_of(tree), spec.assign(places_of(tree)), strict=True))
-    holders = Counter((a.depth.stack, a.depth.role) for _, a in found if a)
+    found: list[tuple[Path, Path, Any, Any]] = []
+    for prefix, region in _regions(tree):
+        leaves = leaves_of(region)
+        assigned: Sequence[Any] = [None] * len(leaves)
+        if not prefix or [path for path, _, _ in leaves] != [()]:  # else a count
+            assigned = spec.assign(places_of(region))
+            grouping = group_by_depth(spec, region) if shapes is None else None
+            if grouping and grouping.groups:
+                check_structure(grouping, True, wholes=())
+        for (path, leaf, _), a in zip(leaves, assigned, strict=True):
+            found.append((prefix, path, leaf, a))
+    slices = []
     known: dict[Hashable, tuple[tuple[int, ...], np.ndarray]] = {}
-    for (path, leaf, _), a in sorted(found, key=lambda pair: not is_there(pair[0][1])):
+    numbered = sorted(enumerate(found), key=lambda pair: not is_there(pair[1][2]))
+    for number, (prefix, path, leaf, a) in numbered:
         source = (*prefix, *path)
-        if a is None:
-            yield _Slice(source, leaf, source)
-            continue
-        depth, several = a.depth, holders[a.depth.stack, a.depth.role] > 1
-
-        def target(layer: int, path=path, depth=depth, several=several) -> Path:
-            is_numbered = several or depth.axis is None
-            return (*prefix, *_renamed(path, depth, layer, name, is_numbered))
-
-        if is_there(leaf):
-            of_layer = (shapes or {}).get(show_path(target(depth.layer)))
+        depth = a.depth if a else None
+        if a and is_there(leaf):
+            first = _target(prefix, path, a, depth.layer, name)
+            of_layer = (shapes or {}).get(show_path(first))
             axes, layers = _layers_of(path, np.shape(leaf), a, of_layer)
             if axes:
                 known[depth.stack] = axes, layers - depth.layer
-        elif depth.axis is not None and depth.stack in known:
+        elif a and depth.axis is not None and depth.stack in known:
             axes, layers = known[depth.stack]  # masked: as what is there
             layers = layers + depth.layer
         else:
-            yield _Slice(source, leaf, source)
+            slices.append(_Slice(source, leaf, source, number=number))
             continue
-        for index, n in np.ndenumerate(layers):
-            layer, stack = int(n), depth.stack
-            yield _Slice(source, leaf, target(layer), axes, index, layer, stack)
+        slices += [
+            _Slice(
+                source,
+                leaf,
+                _target(prefix, path, a, int(n), name),
+                axes,
+                index,
+                int(n),
+                depth.stack,
+                number,
+            )
+            for index, n in np.ndenumerate(layers)
+        ]
+    return slices
 
 
 def _layers_of(
@@ -248,16 +290,14 @@ def _layers_of(
     return member.axes, member.layers
 
 
-def _renamed(path: Path, depth: Any, layer: int, name: str, strip: bool) -> Path:
+def _target(prefix: Path, path: Path, assignment: Any, layer: int, name: str) -> Path:
     """The path of a layer's leaf in the unrolled model."""
-    role = (
-        str(depth.role) if not isinstance(depth.role, tuple) else show_path(depth.role)
-    )
-    text = show_path(path)
+    depth, text = assignment.depth, show_path(path)
+    role = show_path(depth.role if isinstance(depth.role, tuple) else (depth.role,))
     node = None
     if text == role or text.endswith(f"/{role}") or not role:
         node = text[: len(text) - len(role)].rstrip("/")
-        if strip:
+        if _is_numbered(assignment, text):
             node = node.rstrip("0123456789").rstrip("/_.")
     if node is None and "{path}" in name:
         raise ValueError(
@@ -266,7 +306,29 @@ def _renamed(path: Path, depth: Any, layer: int, name: str, strip: bool) -> Path
             f"`name='{{stack}}_{{layer}}'`."
         )
     layer_path = name.format(path=node, layer=layer, stack=depth.stack)
-    return tuple(part for part in f"{layer_path}/{role}".split("/") if part)
+    return (*prefix, *filter(None, f"{layer_path}/{role}".split("/")))
+
+
+def _is_numbered(assignment: Any, text: str) -> bool:
+    """Whether the path ends in a number of the layer, or of a position in a cycle."""
+    pattern = getattr(assignment.scan, "pattern", None)
+    if assignment.depth.axis is None or pattern is None:
+        return assignment.depth.axis is None or assignment.depth.stride is not None
+    expression = compile_pattern(pattern)
+    group, match = layer_group(expression), expression.search(text)
+    return bool(group and match and match[group] is not None)
+
+
+def _check_name(name: Any) -> None:
+    try:
+        fits = bool(name.format(path="", layer=0, stack=""))
+    except (AttributeError, IndexError, KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`name` must be a format of `{{path}}`, `{{stack}}` and `{{layer}}`, but "
+            f"is {name!r}. Write `name='{{path}}_{{layer}}'`."
+        )
 
 
 def _scans(slices: Sequence[_Slice]) -> Scans:
@@ -282,10 +344,12 @@ def _scans(slices: Sequence[_Slice]) -> Scans:
 
 
 def _check_unique(slices: list[_Slice]) -> None:
-    twice = [p for p, n in Counter(s.target for s in slices).items() if n > 1]
+    targets = Counter(s.target for s in slices)
+    nodes = {path[:n] for path in targets for n in range(len(path))}
+    twice = [path for path, n in targets.items() if n > 1 or path in nodes]
     if twice:
         raise ValueError(
-            f"`name` gives one path to several leaves: "
+            f"`name` gives one path to several leaves, or to a leaf and a node: "
             f"{some(list(map(show_path, twice)), 3)}. Let it hold what tells them "
             f"apart, `{{path}}` or `{{stack}}`."
         )
@@ -294,69 +358,67 @@ def _check_unique(slices: list[_Slice]) -> None:
 # -- Trees -----------------------------------------------------------------------------
 
 
-def _is_mapping(tree: Any) -> bool:
-    """Whether a tree is of mappings down to its leaves."""
-    if isinstance(tree, dict):
-        return all(map(_is_mapping, tree.values()))
-    return not is_there(tree) or jax.tree.structure(tree).num_nodes == 1
+def _is_named_tuple(node: Any) -> bool:
+    return hasattr(node, "_fields") and not isinstance(node, optax.MaskedNode)
 
 
-def _is_plain(node: Any) -> bool:
-    """A tuple, a list, a named tuple, or a dict of those: what states are made of."""
-    return isinstance(node, tuple | list | dict) and not isinstance(
-        node, optax.MaskedNode
-    )
+def _holds_state(node: Any) -> bool:
+    """Whether a node is a named tuple, as states are, or holds one."""
+    if not isinstance(node, tuple | list | dict) or not is_there(node):
+        return False
+    return _is_named_tuple(node) or any(_holds_state(c) for _, c in _children(node))
 
 
 def _regions(tree: Any, prefix: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The parts of a tree that are like the parameters, or leaves, with their paths."""
-    if not _is_plain(tree) or _is_mapping(tree) or (not prefix and not _is_state(tree)):
+    if not _holds_state(tree):
         yield prefix, tree
         return
     for key, child in _children(tree):
         yield from _regions(child, (*prefix, key))
 
 
-def _is_state(tree: Any) -> bool:
-    """Whether a tree that is no mapping is made of tuples first, as states are."""
-    return isinstance(tree, tuple) or (
-        isinstance(tree, dict) and any(_is_state(child) for child in tree.values())
-    )
-
-
 def _children(node: Any) -> list[tuple[Any, Any]]:
     if isinstance(node, Mapping):
         return [(key, node[key]) for key in sorted(node)]
-    if hasattr(node, "_fields"):
+    if _is_named_tuple(node):
         return [(field, getattr(node, field)) for field in node._fields]
     return list(enumerate(node))
 
 
-def _rebuilt(tree: Any, spec: DepthSpec, name: str, prefix: Path) -> Any:
-    """The tree with dicts of layers in place of its mappings."""
-    regions = list(_regions(tree, prefix))
-    if len(regions) == 1 and regions[0][1] is tree:
-        slices = list(_slices((prefix, tree), spec, name, None))
-        if all(s.index is None for s in slices):
-            return tree
-        if not _is_mapping(tree):
-            raise ValueError(
-                f"the layers of {some([show_path(s.target) for s in slices], 3)} are "
-                f"in a {type(tree).__name__}, which is no mapping. Pass a tree of the "
-                f"unrolled model, whose containers are taken: `unstack(tree, depth, "
-                f"like=...)`."
-            )
-        new: dict[Any, Any] = {}
-        for s in slices:
-            *nodes, last = s.target[len(prefix) :]
+def _rebuilt(tree: Any, by_leaf: Sequence[Any], depth: int) -> Any:
+    """The tree with dicts of layers in place of stacked nodes.
+
+    Args:
+      tree: the scanned one, or a node of it.
+      by_leaf: what becomes of each of its leaves.
+      depth: of the node.
+    """
+    if all(one.target == one.source and not one.index for (one, *_) in by_leaf):
+        return tree
+    if not isinstance(tree, tuple | list | Mapping):
+        raise ValueError(
+            f"layers such as {show_path(by_leaf[0][0].target)} are in a "
+            f"{type(tree).__name__}, which is no mapping. Pass a tree of the unrolled "
+            f"model, whose containers are taken: `unstack(tree, depth, like=...)`."
+        )
+    new: dict[Any, Any] = {}
+    start, is_kept = 0, not isinstance(tree, Mapping)
+    for key, child in _children(tree):
+        end = start + (len(leaves_of(child)) if is_there(child) else 1)
+        own, start = by_leaf[start:end], end
+        at = {held.target[depth] for of_leaf in own for held in of_leaf}
+        if is_kept or (len(at) < 2 and str(key) in map(str, at)) or not own:
+            new[key] = _rebuilt(child, own, depth + 1)
+            continue
+        for one in itertools.chain.from_iterable(own):
+            *nodes, last = one.target[depth:]
             node = new
-            for key in nodes:
-                node = node.setdefault(key, {})
-            node[last] = s.value()
-        return new
-    made = [
-        _rebuilt(child, spec, name, (*prefix, key)) for key, child in _children(tree)
-    ]
-    if isinstance(tree, dict):
-        return dict(zip((key for key, _ in _children(tree)), made, strict=True))
-    return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
+            for name in nodes:
+                node = node.setdefault(name, {})
+            node[last] = one.value()
+    if isinstance(tree, Mapping):
+        return new if isinstance(tree, dict) else type(tree)(new)  # pyright: ignore[reportCallIssue] # such as a FrozenDict
+    return (
+        type(tree)(*new.values()) if _is_named_tuple(tree) else type(tree)(new.values())
+    )
