@@ -527,6 +527,38 @@ ERRORS = {
         ),
         "`state` of `per_layer` was made for another grouping",
     ),
+    "parameters of another depth": (
+        lambda: run(
+            optax.lamb(0.1),
+            {"layers": ONES},
+            params={"layers": {"w": jnp.ones((4, 4))}},
+        ),
+        r"`params` of `per_layer` has shape \(4, 4\) at layers/w",
+    ),
+    "a state of another number of layers": (
+        lambda: gs.per_layer(optax.adam(0.1), LAYERS).update(
+            {"layers": ONES},
+            gs.per_layer(optax.adam(0.1), LAYERS).init(
+                {"layers": {"w": jnp.ones((5, 4))}}
+            ),
+        ),
+        "has an array of shape .* for stack 'layers' of 3 layers",
+    ),
+    "a rate that is set for all layers": (
+        lambda: gs.per_layer(optax.inject_hyperparams(optax.sgd)(0.1), LAYERS).update(
+            {"layers": ONES},
+            optax.inject_hyperparams(optax.sgd)(0.1).init({"layers": ONES}),
+        ),
+        "one value for all layers. To set a rate, inject it outside",
+    ),
+    "stacks of one name": (
+        lambda: run(
+            optax.adam(0.1),
+            {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))},
+            lambda path, leaf: gs.Depth({"a": 1, "b": "1"}[path[0]], "w", axis=0),
+        ),
+        "need names that differ as text",
+    ),
     "parameters of another tree": (
         lambda: run(optax.lamb(0.1), {"layers": ONES}, params={"layers": {}}),
         "`params` of `per_layer` has no leaf layers/w",
@@ -548,6 +580,13 @@ def test_bad_input_is_an_error_that_says_what_to_do(name):
     call, words = ERRORS[name]
     with pytest.raises((TypeError, ValueError), match=words):
         call()
+
+
+def test_parameters_are_those_of_the_same_place_whatever_the_names():
+    params = {"layers": ONES, "x.y": jnp.ones(1), "x": {"y": 2 * jnp.ones(1)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    found, _ = run(optax.add_decayed_weights(1.0), zeros, params=params)
+    assert float(found["x"]["y"][0]) == 2
 
 
 def test_a_layer_that_some_roles_lack_is_no_gap():

@@ -159,6 +159,9 @@ def test_a_masked_group_is_spread_as_the_group_that_holds_the_layers():
     again, _ = tx.update(flat, jax.tree.map(jnp.asarray, tx.init(flat)), flat)
     same(updates, again)
     assert found.inner_states["a"].inner_state[0].mu.keys() == flat.keys()
+    masked = found.inner_states["b"].inner_state[0].trace
+    assert masked.keys() == flat.keys()
+    assert masked["blocks_2"]["w"] == optax.MaskedNode()
 
 
 def test_a_number_that_is_the_nodes_name_stays():

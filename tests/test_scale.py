@@ -147,6 +147,26 @@ def test_two_stacks_of_one_chain_are_one_stack():
     assert found["moe"]["w"][:, 0].tolist() == [0.5, 1]
 
 
+def test_a_masked_part_of_the_model_has_the_rates_of_the_whole():
+    params = {f"layers_{i}": {"w": jnp.ones(1)} for i in range(4)}
+    params["embed"] = jnp.ones(1)
+    depth = gs.unrolled(r"layers_(\d+)/")
+    tx = gs.scale_over_depth(depth, gs.layer_wise_decay(0.5), rest="first")
+    whole, _ = scaled(tx, params)
+    for frozen in ((0, 1), (1,), (2, 3)):
+        names = [f"layers_{i}" for i in frozen]
+        mask = {name: name not in names for name in params}
+        found, _ = scaled(optax.masked(tx, mask), params)
+        for name in set(params) - set(names):
+            assert jax.tree.leaves(found[name]) == jax.tree.leaves(whole[name])
+
+
+def test_python_floats_are_updates_too():
+    tx = gs.scale_over_depth(LAYERS, 0.5, rest=0.5)
+    found, _ = scaled(tx, {"layers": {"w": jnp.ones((2, 3))}, "x": 1.0})
+    assert float(found["x"]) == 0.5
+
+
 def test_a_factor_of_1_returns_the_same_object():
     updates = model()
     tx = gs.scale_over_depth(LAYERS, 1.0)
@@ -218,7 +238,7 @@ ERRORS = {
     ),
     "words for the rest": (
         lambda: gs.scale_over_depth(LAYERS, 0.5, rest="last"),
-        "`rest` must be a number",
+        "`rest` of `scale_over_depth` must be one number.*rest='first'",
     ),
 }
 

@@ -242,7 +242,7 @@ def _slices(
     numbered = sorted(enumerate(found), key=lambda pair: not is_there(pair[1][2]))
     for number, (prefix, path, leaf, a) in numbered:
         source = (*prefix, *path)
-        depth = a.depth if a else None
+        depth: Any = a.depth if a else None
         if a and is_there(leaf):
             first = _target(prefix, path, a, depth.layer, name)
             of_layer = (shapes or {}).get(show_path(first))

@@ -14,7 +14,7 @@ import optax
 
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Grouping, Member, member_of, missing_between
-from gradsmooth_optax._depth.paths import MASKED, Path, show_path, some
+from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
 from gradsmooth_optax._depth.specs import DepthSpec
 
 
@@ -94,11 +94,13 @@ class Blocks:
       grouping: the tree, and what the spec says of it.
       blocks: of all stacks.
       rest: positions of the leaves that are in no layer.
+      masked: stacks and layers of what is masked, with a leaf for each layer.
     """
 
     grouping: Grouping
     blocks: tuple[Block, ...]
     rest: frozenset[int]
+    masked: tuple[tuple[Hashable, int], ...]
 
     @property
     def treedef(self) -> Any:
@@ -141,13 +143,32 @@ def blocks_of(
             if member.layers.size:
                 stacks[assignment.depth.stack].append(part)
                 ranked |= {assignment.depth.stack} if assignment.ranked else set()
-    blocks: list[Block] = []
+    blocks, masked = [], _masked(grouping)
     for stack, parts in stacks.items():
         blocks += _blocks_of_stack(stack, parts)
         if strict and stack not in ranked:
-            _check_no_gap(stack, parts, grouping)
+            hidden = {layer for name, layer in masked if name == stack}
+            _check_no_gap(stack, parts, hidden, grouping)
     taken = {part.member.leaf for block in blocks for part in block.parts}
-    return Blocks(grouping, tuple(blocks), frozenset(range(len(there))) - taken)
+    rest = frozenset(range(len(there))) - taken
+    return Blocks(grouping, tuple(blocks), rest, masked)
+
+
+def _masked(grouping: Grouping) -> tuple[tuple[Hashable, int], ...]:
+    """Stacks and layers of what is masked: a part of a tree has those of the whole."""
+    places = [
+        Place((*place.path, "masked"), MASKED)  # of a whole layer, something in it
+        if place.leaf is MASKED and a is None
+        else place
+        for place, a in zip(grouping.places, grouping.assignments, strict=True)
+    ]
+    if all(place.leaf is not MASKED for place in places):
+        return ()
+    return tuple(
+        (a.depth.stack, a.depth.layer)
+        for place, a in zip(places, grouping.spec.assign(places), strict=True)
+        if place.leaf is MASKED and a is not None and a.depth.axis is None
+    )
 
 
 def _segments(role: Hashable) -> Path:
@@ -205,14 +226,17 @@ def _shown(part: Part) -> str:
     return f"{show_path(part.member.path)} holds layers {numbers}{over}"
 
 
-def _check_no_gap(stack: Hashable, parts: list[Part], grouping: Grouping) -> None:
-    """Raises where a layer is missing in all roles."""
-    layers = sorted({n for part in parts for n in part.member.layers.ravel().tolist()})
+def _check_no_gap(
+    stack: Hashable, parts: list[Part], masked: set[int], grouping: Grouping
+) -> None:
+    """Raises where a layer is missing in all roles, masked ones too."""
+    there = {n for part in parts for n in part.member.layers.ravel().tolist()}
+    layers = sorted(there | masked)
     if missing := missing_between(layers):
         first = missing[0][0]
         raise ValueError(
             f"`depth` {grouping.spec!r} finds layers {some(layers)} of stack "
-            f"{stack!r}, but nothing of layer {first}. Probably it is masked or "
-            f"frozen, numbered in steps, or not matched. To fix: pass `strict=False` "
-            f"if there is no such layer, or let `depth` match it."
+            f"{stack!r}, but nothing of layer {first}. Probably the layers are "
+            f"numbered in steps, or it is not matched. To fix: pass `strict=False` if "
+            f"there is no such layer, or let `depth` match it."
         )

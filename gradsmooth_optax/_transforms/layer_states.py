@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -148,11 +148,18 @@ def split(inner: Any, blocks: Blocks, state: Any, has_rest: bool) -> list[Any]:
 def _by_stack(blocks: Blocks, values: Sequence[Any]) -> dict[str, Any]:
     """One value for each block, by stack, and that of the rest."""
     found: dict[str, Any] = {}
+    stacks = {block.stack for block in blocks.blocks}
+    if len({_key(stack) for stack in stacks} | {_REST}) <= len(stacks):
+        raise ValueError(
+            f"stacks of `per_layer` need names that differ as text, and none may be "
+            f"{_REST!r}, but they are {sorted(map(repr, stacks))}. Name another "
+            f"`stack=`."
+        )
     for block, value in zip(blocks.blocks, values, strict=False):
         if _is_whole(blocks, block):
-            found[_key(block)] = value
+            found[_key(block.stack)] = value
         else:
-            found.setdefault(_key(block), {})[block.first] = value
+            found.setdefault(_key(block.stack), {})[block.first] = value
     if len(values) > len(blocks.blocks):
         found[_REST] = values[-1]
     return found
@@ -161,7 +168,13 @@ def _by_stack(blocks: Blocks, values: Sequence[Any]) -> dict[str, Any]:
 def _of_block(blocks: Blocks, values: dict[str, Any], block: Block | None) -> Any:
     if block is None:
         return values[_REST]
-    found = values[_key(block)]
+    if not isinstance(values, dict):
+        raise TypeError(
+            "has one value for all layers. To set a rate, inject it outside, "
+            "`inject_hyperparams(lambda learning_rate: per_layer(...))`, or set it for "
+            "each stack"
+        )
+    found = values[_key(block.stack)]
     if _is_whole(blocks, block):
         return found
     # Some checkpoints give keys back as strings.
@@ -174,8 +187,8 @@ def _is_whole(blocks: Blocks, block: Block) -> bool:
     return bool(block.num_axes) and is_alone
 
 
-def _key(block: Block) -> str:
-    return block.stack if isinstance(block.stack, str) else repr(block.stack)
+def _key(stack: Hashable) -> str:
+    return stack if isinstance(stack, str) else repr(stack)
 
 
 def halves(state: Any) -> tuple[Any, Any]:

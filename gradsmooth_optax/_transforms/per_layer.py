@@ -228,6 +228,15 @@ def _update(
     if treedef != expected:
         raise TypeError(of_another_grouping(f"has {treedef} for {block.stack!r}"))
     axes, state_axes = [part.axes for part in block.parts], [s.axes for s in slots]
+    for x, of_x in zip(values[1], state_axes, strict=True):
+        sizes = tuple(np.shape(x)[axis] for axis in of_x if axis < np.ndim(x))
+        if sizes != block.layers.shape:
+            raise TypeError(
+                of_another_grouping(
+                    f"has an array of shape {np.shape(x)} for stack {block.stack!r} of "
+                    f"{block.layers.size} layers"
+                )
+            )
     in_axes = (axes, state_axes, axes[: len(of_params)])
     aligned = [
         [_aligned(x, a, block, own) for x, a in zip(xs, of_xs, strict=True)]
@@ -331,14 +340,34 @@ def _check_alike(block: Block, updates: Sequence[Any], new: Any) -> None:
 
 def _leaves_like(params: Any, blocks: Blocks) -> list[Any]:
     """The parameters of the leaves of the updates."""
-    found = {p.path: p.leaf for p in places_of(params) if p.leaf is not MASKED}
-    for path in blocks.grouping.paths:
-        if path not in found:
+    if jax.tree.structure(params) == blocks.treedef:
+        found = jax.tree.leaves(params)
+    else:  # by their paths: boxes may be gone, and what has no gradient
+        by_path: dict[Any, Any] = {}
+        for path, leaf, _ in places_of(params):
+            if leaf is not MASKED and by_path.setdefault(path, leaf) is not leaf:
+                raise ValueError(
+                    f"`params` of `per_layer` has two leaves {show_path(path)}, and "
+                    f"another structure than the updates: it is not clear which is "
+                    f"whose. Pass the parameters in the structure of the updates."
+                )
+        for path in blocks.grouping.paths:
+            if path not in by_path:
+                raise ValueError(
+                    f"`params` of `per_layer` has no leaf {show_path(path)}, of which "
+                    f"there is an update. Pass the parameters that the updates are for."
+                )
+        found = [by_path[path] for path in blocks.grouping.paths]
+    for path, leaf, own in zip(
+        blocks.grouping.paths, found, blocks.grouping.leaves, strict=True
+    ):
+        if np.shape(leaf) != np.shape(own):
             raise ValueError(
-                f"`params` of `per_layer` has no leaf {show_path(path)}, of which "
-                f"there is an update. Pass the parameters that the updates are for."
+                f"`params` of `per_layer` has shape {np.shape(leaf)} at "
+                f"{show_path(path)}, where the updates have {np.shape(own)}. Pass the "
+                f"parameters that the updates are for."
             )
-    return [found[path] for path in blocks.grouping.paths]
+    return found
 
 
 def _check_kind(states: Sequence[Any]) -> None:

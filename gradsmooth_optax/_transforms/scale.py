@@ -20,7 +20,7 @@ from gradsmooth_optax._checks import (
     is_traced,
     shown,
 )
-from gradsmooth_optax._depth.paths import Path
+from gradsmooth_optax._depth.paths import Path, show_path
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._transforms.blocks import Blocks, Part, blocks_of
 from gradsmooth_optax._transforms.smooth import DepthSmoothingState
@@ -117,7 +117,7 @@ def layer_wise_decay(rate: Any) -> LayerFactors:
             f"count: rate(count) ** jnp.arange(num_layers)[::-1])`."
         )
     rate = factors_in("rate", rate)
-    if np.shape(rate) or not (isinstance(rate, jax.Array) or rate > 0):
+    if np.shape(rate) or not (is_traced(rate) or rate > 0):
         raise ValueError(
             f"`rate` of `layer_wise_decay` must be one number > 0, but is "
             f"{shown(rate)}. Write `layer_wise_decay(0.75)`."
@@ -207,9 +207,10 @@ def scale_over_depth(
     spec = as_spec(depth)
     if not isinstance(factors, LayerFactors):
         factors = factors_in("factors", factors)
-    if not (rest in (None, "first") or is_function(rest)):
-        rest = factors_in("rest", rest)
-    if rest == "first" and not isinstance(factors, LayerFactors):
+    is_first = isinstance(rest, str) and rest == "first"
+    if rest is not None and not is_first and not is_function(rest):
+        rest = _number("`rest` of `scale_over_depth`", rest)
+    if is_first and not isinstance(factors, LayerFactors):
         raise ValueError(
             f"`rest='first'` needs factors that go on below the first layer, as those "
             f"of `layer_wise_decay` do, but `factors` is {shown(factors)}. Pass the "
@@ -243,13 +244,16 @@ def scale_over_depth(
     return with_checked_state("scale_over_depth", init_fn, update_fn)
 
 
-def _scales(blocks: Blocks, factors: Any, rest: Rest) -> dict[int, Any]:
+def _scales(blocks: Blocks, factors: Any, rest: Any) -> dict[int, Any]:
     """What every leaf is multiplied by, of a shape that broadcasts to it."""
     scales: dict[int, Any] = {}
     depths: dict[Hashable, np.ndarray] = {}
-    for block in blocks.blocks:
-        stack = depths.get(block.stack, np.zeros(0, int))
-        depths[block.stack] = np.union1d(stack, block.layers.ravel())
+    for stack, layers in (
+        *blocks.masked,
+        *((b.stack, b.layers) for b in blocks.blocks),
+    ):
+        known = depths.get(stack, np.zeros(0, int))
+        depths[stack] = np.union1d(known, np.ravel(layers))
     for block in blocks.blocks:
         of_stack = _of_stack(block.stack, len(depths[block.stack]), factors)
         ranks = np.searchsorted(depths[block.stack], block.layers)
@@ -257,8 +261,14 @@ def _scales(blocks: Blocks, factors: Any, rest: Rest) -> dict[int, Any]:
             scales[part.member.leaf] = _along(of_stack, ranks, part, blocks)
     if rest is None:
         return scales
-    if rest == "first":
+    if isinstance(rest, str):
         sizes = {len(layers) for layers in depths.values()}
+        if not sizes and blocks.rest:
+            raise ValueError(
+                "`rest='first'` of `scale_over_depth` is not clear: all layers are "
+                "masked here, so that the depth is not known. Scale outside of the "
+                "mask, or pass the number itself."
+            )
         if len(sizes) > 1:
             raise ValueError(
                 f"`rest='first'` is not clear: there are stacks of {sorted(sizes)} "
@@ -268,8 +278,24 @@ def _scales(blocks: Blocks, factors: Any, rest: Rest) -> dict[int, Any]:
         rest = factors.below_first(sizes.pop()) if sizes else None
     for i in blocks.rest if rest is not None else ():
         path, leaf = blocks.grouping.paths[i], blocks.grouping.leaves[i]
-        scales[i] = rest(path, leaf) if callable(rest) else rest
+        scale = rest(path, leaf) if callable(rest) else rest
+        scales[i] = _number(
+            f"`rest` of `scale_over_depth` for {show_path(path)}", scale
+        )
     return scales
+
+
+def _number(argument: str, value: Any) -> Any:
+    """The value, if it is one finite number, or an array that holds one."""
+    fits = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if not fits or isinstance(value, bool) or np.shape(value) != ():
+        raise TypeError(
+            f"{argument} must be one number, but is {shown(value)}. Write `rest=0.1`, "
+            f"`rest='first'`, or `rest=lambda path, leaf: 1.0`."
+        )
+    if not is_traced(value) and not np.isfinite(np.asarray(value)):
+        raise ValueError(f"{argument} must be finite, but is {shown(value)}.")
+    return value
 
 
 def _of_stack(stack: Hashable, num_layers: int, factors: Any) -> Any:
@@ -293,7 +319,8 @@ def _along(of_stack: Any, ranks: np.ndarray, part: Part, blocks: Blocks) -> Any:
 
 
 def _scaled(leaf: Any, scale: Any) -> jax.Array:
-    wide = widened(jnp.asarray(leaf))
+    leaf = jnp.asarray(leaf)
+    wide = widened(leaf)
     real = jnp.finfo(wide.dtype).dtype
     return (wide * jnp.asarray(scale).astype(real)).astype(leaf.dtype)
 
