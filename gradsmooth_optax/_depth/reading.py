@@ -146,7 +146,8 @@ def _lone_layer(node: Path, child: str | int, inside: list[Place]) -> Stack | No
     """The child as the only layer: it has no neighbor, but a place."""
     number = split_number(child)
     is_list = any(f.stem == "" for f in children_of((*node, child), inside)[0])
-    is_bare = is_layer(child) and str(child)[-1] != "s" and not is_list
+    is_leaf = any(place.path == (*node, child) for place in inside)
+    is_bare = is_layer(child) and str(child)[-1] != "s" and not is_list and not is_leaf
     stem, n = number or (str(child), 0)
     siblings = Siblings(node, stem, {n: inside}, is_bare)
     is_one = (number or is_bare) and siblings.meaning == "layers"

@@ -73,7 +73,9 @@ def per_layer(
 
     Args:
       inner: the transformation, such as `optax.lamb(1e-3)` or
-        `optax.adaptive_grad_clip(0.1)`.
+        `optax.adaptive_grad_clip(0.1)`. It sees one layer: masks and labels in it must
+        be functions of the tree. Inject rates outside,
+        `inject_hyperparams(lambda rate: per_layer(optax.lamb(rate), depth))(1e-3)`.
       depth: where depth is, as in `smooth_over_depth`. A layer is all that it gives to
         one number of a stack, also of a stack of one layer.
       rest: what the leaves outside of `depth` get: "inner", as one more tree; or a
@@ -157,12 +159,31 @@ def per_layer(
                 tree, rest_state = of_rest.update(
                     tree, cast(Any, rest_state), of_params, **extra_args
                 )
-            found = blocks.treedef.flatten_up_to(tree)
-            new.update({i: found[i] for i in blocks.rest})
+            new.update(_of_rest(blocks, tree))
         state = joined(inner, blocks, states, isinstance(state, StatesByStack))
         return blocks.grouping.replaced(new), _with_rest(of_rest, state, rest_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _of_rest(blocks: Blocks, tree: Any) -> dict[int, Any]:
+    """The new updates of the rest, which must be like the old ones."""
+    try:
+        found = blocks.treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise TypeError(
+            f"what `per_layer` runs on the rest of the tree must keep its structure, "
+            f"but changed it: {error}."
+        ) from error
+    for i in blocks.rest:
+        if np.shape(found[i]) != np.shape(blocks.grouping.leaves[i]):
+            raise TypeError(
+                f"what `per_layer` runs on the rest of the tree must keep its shapes, "
+                f"but made {np.shape(found[i])} of "
+                f"{np.shape(blocks.grouping.leaves[i])}, of "
+                f"{show_path(blocks.grouping.paths[i])}."
+            )
+    return {i: found[i] for i in blocks.rest}
 
 
 def _with_rest(of_rest: Any, state: Any, rest_state: Any) -> Any:
