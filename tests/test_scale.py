@@ -236,9 +236,23 @@ ERRORS = {
         lambda: gs.scale_over_depth(LAYERS, "half"),
         "`factors` must be a number",
     ),
+    "a vector for the rest": (
+        lambda: gs.scale_over_depth(LAYERS, 0.5, rest=np.array([0.5, 0.5])),
+        "`rest` must be one scalar",
+    ),
+    "a vector for a leaf of the rest": (
+        lambda: gs.scale_over_depth(
+            LAYERS, 0.5, rest=lambda path, leaf: np.ones(2)
+        ).init(model()),
+        r"`rest\('(?:embed|head)', leaf\)` must be one scalar",
+    ),
+    "no finite number for the rest": (
+        lambda: gs.scale_over_depth(LAYERS, 0.5, rest=float("nan")),
+        "`rest` must be finite",
+    ),
     "words for the rest": (
         lambda: gs.scale_over_depth(LAYERS, 0.5, rest="last"),
-        "`rest` of `scale_over_depth` must be one number.*rest='first'",
+        "`rest` must be a number, a scalar array, 'first' or a function",
     ),
 }
 

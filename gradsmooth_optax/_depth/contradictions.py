@@ -16,10 +16,15 @@ _KINDS = {"local", "global", "sliding", "full"}
 
 
 def contradictions(
-    stacks: Sequence[Stack],
-    held: Held,
-    takes_unnamed: bool,
+    stacks: Sequence[Stack], held: Held, takes_unnamed: bool
 ) -> list[str]:
+    """What the grouping does to the stacks of one reading, where it is another thing.
+
+    Args:
+      stacks: of the reading.
+      held: what the grouping takes.
+      takes_unnamed: whether it takes a scan that is not called layers.
+    """
     found = (_contradiction(stack, held, takes_unnamed) for stack in stacks)
     return list(filter(None, found))
 
@@ -128,8 +133,11 @@ def _counterparts(stack: Stack, there: Held) -> str:
     is_list = stack.function == "unrolled" and stack.is_named
     for layers in roles.values():
         own, uncoupled = {path for _, path in layers}, True
-        if stack.function == "unrolled" and (order := _another_order(layers, there)):
-            return order if order != "mirrored" else ""
+        order = _order(layers, there) if stack.function == "unrolled" else []
+        if len(order) > 1 and order == sorted(order, reverse=True):
+            continue  # counted from the last one
+        if order != sorted(order):
+            return _another_order([path for _, path in sorted(layers)], order)
         for (a, one), (b, other) in itertools.pairwise(sorted(layers)):
             (group, member), (next_group, next_member) = there[one], there[other]
             if group is next_group and _first(member) < _first(next_member):
@@ -157,18 +165,19 @@ def _counterparts(stack: Stack, there: Held) -> str:
     return _parts_of_one_layer(stack, there) if is_list else ""
 
 
-def _another_order(layers: list[tuple[int, Path]], there: Held) -> str:
-    """Layers of one group that do not follow each other by their numbers."""
-    paths = [path for _, path in sorted(layers)]
-    found = [_first(there[path][1]) for path in paths]
-    if len({id(there[path][0]) for path in paths}) > 1 or found == sorted(found):
-        return ""
-    if found == sorted(found, reverse=True):
-        return "mirrored"
-    i = next(i for i, (a, b) in enumerate(itertools.pairwise(found)) if b < a)
+def _order(layers: list[tuple[int, Path]], there: Held) -> list[int]:
+    """The numbers that one group gives to the layers; of several groups none."""
+    held = [there[path] for _, path in sorted(layers)]
+    are_together = len({id(group) for group, _ in held}) == 1
+    return [_first(member) for _, member in held] if are_together else []
+
+
+def _another_order(paths: Sequence[Path], order: Sequence[int]) -> str:
+    """Layers that do not follow each other by their numbers."""
+    i = next(i for i, (a, b) in enumerate(itertools.pairwise(order)) if b < a)
     return (
         f"puts layers in another order than their numbers: {show_path(paths[i])} is "
-        f"its layer {found[i]}, and {show_path(paths[i + 1])} its layer {found[i + 1]}"
+        f"its layer {order[i]}, and {show_path(paths[i + 1])} its layer {order[i + 1]}"
     )
 
 

@@ -204,13 +204,13 @@ def _cure(
     certain = [stack for stack in several if stack.is_certain]
     with_missed = [*several, *missed] if missed else []
     taken = {member.path for group in grouping.groups for member in group.members}
-    for stacks in (with_missed, missed, certain, several):
+    beside = ((with_missed, True), (missed, True))
+    for stacks, is_added in (*beside, (certain, False), (several, False)):
         spec = best_spec(stacks, reading, grouping.places, grouping.treedef)
         call = spec and restricted_like(spec, grouping.spec)
         # What the reading does not take for layers is only added to what is taken.
         inside = {path for stack in stacks for path in stack.depths}
-        is_more = stacks in (certain, several) or taken <= inside
-        if call and call != grouping.spec and is_more:
+        if call and call != grouping.spec and not (is_added and not taken <= inside):
             unsure = [d for stack in stacks for d in stack.doubts if d not in found]
             restricted = " with the same restriction" * (call != spec)
             so = "".join(f", if so: {doubt}" for doubt in unsure[:1])

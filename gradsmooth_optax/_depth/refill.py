@@ -26,20 +26,20 @@ def is_there(leaf: Any) -> bool:
     return leaf is not None and not isinstance(leaf, optax.MaskedNode)
 
 
-def leaves_of(tree: Any) -> list[tuple[Path, Any, Any]]:
-    """(path, leaf or what stands in its place, names of axes), in order."""
+def leaves_of(tree: Any) -> list[tuple[Path, Any]]:
+    """(path, leaf or what stands in its place), in order."""
     values = jax.tree.leaves(tree, is_leaf=lambda node: not is_there(node))
     places = places_of(tree)
     if len(values) != len(places):  # a box holds several, or none
         values = [None if p.leaf is MASKED else p.leaf for p in places]
-    return [(p.path, v, p.axis_names) for p, v in zip(places, values, strict=True)]
+    return [(place.path, v) for place, v in zip(places, values, strict=True)]
 
 
 def shapes_of(tree: Any) -> Shapes | None:
     """The shapes of the leaves by path."""
     if tree is None:
         return None
-    return {show_path(p): np.shape(x) for p, x, _ in leaves_of(tree) if is_there(x)}
+    return {show_path(p): np.shape(x) for p, x in leaves_of(tree) if is_there(x)}
 
 
 def filled(like: Any, found: Mapping[str, Any], scans: Scans, function: str) -> Any:
@@ -51,7 +51,7 @@ def filled(like: Any, found: Mapping[str, Any], scans: Scans, function: str) -> 
       scans: the stacks of the scanned model.
       function: "unstack" where `like` is of the unrolled model, else "stack".
     """
-    wanted = [(show_path(path), leaf) for path, leaf, _ in leaves_of(like)]
+    wanted = [(show_path(path), leaf) for path, leaf in leaves_of(like)]
     paths, values, used = [text for text, _ in wanted], [], set()
     for text, leaf in wanted:
         used.add(text)

@@ -121,7 +121,7 @@ def stack(
     _check_name(name)
     slices = _slices(like, spec, name, shapes_of(tree))
     _check_unique(slices)
-    found = {show_path(path): leaf for path, leaf, _ in leaves_of(tree)}
+    found = {show_path(path): leaf for path, leaf in leaves_of(tree)}
     parts: dict[Path, dict[Any, Any]] = {}
     for s in slices:
         target = show_path(s.target)
@@ -230,12 +230,12 @@ def _slices(
     for prefix, region in _regions(tree):
         leaves = leaves_of(region)
         assigned: Sequence[Any] = [None] * len(leaves)
-        if not prefix or [path for path, _, _ in leaves] != [()]:  # else a count
+        if not prefix or [path for path, _ in leaves] != [()]:  # else a count
             assigned = spec.assign(places_of(region))
             grouping = group_by_depth(spec, region) if shapes is None else None
             if grouping and grouping.groups:
                 check_structure(grouping, True, wholes=())
-        for (path, leaf, _), a in zip(leaves, assigned, strict=True):
+        for (path, leaf), a in zip(leaves, assigned, strict=True):
             found.append((prefix, path, leaf, a))
     slices = []
     known: dict[Hashable, tuple[tuple[int, ...], np.ndarray]] = {}
@@ -417,8 +417,8 @@ def _rebuilt(tree: Any, by_leaf: Sequence[Any], depth: int) -> Any:
             for name in nodes:
                 node = node.setdefault(name, {})
             node[last] = one.value()
+    container: Any = type(tree)
     if isinstance(tree, Mapping):
-        return new if isinstance(tree, dict) else type(tree)(new)  # pyright: ignore[reportCallIssue] # such as a FrozenDict
-    return (
-        type(tree)(*new.values()) if _is_named_tuple(tree) else type(tree)(new.values())
-    )
+        return new if isinstance(tree, dict) else container(new)
+    values = new.values()
+    return container(*values) if _is_named_tuple(tree) else container(values)

@@ -18,6 +18,7 @@ from gradsmooth_optax._checks import (
     factors_in,
     is_function,
     is_traced,
+    scalar,
     shown,
 )
 from gradsmooth_optax._depth.paths import Path, show_path
@@ -32,7 +33,8 @@ Rest: TypeAlias = "float | Literal['first'] | Callable[[Path, Any], float] | Non
 class LayerFactors:
     """One factor for each layer of a stack, whatever its depth.
 
-    Made by `layer_wise_decay` and `factors_fn`. Frozen, hashable and not callable.
+    Made by `layer_wise_decay` and `factors_fn`. Frozen and not callable, and hashable
+    where it holds no array of jax.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -170,7 +172,8 @@ def scale_over_depth(
 
     Place it last: after the learning rate it scales the decay too, before
     `add_decayed_weights` it does not. Arithmetic is in float32 (float64 for float64
-    leaves), rounded once to the dtype of the leaf.
+    leaves), rounded once to the dtype of the leaf. Inside `jax.shard_map` over stages
+    it sees the layers of one stage only: scale outside of it.
 
     Args:
       depth: where depth is, as in `smooth_over_depth`.
@@ -209,7 +212,7 @@ def scale_over_depth(
         factors = factors_in("factors", factors)
     is_first = isinstance(rest, str) and rest == "first"
     if rest is not None and not is_first and not is_function(rest):
-        rest = _number("`rest` of `scale_over_depth`", rest)
+        rest = _number("rest", rest)
     if is_first and not isinstance(factors, LayerFactors):
         raise ValueError(
             f"`rest='first'` needs factors that go on below the first layer, as those "
@@ -279,22 +282,16 @@ def _scales(blocks: Blocks, factors: Any, rest: Any) -> dict[int, Any]:
     for i in blocks.rest if rest is not None else ():
         path, leaf = blocks.grouping.paths[i], blocks.grouping.leaves[i]
         scale = rest(path, leaf) if callable(rest) else rest
-        scales[i] = _number(
-            f"`rest` of `scale_over_depth` for {show_path(path)}", scale
-        )
+        scales[i] = _number(f"rest({show_path(path)!r}, leaf)", scale)
     return scales
 
 
 def _number(argument: str, value: Any) -> Any:
-    """The value, if it is one finite number, or an array that holds one."""
-    fits = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    if not fits or isinstance(value, bool) or np.shape(value) != ():
-        raise TypeError(
-            f"{argument} must be one number, but is {shown(value)}. Write `rest=0.1`, "
-            f"`rest='first'`, or `rest=lambda path, leaf: 1.0`."
-        )
-    if not is_traced(value) and not np.isfinite(np.asarray(value)):
-        raise ValueError(f"{argument} must be finite, but is {shown(value)}.")
+    """The value, if it is one finite number, or an array that may hold one."""
+    more = ", 'first' or a function (path, leaf) -> number" * (argument == "rest")
+    value = scalar(argument, value, more)
+    if not is_traced(value) and not np.isfinite(value):
+        raise ValueError(f"`{argument}` must be finite, but is {shown(value)}.")
     return value
 
 
@@ -313,7 +310,7 @@ def _of_stack(stack: Hashable, num_layers: int, factors: Any) -> Any:
 def _along(of_stack: Any, ranks: np.ndarray, part: Part, blocks: Blocks) -> Any:
     if np.shape(of_stack) == ():
         return of_stack
-    found = of_stack[ranks] if not is_traced(of_stack) else jnp.take(of_stack, ranks)
+    found = of_stack[ranks]
     leaf = blocks.grouping.leaves[part.member.leaf]
     return part.member.along(found, np.ndim(leaf)) if part.axes else found
 
