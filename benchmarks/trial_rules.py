@@ -11,7 +11,6 @@ have used instead. Writes `benchmarks/results/trial_rules.json` and prints the t
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,7 +52,7 @@ class Truth(NamedTuple):
         controls over it.
       shift: factors of 2 by which the windows' best rate lies off the base's.
       tails: degrees of freedom of Student's t of the noise.
-      diverging: share of runs that diverge, in every arm alike.
+      diverging: share of the windows' runs that diverge: the worst of them.
       helps: whether neighbors help.
     """
 
@@ -69,7 +68,7 @@ TRUTHS = (
     Truth("all alike"),
     Truth("all alike, other best rates", shift=0.5),
     Truth("all alike, heavy tails (t, 3)", tails=3),
-    Truth("all alike, 1 run of 20 diverges", diverging=0.05),
+    Truth("all alike, the windows' worst runs (1 of 10) diverge", diverging=0.1),
     Truth("a smaller step helps: all but the base gain 1.5", (1.5, 1.5, 1.5)),
     Truth("any coupling helps: window and shuffled gain 1.5", (1.5, 0.0, 1.5)),
     Truth("its norms help: window and norm-matched gain 1.5", (1.5, 1.5, 0.0)),
@@ -107,9 +106,10 @@ class Drawn:
         of_blocks = math.log2(rate * block_rate) - best + 1
         mean = 2 * of_all**2 + 3 * of_blocks**2 - gain
         shared = self.of_seeds[seeds]
-        costs = mean + shared + self._noise(len(shared))
-        diverged = self.rng.random(len(shared)) < self.truth.diverging
-        return np.where(diverged, np.inf, costs)
+        own = self._noise(len(shared))
+        share = self.truth.diverging if is_window and not kind else 0.0
+        diverged = own > scipy.stats.norm.isf(share)
+        return np.where(diverged, np.inf, mean + shared + own)
 
 
 def chosen(drawn: Drawn, arm: str) -> tuple[Choice, float]:
@@ -173,9 +173,10 @@ def significant_against_base(of: Comparison) -> bool:
     values = []
     for window, kind in names:
         to_base = of.at_best[window]["base"].differences
-        # The control minus the base.
-        d = to_base - (0 if kind == "window" else of.at_best[window][kind].differences)
-        values.append(_one_sided(d))
+        to_kind = of.at_best[window][kind if kind in KINDS else "base"].differences
+        with np.errstate(invalid="ignore"):
+            control_to_base = to_base - to_kind
+        values.append(_one_sided(to_base if kind == "window" else control_to_base))
     adjusted = dict(zip(names, holm(values), strict=True))
     return any(
         adjusted[window, "window"] < LEVEL
@@ -191,14 +192,9 @@ def better_than_base(of: Comparison) -> bool:
 
 
 def diverged_dropped(of: Comparison) -> bool:
-    """As ours, but pairs in which a run diverged are left out."""
-    p = []
-    for window in WINDOWS:
-        values = []
-        for c in of.at_best[window].values():
-            values.append(_one_sided(c.differences[np.isfinite(c.differences)]))
-        p.append(max(values))
-    return min(holm(p)) < LEVEL
+    """As the rule before, but pairs in which a run diverged are left out."""
+    to_base = [of.at_best[window]["base"].differences for window in WINDOWS]
+    return min(holm([_one_sided(d[np.isfinite(d)]) for d in to_base])) < LEVEL
 
 
 def stopped_early(of: Comparison) -> bool:
@@ -258,10 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for index, truth in enumerate(tqdm(TRUTHS, unit="truth")):
         shares = simulate(truth, given.simulations, index)
-        rows.append(
-            json.loads(json.dumps(truth._asdict() | {"tails": str(truth.tails)}))
-        )
-        rows[-1]["shares"] = shares
+        rows.append(truth._asdict() | {"tails": str(truth.tails), "shares": shares})
     report = {
         "simulations": given.simulations,
         "seeds": SEEDS,

@@ -220,9 +220,24 @@ def read_result(path: str | Path) -> Result:
     Args:
       path: of the file that `compare` wrote.
 
+    Returns:
+      A `Result`.
+
     Raises:
       FileNotFoundError: without a file.
       ValueError: for a file of another kind.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> import pathlib, tempfile
+      >>> def nothing(*_): ...
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "trial.json"
+      >>> depth = gs.scanned("blocks/")
+      >>> result = gs.trial.compare(
+      ...     nothing, nothing, depth, rates=[1e-3], dry_run=True)
+      >>> result.to_json(path)
+      >>> gs.trial.read_result(path).settings.rates
+      (0.001,)
     """
     settings, outcomes, notes = _store.read(Path(path))
     return Result(settings, arms_of(settings.arms), outcomes, notes)
@@ -369,9 +384,11 @@ def _run_all(
             bar.total = max(
                 _total(settings, job, outcomes), len(outcomes) + len(pending)
             )
-            if not outcomes:  # alone, to fail early and to be repeated
-                pending = _alike(pending)[0] if _many(job) else pending[:1]
             fresh = not outcomes
+            if workers == 1 or fresh or _many(job):
+                # What comes next depends on nothing but what is finished, so that an
+                # interruption changes nothing. The first is run alone: to fail early.
+                pending = _alike(pending)[0] if _many(job) else pending[:1]
             for run, outcome in mapped(pending, settings, outcomes, first=fresh):
                 if fresh and "repeat" not in notes:
                     notes["repeat"] = _repetition(job, settings, pending, run, outcome)

@@ -64,6 +64,14 @@ class Result:
       arms: {name: arm}, in the order of the table.
       outcomes: {run: outcome} of all that are finished.
       notes: where it ran, and how well a run repeats.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> def nothing(*_): ...
+      >>> result = gs.trial.compare(
+      ...     nothing, nothing, gs.scanned("h/"), rates=[1e-3, 2e-3], dry_run=True)
+      >>> result.is_complete, list(result.arms)[:3]
+      (False, ['plain', 'base', 'window(0.2)'])
     """
 
     settings: Settings
@@ -430,7 +438,10 @@ class Result:
                 markersize=3,
                 label=name,
             )
+        ticks = sorted({rate for line in ax.get_lines() for rate in line.get_xdata()})
         ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{rate:.2g}" for rate in ticks], rotation=45)
+        ax.minorticks_off()
         ax.set_xlabel("rate (at its best block rate)")
         ax.set_title("screen: mean over its seeds", size="medium")
         ax.grid(alpha=0.25)

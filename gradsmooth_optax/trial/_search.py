@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 Point = tuple[int, int]
 
 # Steps by which a search may leave the rates that it was given.
@@ -89,8 +91,8 @@ class Choice(NamedTuple):
     """What the screen chose for an arm.
 
     Attributes:
-      rate: minimum of the parabola through the logarithms of the best rate and its two
-        neighbors.
+      rate: where the parabola through the best point and its neighbors is lowest, in
+        logarithms.
       second_rate: the second best of the rates tried beside the best; None where both
         neighbors diverged.
       block_rate: as `rate`; 1 for the arm that has none of its own.
@@ -107,40 +109,59 @@ def choice(
     costs: Mapping[Point, float], rates: Ladder, blocks: Ladder | None
 ) -> Choice:
     """Chooses the rates of an arm whose search is over."""
-    best = i, j = best_point(costs)
+    i, j = best_point(costs)
     beside = [
         (costs[point], point)
         for point in ((i - 1, j), (i + 1, j))
         if math.isfinite(costs.get(point, math.inf))
     ]
+    rate, block_rate = _lowest(costs, rates, blocks)
     return Choice(
-        rate=_vertex(costs, rates, best, (1, 0)),
+        rate=rate,
         second_rate=rates.at(min(beside)[1][0]) if beside else None,
-        block_rate=1.0 if blocks is None else _vertex(costs, blocks, best, (0, 1)),
+        block_rate=block_rate,
         inside=is_inside(costs, rates, blocks),
     )
 
 
-def _vertex(
-    costs: Mapping[Point, float], ladder: Ladder, best: Point, way: tuple[int, int]
-) -> float:
-    """Where the parabola through a point and its two neighbors is lowest."""
-    along = best[0] * way[0] + best[1] * way[1]
-    near = [
-        costs.get((best[0] + step * way[0], best[1] + step * way[1]), math.inf)
-        for step in (-1, 0, 1)
-    ]
-    value = ladder.at(along)
-    if not all(map(math.isfinite, near)):
-        return value
-    low, here, high = (math.log(ladder.at(along + step)) for step in (-1, 0, 1))
-    # Newton's form; both slopes point up from the lowest of three.
-    down = (near[1] - near[0]) / (here - low)
-    up = (near[2] - near[1]) / (high - here)
-    if up <= down:  # all equal
-        return value
-    middle = (low + here) / 2 - down * (high - low) / 2 / (up - down)
-    return float(f"{math.exp(middle):.4g}")
+def _lowest(
+    costs: Mapping[Point, float], rates: Ladder, blocks: Ladder | None
+) -> tuple[float, float]:
+    """Where the parabola through the best point and those around it is lowest.
+
+    In the logarithms of both rates: it has as many coefficients as a line of three
+    points, or a hexagon of seven less one, determine. The best point itself where one
+    of them diverged, or where the parabola has no minimum beside it.
+    """
+    best = best_point(costs)
+    points = [best, *_around(best, blocks)]
+    values = np.array([costs.get(point, math.inf) for point in points])
+    at_best = rates.at(best[0]), 1.0 if blocks is None else blocks.at(best[1])
+    if not np.isfinite(values).all() or np.ptp(values) == 0:
+        return at_best
+
+    def logarithms(point: Point) -> tuple[float, ...]:
+        own = math.log(rates.at(point[0]) / at_best[0])
+        if blocks is None:
+            return (own,)
+        return own, math.log(blocks.at(point[1]) / at_best[1])
+
+    x = np.array([logarithms(point) for point in points])
+    n = x.shape[1]
+    rows, columns = np.triu_indices(n)
+    terms = np.column_stack([np.ones(len(x)), x, x[:, rows] * x[:, columns]])
+    _, *coefficients = np.linalg.lstsq(terms, values, rcond=None)[0]
+    slope, of_squares = coefficients[:n], coefficients[n:]
+    curvature = np.zeros((n, n))
+    curvature[rows, columns] = of_squares
+    curvature = curvature + curvature.T
+    if np.linalg.eigvalsh(curvature)[0] <= 0:
+        return at_best
+    lowest = -np.linalg.solve(curvature, slope)
+    if np.any(np.abs(lowest) > np.abs(x).max(0)):
+        return at_best
+    rate, *block = (float(f"{r:.4g}") for r in at_best[:n] * np.exp(lowest))
+    return rate, block[0] if block else 1.0
 
 
 def _around(point: Point, blocks: Ladder | None) -> Sequence[Point]:

@@ -18,7 +18,13 @@ _FORMAT = 1
 
 
 class OtherSettings(ValueError):
-    """The file is of another comparison; the message has the differences."""
+    """The file is of another comparison; the message has the differences.
+
+    Example:
+      >>> import gradsmooth_optax as gs
+      >>> issubclass(gs.trial.OtherSettings, ValueError)
+      True
+    """
 
 
 @contextlib.contextmanager
