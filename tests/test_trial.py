@@ -201,7 +201,7 @@ def test_the_result_is_told_in_a_table_in_words_in_html_and_for_an_appendix(fini
     _, result = finished
     text = str(result)
     assert "window(0.5): not told apart from the base" in text
-    assert "The blocks' own rate (× 0.5" in text
+    assert "The blocks' own rate (× 0.499): better than one rate for all by" in text
     assert "give `tune_metric` one of its own" in text
     assert [line.split()[0] for line in text.splitlines()[4:9]] == [
         *("plain", "base", "window(0.5)", "norm-matched", "shuffled"),

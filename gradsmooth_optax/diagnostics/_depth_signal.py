@@ -452,14 +452,18 @@ def _jackknife(errors: np.ndarray, single: np.ndarray, kept: np.ndarray) -> Shar
     """The ratio of two means over pairs, and its interval from leaving out a group."""
     from scipy import stats  # slow to import
 
-    if single.mean() <= 0:  # no signal that stands out of the noise
-        return Share(math.nan, math.nan, math.nan)
+    k = len(kept)
+    quantile = float(stats.t.ppf(0.975, k - 1))
+
+    def reach(without: np.ndarray) -> float:
+        deviations = without - without.mean()
+        return quantile * math.sqrt((k - 1) / k * float(np.sum(deviations**2)))
+
+    if single.mean() <= reach(kept @ single / kept.sum(1)):
+        return Share(math.nan, math.nan, math.nan)  # no signal stands out of the noise
     value = float(errors.mean() / single.mean())
-    without = (kept @ errors) / (kept @ single)
-    k = len(without)
-    spread = math.sqrt((k - 1) / k * float(np.sum((without - without.mean()) ** 2)))
-    reach = float(stats.t.ppf(0.975, k - 1)) * spread
-    return Share(value, value - reach, value + reach)
+    width = reach((kept @ errors) / (kept @ single))
+    return Share(value, value - width, value + width)
 
 
 def _scaled(matrix: np.ndarray) -> _Fit:

@@ -134,14 +134,14 @@ class Result:
         c, choices = self.block_rate, self.choices
         if c is None or c.seeds < FEWEST_SEEDS:
             return ""
-        factor = choices[BASE].block_rate
-        about = f"The blocks' own rate (× {factor:g})"
+        factor = f"{choices[BASE].block_rate:.3g}"
+        about = f"The blocks' own rate (× {factor})"
         if any(c.diverged):
             return f"{about}: {self._of_diverged(c)}."
         if c.is_better:
             return (
                 f"{about}: better than one rate for all by {self._amount(c, True)}. "
-                f"Begin with that: `gs.scale_over_depth(depth, {factor:g})`."
+                f"Begin with that: `gs.scale_over_depth(depth, {factor})`."
             )
         if c.is_worse:
             return f"{about}: worse than one rate for all by {self._amount(c)}."
