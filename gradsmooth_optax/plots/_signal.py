@@ -79,6 +79,5 @@ def depth_signal(
     plain(ax, grid_of="x")
     ax.set_xlabel("error left, relative to one factor for all layers")
     title = title_of("What is there to couple?", name)
-    title_and_legend(ax, title, list(keys.values()), list(keys))
-    ax.get_legend().set_ncols(3)
+    title_and_legend(ax, title, list(keys.values()), list(keys), columns=3)
     return ax

@@ -48,7 +48,7 @@ from gradsmooth_optax.trial._protocol import (
 )
 from gradsmooth_optax.trial._result import Result
 
-Optimizer = Callable[[Any, Any], optax.GradientTransformation]
+Optimizer = Callable[[Any, Any], Any]
 _LARGEST_MISMATCH = 10  # times the difference of the first run to its repetition
 
 
@@ -57,12 +57,14 @@ class many_seeds:
 
     `compare` then calls it under `jax.jit`, once compiled for each arm: the rates that
     `optimizer` is given are traced, `seeds` is an int32 array, and everything that
-    `train` does must be traceable, so loop by `jax.lax.scan`. All seeds of a stage
+    `train` does must be traceable, so loop by `jax.lax.scan`. Seeds that train at once
     share one shuffled order.
 
     Args:
       train: takes an optimizer and seeds `(n,)`; returns `(n,)` values of the metric,
         or a dict of such.
+      at_once: the most seeds of a call, which bounds the memory; where it divides both
+        numbers of seeds, an arm is compiled once. None: all seeds of a stage.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -76,8 +78,15 @@ class many_seeds:
       ...     return jax.vmap(one)(seeds)
     """
 
-    def __init__(self, train: Callable[[optax.GradientTransformation, Any], Any]):
-        self.train = train
+    def __init__(
+        self,
+        train: Callable[[Any, Any], Any],
+        *,
+        at_once: int | None = None,
+    ):
+        if at_once is not None:
+            _whole_number("at_once", at_once, 1)
+        self.train, self.at_once = train, at_once
 
 
 def compare(
@@ -388,7 +397,7 @@ def _run_all(
             if workers == 1 or fresh or _many(job):
                 # What comes next depends on nothing but what is finished, so that an
                 # interruption changes nothing. The first is run alone: to fail early.
-                pending = _alike(pending)[0] if _many(job) else pending[:1]
+                pending = _next_at_once(job, pending) if _many(job) else pending[:1]
             for run, outcome in mapped(pending, settings, outcomes, first=fresh):
                 if fresh and "repeat" not in notes:
                     notes["repeat"] = _repetition(job, settings, pending, run, outcome)
@@ -405,12 +414,10 @@ def _many(job: _Job) -> bool:
     return isinstance(job.train, many_seeds)
 
 
-def _alike(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in their seeds alone, together."""
-    together: dict[Any, list[Run]] = {}
-    for run in runs:
-        together.setdefault(run[:-1], []).append(run)
-    return list(together.values())
+def _next_at_once(job: _Job, runs: Sequence[Run]) -> list[Run]:
+    """The first runs, of those that differ in their seeds alone and train at once."""
+    alike = [run for run in runs if run[:-1] == runs[0][:-1]]
+    return alike[: job.train.at_once]
 
 
 @contextlib.contextmanager
@@ -434,8 +441,7 @@ def _mapper(job: _Job, workers: int) -> Iterator[Any]:
         runs: Sequence[Run], settings: Settings, outcomes: Any, first: bool
     ) -> Iterator[tuple[Run, Outcome]]:
         if _many(job):
-            for alike in _alike(runs):
-                yield from attempt(alike, lambda: job.at_once(alike), first)  # noqa: B023
+            yield from attempt(runs, lambda: job.at_once(runs), first)
             return
         for run in runs:
             limits = thresholds(settings, outcomes, run)
@@ -491,6 +497,7 @@ def _check_repeats(
     """Runs a stored run again, and raises where it is not what it was."""
     run = Run(*notes["repeat"]["run"])
     alike = [other for other in outcomes if other[:-1] == run[:-1]]
+    alike = alike[: job.train.at_once] if _many(job) else alike
     again = job.at_once(alike)[alike.index(run)] if _many(job) else job(run, None, 1.0)
     before = value_of(outcomes[run], settings.tuned_by)
     now = value_of(again, settings.tuned_by)
