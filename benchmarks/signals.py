@@ -3,8 +3,8 @@
     python -m benchmarks.signals
     python -m benchmarks.signals --tasks lm --optimizers adamw --steps 20 --out FILE
 
-`diagnostics.depth_signal` of raw gradients, at the initial parameters, in the middle and
-at the end of a training of each task of `benchmarks.evidence`, seed 0, by the base
+`diagnostics.depth_signal` of raw gradients, at the initial parameters, in the middle
+and at the end of a training of each task of `benchmarks.evidence`, seed 0, by the base
 optimizer at the rate its search begins with. Writes `benchmarks/results/signals.json`
 after every training, goes on where it stopped, and prints the table.
 """

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 from tqdm import tqdm
 
 from benchmarks.comparison import format_table
 from benchmarks.json_files import RESULTS, write_json
 from benchmarks.provenance import provenance
-from gradsmooth_optax.trial._search import Choice, Ladder, choice, next_points
+from gradsmooth_optax.trial._search import Choice, Ladder, choice, points_of_all
 from gradsmooth_optax.trial._statistics import (
     HELP,
     LEVEL,
@@ -108,19 +108,20 @@ class Drawn:
         shared = self.of_seeds[seeds]
         own = self._noise(len(shared))
         share = self.truth.diverging if is_window and not kind else 0.0
-        diverged = own > scipy.stats.norm.isf(share)
+        diverged = own > -scipy.special.ndtri(share)
         return np.where(diverged, np.inf, mean + shared + own)
 
 
-def chosen(drawn: Drawn, arm: str) -> tuple[Choice, float]:
-    """Searches the rates of an arm; the choice and the mean cost at the best point."""
-    costs: dict[tuple[int, int], float] = {}
-    while points := next_points(costs, RATES, BLOCKS):
-        for i, j in points:
-            seeds = slice(SCREEN_SEEDS)
-            runs = drawn.runs(arm, RATES.at(i), BLOCKS.at(j), seeds)
-            costs[i, j] = float(np.mean(runs))
-    return choice(costs, RATES, BLOCKS), min(costs.values())
+def searched(drawn: Drawn, arms: Sequence[str]) -> dict[str, Choice]:
+    """Searches the rates of all arms."""
+    costs: dict[str, dict[tuple[int, int], float]] = {arm: {} for arm in arms}
+    blocks = dict.fromkeys(arms, BLOCKS)
+    while any((points := points_of_all(costs, RATES, blocks)).values()):
+        for arm, of_arm in points.items():
+            for i, j in of_arm:
+                runs = drawn.runs(arm, RATES.at(i), BLOCKS.at(j), slice(SCREEN_SEEDS))
+                costs[arm][i, j] = float(np.mean(runs))
+    return {arm: choice(costs[arm], RATES, BLOCKS) for arm in arms}
 
 
 class Comparison(NamedTuple):
@@ -135,8 +136,7 @@ def compared(drawn: Drawn) -> Comparison:
     names = ["base", *(f"{k} {w}".strip() for w in WINDOWS for k in ("", *KINDS[1:]))]
     confirm = slice(SCREEN_SEEDS, None)
     at_best, at_second = {}, {}
-    for name in names:
-        found, _ = chosen(drawn, name)
+    for name, found in searched(drawn, names).items():
         at_best[name] = drawn.runs(name, found.rate, found.block_rate, confirm)
         second = found.rate if found.second_rate is None else found.second_rate
         at_second[name] = drawn.runs(name, second, found.block_rate, confirm)
@@ -217,7 +217,7 @@ def _one_sided(differences: np.ndarray) -> float:
     error = differences.std(ddof=1) / math.sqrt(len(differences))
     if not mean < 0:
         return 1.0
-    return float(2 * scipy.stats.t.sf(-mean / error, len(differences) - 1))
+    return float(2 * scipy.special.stdtr(len(differences) - 1, mean / error))
 
 
 RULES = {

@@ -55,9 +55,14 @@ class Share(NamedTuple):
     low: float
     high: float
 
+    @property
+    def short(self) -> str:
+        """The share without its interval."""
+        return "unknown" if math.isnan(self.value) else f"{self.value:.3f}"
+
     def __str__(self) -> str:
         if math.isnan(self.value):
-            return "unknown"
+            return self.short
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -155,16 +160,17 @@ class DepthSignal:
         ]
         for stack, block in self.blocks.items():
             rows = {f"{stack} (block)": block} | dict(self.roles[stack])
-            names = list(block.left)
+            names = [*(key for key in block.left if key != _BEST), _BEST]
             table = [["", *names, "best, raw", "cosine of neighbors"]]
             for name, of in rows.items():
                 cosine = _mean_of_finite(of.cosines)
                 table.append(
                     [
                         name,
-                        *(str(of.left[key]) for key in names),
-                        str(of.left_raw[_BEST]),
-                        f"{cosine:+.2f}",
+                        *(of.left[key].short for key in names if key != _BEST),
+                        str(of.left[_BEST]),
+                        of.left_raw[_BEST].short,
+                        "" if math.isnan(cosine) else f"{cosine:+.2f}",
                     ]
                 )
             widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -528,6 +534,11 @@ def _mean_of_finite(values: np.ndarray) -> float:
 
 def _advice(stack: str, of: LayerSignal) -> str:
     best, factors = of.left[_BEST], of.left[_FACTORS]
+    if not of.signal.any() and not of.noise.any():
+        return (
+            f"{stack}: all gradients are 0, as behind a head that begins at 0. Take "
+            "parameters after some steps."
+        )
     if math.isnan(best.value):
         return (
             f"{stack}: no signal stands out of the noise of so few batches: take more "

@@ -21,7 +21,7 @@ from gradsmooth_optax.trial._arms import (
     Arm,
     control_name,
 )
-from gradsmooth_optax.trial._search import Choice, Ladder, Point, choice, next_points
+from gradsmooth_optax.trial._search import Choice, Ladder, Point, choice, points_of_all
 from gradsmooth_optax.trial._statistics import Contrast, as_costs, contrast
 
 SCREEN, CONFIRM = "screen", "confirm"
@@ -110,26 +110,39 @@ def next_runs(
 ) -> list[Run]:
     """All runs that can be begun now; none when the comparison is complete.
 
-    The screen of every arm comes before any confirmation.
+    The screen of all arms comes before any confirmation.
     """
+    points = _missing(settings, arms, screened(settings, arms, outcomes))
     screen = [
         run
-        for arm in arms.values()
-        for point in points_missing(settings, arm, outcomes)
-        for run in runs_at(settings, arm, point)
+        for name, of_arm in points.items()
+        for point in of_arm
+        for run in _runs_at(settings, arms[name], point)
         if run not in outcomes
     ]
     if screen:
         return screen
+    found = chosen(settings, arms, outcomes)
     return [
         run
-        for arm in arms.values()
-        for run in confirmation(settings, arm, outcomes)
+        for name in arms
+        for rate in dict.fromkeys((found[name].rate, found[name].second_rate))
+        if rate is not None
+        for run in _confirmation(settings, name, found[name], rate)
         if run not in outcomes
     ]
 
 
-def runs_at(settings: Settings, arm: Arm, point: Point) -> list[Run]:
+def _missing(
+    settings: Settings,
+    arms: Mapping[str, Arm],
+    costs: Mapping[str, Mapping[Point, float]],
+) -> dict[str, list[Point]]:
+    blocks = {name: settings.ladders(arm)[1] for name, arm in arms.items()}
+    return points_of_all(costs, Ladder(settings.rates), blocks)
+
+
+def _runs_at(settings: Settings, arm: Arm, point: Point) -> list[Run]:
     """The runs of the screen of an arm at one point."""
     rates, blocks = settings.ladders(arm)
     block_rate = 1.0 if blocks is None else blocks.at(point[1])
@@ -139,66 +152,66 @@ def runs_at(settings: Settings, arm: Arm, point: Point) -> list[Run]:
     ]
 
 
-def points_missing(settings: Settings, arm: Arm, outcomes: Outcomes) -> list[Point]:
-    return next_points(screened(settings, arm, outcomes), *settings.ladders(arm))
+def _confirmation(
+    settings: Settings, name: str, found: Choice, rate: float
+) -> list[Run]:
+    return [
+        Run(CONFIRM, name, rate, found.block_rate, seed)
+        for seed in settings.seeds_of(CONFIRM)
+    ]
 
 
-def screened(settings: Settings, arm: Arm, outcomes: Outcomes) -> dict[Point, float]:
-    """{point: mean cost} of the points of which all seeds are there."""
-    rates, blocks = settings.ladders(arm)
-    seeds = settings.seeds_of(SCREEN)
-    of_pairs: dict[tuple[float, float], list[Outcome]] = {}
+def screened(
+    settings: Settings, arms: Mapping[str, Arm], outcomes: Outcomes
+) -> dict[str, dict[Point, float]]:
+    """{arm: {point: mean cost}} of the points of which all seeds are there."""
+    values: dict[tuple[str, float, float], list[float]] = {}
     for run, outcome in outcomes.items():
-        if run.stage == SCREEN and run.arm == arm.name:
-            of_pairs.setdefault((run.rate, run.block_rate), []).append(outcome)
-    costs = {}
-    columns = [0] if blocks is None else blocks.places
-    for point in itertools.product(rates.places, columns):
-        pair = rates.at(point[0]), 1.0 if blocks is None else blocks.at(point[1])
-        found = of_pairs.get(pair, [])
-        if len(found) == len(seeds):
-            values = [value_of(outcome, settings.tuned_by) for outcome in found]
-            costs[point] = float(np.mean(as_costs(values, settings.better)))
+        if run.stage == SCREEN:
+            about = run.arm, run.rate, run.block_rate
+            values.setdefault(about, []).append(value_of(outcome, settings.tuned_by))
+    costs: dict[str, dict[Point, float]] = {}
+    for name, arm in arms.items():
+        rates, blocks = settings.ladders(arm)
+        costs[name] = {}
+        columns = [0] if blocks is None else blocks.places
+        for point in itertools.product(rates.places, columns):
+            block_rate = 1.0 if blocks is None else blocks.at(point[1])
+            found = values.get((name, rates.at(point[0]), block_rate), [])
+            if len(found) == settings.screen_seeds:
+                costs[name][point] = float(np.mean(as_costs(found, settings.better)))
     return costs
 
 
-def chosen(settings: Settings, arm: Arm, outcomes: Outcomes) -> Choice | None:
-    """The rates of an arm, once its screen is over."""
-    costs = screened(settings, arm, outcomes)
-    if next_points(costs, *settings.ladders(arm)):
-        return None
-    return choice(costs, *settings.ladders(arm))
-
-
-def confirmation(settings: Settings, arm: Arm, outcomes: Outcomes) -> list[Run]:
-    """The runs that confirm an arm: all seeds at its two best rates."""
-    found = chosen(settings, arm, outcomes)
-    if found is None:
-        return []
-    rates = [rate for rate in (found.rate, found.second_rate) if rate is not None]
-    return [
-        Run(CONFIRM, arm.name, rate, found.block_rate, seed)
-        for rate in dict.fromkeys(rates)
-        for seed in settings.seeds_of(CONFIRM)
-    ]
+def chosen(
+    settings: Settings, arms: Mapping[str, Arm], outcomes: Outcomes
+) -> dict[str, Choice]:
+    """{arm: its rates}, once the screen is over; else empty."""
+    costs = screened(settings, arms, outcomes)
+    if any(_missing(settings, arms, costs).values()):
+        return {}
+    return {
+        name: choice(costs[name], *settings.ladders(arm)) for name, arm in arms.items()
+    }
 
 
 def confirmed(
-    settings: Settings, arm: Arm, outcomes: Outcomes, second: bool = False
-) -> np.ndarray | None:
-    """(S,) costs of an arm at its best or second best rate, if all are there."""
-    found = chosen(settings, arm, outcomes)
-    rate = None if found is None else found.second_rate if second else found.rate
-    if found is None or rate is None:
-        return None
-    runs = [
-        Run(CONFIRM, arm.name, rate, found.block_rate, seed)
-        for seed in settings.seeds_of(CONFIRM)
-    ]
-    if not all(run in outcomes for run in runs):
-        return None
-    values = [value_of(outcomes[run], settings.metric) for run in runs]
-    return as_costs(values, settings.better)
+    settings: Settings,
+    arms: Mapping[str, Arm],
+    outcomes: Outcomes,
+    second: bool = False,
+) -> dict[str, np.ndarray]:
+    """{arm: (S,) costs} at the best or second best rate, of arms that are complete."""
+    costs = {}
+    for name, found in chosen(settings, arms, outcomes).items():
+        rate = found.second_rate if second else found.rate
+        if rate is None:
+            continue
+        runs = _confirmation(settings, name, found, rate)
+        if all(run in outcomes for run in runs):
+            values = [value_of(outcomes[run], settings.metric) for run in runs]
+            costs[name] = as_costs(values, settings.better)
+    return costs
 
 
 def references(arms: Mapping[str, Arm], name: str) -> dict[str, str]:
@@ -214,32 +227,28 @@ def contrasts_of(
     second: bool = False,
 ) -> dict[str, dict[str, Contrast]]:
     """{operator: {kind of reference: contrast}} of the pairs that are complete."""
-    costs = {
-        name: confirmed(settings, arm, outcomes, second) for name, arm in arms.items()
-    }
-    found: dict[str, dict[str, Contrast]] = {}
-    for name, arm in arms.items():
-        if arm.operator is None or arm.control is not None:
-            continue
-        here = costs[name]
-        if here is None or costs[BASE] is None:
-            continue
-        found[name] = {
-            kind: contrast(name, other, here, of_other)
+    costs = confirmed(settings, arms, outcomes, second)
+    return {
+        name: {
+            kind: contrast(name, other, costs[name], costs[other])
             for kind, other in references(arms, name).items()
-            if (of_other := costs[other]) is not None
+            if other in costs
         }
-    return found
+        for name, arm in arms.items()
+        if arm.operator is not None
+        and arm.control is None
+        and {name, BASE} <= costs.keys()
+    }
 
 
 def base_to_plain(
     settings: Settings, arms: Mapping[str, Arm], outcomes: Outcomes
 ) -> Contrast | None:
     """What a rate of their own for the blocks brings."""
-    base, plain = (confirmed(settings, arms[name], outcomes) for name in (BASE, PLAIN))
-    if base is None or plain is None:
+    costs = confirmed(settings, arms, outcomes)
+    if not {BASE, PLAIN} <= costs.keys():
         return None
-    return contrast(BASE, PLAIN, base, plain)
+    return contrast(BASE, PLAIN, costs[BASE], costs[PLAIN])
 
 
 def least_runs(settings: Settings, arms: Mapping[str, Arm]) -> tuple[int, int]:

@@ -86,12 +86,8 @@ class Result:
 
     @property
     def choices(self) -> dict[str, Choice]:
-        """{arm: what the screen chose} of the arms whose search is over."""
-        found = {
-            name: chosen(self.settings, arm, self.outcomes)
-            for name, arm in self.arms.items()
-        }
-        return {name: of for name, of in found.items() if of is not None}
+        """{arm: what the screen chose}, once the screen is over."""
+        return chosen(self.settings, self.arms, self.outcomes)
 
     @property
     def findings(self) -> list[Finding]:
@@ -266,9 +262,10 @@ class Result:
     def table(self) -> list[dict[str, str]]:
         """A row for every arm: its rates, its metric, its difference to the base."""
         choices = self.choices
-        base = confirmed(self.settings, self.arms[BASE], self.outcomes)
+        of_arms = confirmed(self.settings, self.arms, self.outcomes)
+        base = of_arms.get(BASE)
         rows = []
-        for name, arm in self.arms.items():
+        for name in self.arms:
             row = dict.fromkeys(_COLUMNS, "")
             row["arm"] = name
             rows.append(row)
@@ -276,7 +273,7 @@ class Result:
                 continue
             row["rate"] = f"{choices[name].rate:.3g}"
             row["block rate"] = f"{choices[name].block_rate:.3g}"
-            costs = confirmed(self.settings, arm, self.outcomes)
+            costs = of_arms.get(name)
             if costs is None:
                 continue
             finite = costs[np.isfinite(costs)] * self._sign
@@ -418,10 +415,11 @@ class Result:
         return figure
 
     def _draw_rates(self, ax: Any) -> None:
+        of_arms = screened(self.settings, self.arms, self.outcomes)
         for name, arm in self.arms.items():
             if arm.control is not None:
                 continue
-            costs = screened(self.settings, arm, self.outcomes)
+            costs = of_arms[name]
             rates, _ = self.settings.ladders(arm)
             best: dict[float, float] = {}
             for (i, _), cost in costs.items():

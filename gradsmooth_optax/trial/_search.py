@@ -72,6 +72,40 @@ def next_points(
     ]
 
 
+def points_of_all(
+    costs: Mapping[str, Mapping[Point, float]],
+    rates: Ladder,
+    blocks: Mapping[str, Ladder | None],
+) -> dict[str, list[Point]]:
+    """The points that each arm has to try now; none when all searches are over.
+
+    When every arm has a best point with worse ones around it, all are tried at the best
+    points of the others, too: a search that ended beside the lowest place would make
+    the arms that it is compared with look better than they are.
+
+    Args:
+      costs: {arm: {point: cost}} of what was tried.
+      rates: of the whole optimizer.
+      blocks: {arm: factors of the blocks' updates}, None for an arm that has none.
+    """
+    own = {arm: next_points(costs[arm], rates, blocks[arm]) for arm in costs}
+    if any(own.values()):
+        return own
+    best = {}
+    for arm, ladder in blocks.items():
+        i, j = best_point(costs[arm])
+        # Where there is no block rate it is 1, about.
+        best[arm] = (i, j) if ladder is not None else (i, None)
+    missing: dict[str, list[Point]] = {}
+    for arm, ladder in blocks.items():
+        if ladder is None:
+            continue
+        start = _nearest_to_one(ladder)
+        points = [(i, start if j is None else j) for i, j in best.values()]
+        missing[arm] = [p for p in dict.fromkeys(points) if p not in costs[arm]]
+    return missing
+
+
 def best_point(costs: Mapping[Point, float]) -> Point:
     """The point of the lowest cost; of equal ones that of the lowest rate."""
     return min(sorted(costs), key=costs.__getitem__)

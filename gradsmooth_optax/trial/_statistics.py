@@ -6,6 +6,7 @@ keep their level: `python -m benchmarks.trial_rules`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -125,30 +126,32 @@ def contrast(
 
 def _of_student(differences: np.ndarray) -> tuple[float, ...]:
     """Mean, ends of its 95 % interval, half the 90 % one, and two-sided p."""
-    stats = needs("scipy.stats")
+    t = needs("scipy.special")
     n, mean = len(differences), float(differences.mean())
     if n < 2:
         return mean, math.nan, math.nan, math.nan, math.nan
     error = float(differences.std(ddof=1)) / math.sqrt(n)
     if error <= 1e-12 * abs(mean) or error == 0:  # equal but for rounding
         return mean, mean, mean, 0.0, 1.0 if mean == 0 else 0.0
-    outer, inner = (
-        float(stats.t.ppf(1 - tail, n - 1)) * error for tail in (0.025, 0.05)
-    )
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    outer, inner = (float(t.stdtrit(n - 1, 1 - x)) * error for x in (0.025, 0.05))
+    p = float(2 * t.stdtr(n - 1, -abs(mean) / error))
     return mean, mean - outer, mean + outer, inner, p
 
 
 def _p_of_flips(values: np.ndarray) -> float:
     """How often random signs put the sum as far from 0; exact up to 14 values."""
-    n = len(values)
-    if n <= 14:
-        signs = 1 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    else:
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, n))
-        signs[0] = 1  # what was seen is one of the possible
-    sums = np.abs(signs @ values)
+    sums = np.abs(_signs(len(values)) @ values)
     return float(np.mean(sums >= sums[0] * (1 - 1e-9)))
+
+
+@functools.cache
+def _signs(n: int) -> np.ndarray:
+    """All signs of n values in rows, those that are there first; of many, some."""
+    if n <= 14:
+        return 1 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (20_000, n))
+    signs[0] = 1
+    return signs
 
 
 def _signed_ranks(differences: np.ndarray) -> np.ndarray:
