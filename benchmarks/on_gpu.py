@@ -16,6 +16,7 @@ report is written after every group, so that a run that is ended leaves a valid 
 import argparse
 import contextlib
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -51,6 +52,8 @@ PRESERVING = f"{WINDOW}, norm_preserving"
 # Where not every operator fits into the time: one of each kind.
 _FEW = (WINDOW, PRESERVING, "tikhonov(1.0)", f"controls.norm_matched({WINDOW})")
 _RATE = 1e-3
+# The most that a group may compile: autotuning must not take the time of the others.
+_COMPILE_SECONDS = 45.0
 
 
 class Plan(NamedTuple):
@@ -174,21 +177,24 @@ class Session:
 
     def _compiled(self, group: str, cases: Mapping[str, Case]) -> dict[str, Any]:
         """All cases that compile in time; the compiler runs beside the tracing."""
-        waiting, found = {}, {}
+        waiting, of_function, found = {}, {}, {}
+        until = self.passed() + min(_COMPILE_SECONDS, self.left())
         with ThreadPoolExecutor(4) as pool:
             for name, case in cases.items():
                 try:
-                    jitted = jax.jit(case.function, donate_argnums=0)
-                    lowered = jitted.lower(case.carry, *case.fixed)
-                    waiting[name] = pool.submit(lowered.compile)
+                    if case.function not in of_function:
+                        jitted = jax.jit(case.function, donate_argnums=0)
+                        lowered = jitted.lower(case.carry, *case.fixed)
+                        of_function[case.function] = pool.submit(lowered.compile)
+                    waiting[name] = of_function[case.function]
                 except Exception as error:
                     self.skip(group, name, error)
             for name, future in waiting.items():
                 try:
-                    found[name] = future.result(max(1.0, self.left()))
+                    found[name] = future.result(max(0.5, until - self.passed()))
                 except Exception as error:
                     future.cancel()
-                    self.skip(group, name, error)
+                    self.skip(group, name, str(error) or "not compiled in time")
         return found
 
 
@@ -266,7 +272,7 @@ def operators(
         "window(0.2, radius=2)": with_tx(wider),
         "scale_over_depth(layer_wise_decay(0.9))": with_tx(decayed),
     }
-    only = only or session.plan.only
+    only = session.plan.only or only
     names = [name for name in functions if only is None or name in only]
     updates = updates_of(megabytes, session.plan.layers, layout, dtype)
     cases = {LIMIT: make(limit, updates)}
@@ -370,7 +376,7 @@ def peers(session: Session, megabytes: float, layout: str) -> None:
     from benchmarks.cost.cpu import torch_twins
 
     on_card = torch.cuda.is_available()
-    if not on_card and session.plan is not QUICK:
+    if not on_card and not session.report["options"]["quick"]:
         raise RuntimeError("PyTorch sees no card")
     updates = updates_of(megabytes, session.plan.layers, layout)
     us: Any = [
@@ -471,8 +477,9 @@ def take_times(session: Session) -> None:
             measure(session)
         except Exception as error:  # one group must not take the others with it
             session.skip(name, "all", error)
-        if "torch" in sys.modules:  # what it keeps, jax cannot have
-            sys.modules["torch"].cuda.empty_cache()
+        gc.collect()
+        if torch := sys.modules.get("torch"):
+            torch.cuda.empty_cache()  # its next tensors may be of other sizes
         session.report["seconds"][name] = time.monotonic() - began
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
         session.save()
@@ -509,10 +516,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=COST / "gpu_times.json")
     options = parser.parse_args(argv)
-    # Read when jax first looks for devices. PyTorch needs some of the card, too.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Read when jax first looks for devices. One piece for jax, because memory that
+    # grows falls into pieces too small for the training; the rest is for PyTorch.
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.65")
     plan = QUICK if options.quick else FULL
+    if options.only == "times":
+        plan = plan._replace(seconds=plan.all_seconds)
     report: dict[str, Any] = {
         "benchmark": "on_gpu",
         "options": {"quick": options.quick, "only": options.only},

@@ -224,7 +224,7 @@ def train(plan: Plan, seconds: float) -> Iterator[dict[str, Any]]:
 
     compiling, step_seconds, eval_seconds = _calibrated(programs)
     # A little less than fits: a seed that is cut off is lost.
-    of_seed = 0.95 * (deadline - time.monotonic()) / plan.seeds - eval_seconds
+    of_seed = 0.92 * (deadline - time.monotonic()) / plan.seeds - eval_seconds
     steps = int(np.clip(of_seed / step_seconds, plan.fewest_steps, plan.most_steps))
     tokens = len(ARMS) * plan.batch * plan.context
     print(
