@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-# Of `python -m benchmarks.cost`; all others are of `python -m benchmarks.evidence`.
+# Of `python -m benchmarks.cost` and of `python -m benchmarks.on_gpu`; all others are of
+# `python -m benchmarks.evidence`.
 COST = RESULTS / "cost"
 
 

@@ -5,7 +5,7 @@
 
 Replaces the costs in the table of operators, and what is between
 `<!-- speed -->` and `<!-- end of speed -->`, and between the same marks of evidence.
-Where there is a result of `python -m benchmarks.on_gpu`, docs/guides/on_gpu.md is it.
+Where there is a result of `python -m benchmarks.on_gpu`, docs/on_gpu.md shows it.
 With `--check` nothing is written, and the exit status is 1 if one says something else
 than the results.
 """
@@ -22,7 +22,7 @@ from benchmarks.comparison import format_table
 from benchmarks.cost.cpu.peers import HOOK, OURS
 from benchmarks.cost.cpu.updates import LAYOUTS
 from benchmarks.json_files import COST, RESULTS
-from benchmarks.on_gpu_report import page
+from benchmarks.on_gpu.report import page
 from benchmarks.report.grid import LEGEND, grid
 from benchmarks.report.headline import in_short
 from benchmarks.report.records import Source, read_sources
@@ -69,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = ROOT / "README.md"
     new = {path: written(path.read_text(), read_reports(), read_sources(RESULTS))}
     if ON_GPU.exists():
-        new[ROOT / "docs" / "guides" / "on_gpu.md"] = page(
-            json.loads(ON_GPU.read_text())
-        )
+        new[ROOT / "docs" / "on_gpu.md"] = page(json.loads(ON_GPU.read_text()))
     differs = False
     for path, text in new.items():
         if path.exists() and path.read_text() == text:

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from benchmarks import on_gpu, on_gpu_report, on_gpu_training
+from benchmarks.on_gpu import __main__ as on_gpu
+from benchmarks.on_gpu import report as on_gpu_report
+from benchmarks.on_gpu import training as on_gpu_training
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def page(report: Mapping[str, Any]) -> str:
     said += [f"driver {card['driver_version']}"] if "driver_version" in card else []
     said += [report["date"][:10], *versions, f"commit `{commit['sha'][:10]}`"]
     return (
-        "# Measured on a GPU\n\n"
+        "<!-- Written by `python -m benchmarks.readme`. -->\n\n# Measured on a GPU\n\n"
         f"One process on one card: {', '.join(said)}; `python -m benchmarks.on_gpu`. "
         "Times are medians, in turns with what they are compared with. Donated are the "
         "parameters and states of optimizers, and updates only where that is said.\n\n"
