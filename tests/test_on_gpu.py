@@ -4,11 +4,14 @@ import json
 import math
 import sys
 
+import jax.numpy as jnp
 import pytest
 
+from benchmarks.cost.cpu.updates import limit
 from benchmarks.on_gpu import __main__ as on_gpu
 from benchmarks.on_gpu import report as on_gpu_report
 from benchmarks.on_gpu import training as on_gpu_training
+from benchmarks.on_gpu.session import Session, applied
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,18 @@ def test_every_seed_is_a_pair_of_every_two_arms(report):
     )
     assert losses["base"] != losses["window(0.5)"] != losses["norm-matched"]
     assert all(of["num_seeds"] == seeds for of in training["differences"])
+
+
+def test_a_case_that_fails_takes_no_other_with_it(tmp_path):
+    session = Session(on_gpu.QUICK, tmp_path / "new.json", {"skipped": []})
+    updates = {"w": jnp.ones((3, 2))}
+    cases = {
+        "fails": applied(lambda u: 1 / 0, updates),
+        "base": applied(limit, updates),
+    }
+    assert list(session.measure("group", cases, "base")) == ["base"]
+    (skipped,) = session.report["skipped"]
+    assert skipped == {"group": "group", "case": "fails", "why": "division by zero"}
 
 
 def test_the_tables_and_the_page_are_of_the_report(report):

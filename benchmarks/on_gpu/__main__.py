@@ -33,8 +33,8 @@ from benchmarks.on_gpu.session import Plan, Session
 from benchmarks.on_gpu.times import WINDOW, take_times
 from benchmarks.provenance import provenance
 
-FULL = Plan((1024, 4096), 48, 30, 4, 165, 330, None, training.FULL)
-QUICK = Plan((0.25, 0.5), 3, 2, 1, 240, 480, (WINDOW,), training.QUICK)
+FULL = Plan((1024, 4096), 48, 30, 4, 45, 165, 330, None, training.FULL)
+QUICK = Plan((0.25, 0.5), 3, 2, 1, 600, 900, 1200, (WINDOW,), training.QUICK)
 
 
 def card() -> dict[str, str] | None:

@@ -14,9 +14,6 @@ from benchmarks.cost.cpu.timing import in_turns, summary, temporaries
 from benchmarks.json_files import write_json
 from benchmarks.on_gpu import training
 
-# The most that a group may compile: autotuning must not take the time of the others.
-_COMPILE_SECONDS = 45.0
-
 
 class Plan(NamedTuple):
     """Sizes of a run.
@@ -26,6 +23,7 @@ class Plan(NamedTuple):
       layers: L.
       rounds: of every comparison.
       calls: in one turn, back to back, so that a launch is hidden behind the last one.
+      compile_seconds: most of a group; autotuning must not take the time of the others.
       seconds: after which no group of times begins,
       all_seconds: and that both parts should take.
       only: operators that are timed; None for all.
@@ -36,6 +34,7 @@ class Plan(NamedTuple):
     layers: int
     rounds: int
     calls: int
+    compile_seconds: float
     seconds: float
     all_seconds: float
     only: tuple[str, ...] | None
@@ -151,7 +150,7 @@ class Session:
     def _compiled(self, group: str, cases: Mapping[str, Case]) -> dict[str, Any]:
         """All cases that compile in time; the compiler runs beside the tracing."""
         waiting, of_function, found = {}, {}, {}
-        until = self.passed() + min(_COMPILE_SECONDS, self.left())
+        until = self.passed() + min(self.plan.compile_seconds, self.left())
         with ThreadPoolExecutor(8) as pool:
             for name, case in cases.items():
                 try:

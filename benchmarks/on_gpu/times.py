@@ -152,7 +152,7 @@ def optimizers(session: Session, megabytes: float, layout: str) -> None:
         },
     }
     bases = dict(zip(pairs, (adam, trust, optax.adamw(_RATE)), strict=True))
-    if megabytes != session.plan.megabytes[0]:
+    if megabytes != session.plan.megabytes[0]:  # these are large
         pairs = {"optax.adamw": {"gs.adamw(window(0.2))": gs.adamw(_RATE, smooth)}}
     gradients = updates_of(megabytes, session.plan.layers, layout)
     params = jax.tree.map(lambda leaf: 0.5 * leaf, gradients)
