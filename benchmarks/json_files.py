@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-COST = RESULTS / "cost"  # of `python -m benchmarks.cost`
+COST = RESULTS / "cost"  # of `python -m benchmarks.cost` and `benchmarks.on_gpu`
 TRIALS = RESULTS / "trials"  # of `python -m benchmarks.evidence`
 
 

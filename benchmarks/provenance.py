@@ -13,8 +13,8 @@ import jax
 
 _PACKAGES = (
     *("gradsmooth_optax", "jax", "jaxlib", "optax", "flax", "numpy"),
-    "scikit-learn",
-    *("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
+    *("scikit-learn", "torch"),
+    *("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "jax-cuda13-plugin"),
 )
 
 

@@ -1,12 +1,13 @@
-"""Writes what the README says of speed and of evidence, from the committed results.
+"""Writes what README and docs say of speed and evidence, from the committed results.
 
     python -m benchmarks.readme
     python -m benchmarks.readme --check
 
 Replaces the costs in the table of operators, and what is between
 `<!-- speed -->` and `<!-- end of speed -->`, and between the same marks of evidence.
-With `--check` nothing is written, and the exit status is 1 if the README says something
-else than the results.
+Where there is a result of `python -m benchmarks.on_gpu`, docs/on_gpu.md shows it.
+With `--check` nothing is written, and the exit status is 1 if one says something else
+than the results.
 """
 
 import argparse
@@ -21,12 +22,15 @@ from benchmarks.comparison import format_table
 from benchmarks.cost.cpu.peers import HOOK, OURS
 from benchmarks.cost.cpu.updates import LAYOUTS
 from benchmarks.json_files import COST, RESULTS
+from benchmarks.on_gpu.report import page
 from benchmarks.report.grid import LEGEND, grid
 from benchmarks.report.headline import in_short
 from benchmarks.report.records import Source, read_sources
 from benchmarks.report.verdicts import outcomes
 
 ROOT = Path(__file__).parent.parent
+# Of `python -m benchmarks.on_gpu`, where somebody had a card.
+ON_GPU = COST / "gpu_times.json"
 
 NOT_MEASURED = "not measured"
 # A row of the table of operators, `| `gs.window(alpha)` | … | 1.3× / 1.2× | … |`.
@@ -63,15 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
     path = ROOT / "README.md"
-    old = path.read_text()
-    new = written(old, read_reports(), read_sources(RESULTS))
-    if new == old:
-        print("README.md says what the results say")
-        return 0
-    if not options.check:
-        path.write_text(new)
-    print(f"README.md {'differs from the results' if options.check else 'is new'}")
-    return 1 if options.check else 0
+    new = {path: written(path.read_text(), read_reports(), read_sources(RESULTS))}
+    if ON_GPU.exists():
+        new[ROOT / "docs" / "on_gpu.md"] = page(json.loads(ON_GPU.read_text()))
+    differs = False
+    for path, text in new.items():
+        if path.exists() and path.read_text() == text:
+            print(f"{path.name} says what the results say")
+            continue
+        differs = True
+        if not options.check:
+            path.write_text(text)
+        print(
+            f"{path.name} {'differs from the results' if options.check else 'is new'}"
+        )
+    return 1 if options.check and differs else 0
 
 
 def read_reports() -> dict[str, Any]:
