@@ -5,7 +5,8 @@
 
 Replaces the costs in the table of operators, and what is between
 `<!-- speed -->` and `<!-- end of speed -->`, and between the same marks of evidence.
-Where there is a result of `python -m benchmarks.on_gpu`, docs/on_gpu.md shows it.
+Where there is a result of `python -m benchmarks.on_gpu`, docs/on_gpu.md shows it. The
+guide docs/guides/evidence.md gets its tables between marks of signals and of rules.
 With `--check` nothing is written, and the exit status is 1 if one says something else
 than the results.
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import signals, trial_rules
 from benchmarks.comparison import format_table
 from benchmarks.cost.cpu.peers import HOOK, OURS
 from benchmarks.cost.cpu.updates import LAYOUTS
@@ -38,7 +40,7 @@ _ROW = re.compile(r"^\| `gs\.([\w.]+)\(.*$", re.MULTILINE)
 _COST = re.compile(rf"\d+\.\d× / \d+\.\d×|{NOT_MEASURED}")
 _PARTS = {
     part: re.compile(f"(<!-- {part} -->\n).*?(<!-- end of {part} -->)", re.DOTALL)
-    for part in ("speed", "evidence")
+    for part in ("speed", "evidence", "signals", "rules")
 }
 
 # (case of the compile benchmarks, how the README calls it).
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     path = ROOT / "README.md"
     new = {path: written(path.read_text(), read_reports(), read_sources(RESULTS))}
+    guide = ROOT / "docs" / "guides" / "evidence.md"
+    new[guide] = with_texts(guide.read_text(), guide_texts())
     if ON_GPU.exists():
         new[ROOT / "docs" / "on_gpu.md"] = page(json.loads(ON_GPU.read_text()))
     differs = False
@@ -111,11 +115,26 @@ def written(
         raise ValueError("README.md has no table of operators with their cost")
     readme = _ROW.sub(with_cost, readme)
     texts = {"speed": speed_text(reports), "evidence": evidence_text(sources)}
+    return with_texts(readme, texts)
+
+
+def with_texts(page: str, texts: Mapping[str, str]) -> str:
+    """Returns the page with texts between the marks of their parts."""
     for part, text in texts.items():
-        readme = _PARTS[part].sub(
-            lambda at, text=text: f"{at[1]}{text}\n{at[2]}", readme
-        )
-    return readme
+        page = _PARTS[part].sub(lambda at, text=text: f"{at[1]}{text}\n{at[2]}", page)
+    return page
+
+
+def guide_texts() -> dict[str, str]:
+    """Returns the tables of the guide, of what was measured and simulated."""
+    of_tasks, of_rules = (
+        json.loads((RESULTS / name).read_text())
+        for name in ("signals.json", "trial_rules.json")
+    )
+    return {
+        "signals": f"\n{signals.table(of_tasks)}\n",
+        "rules": f"\n{trial_rules.table(of_rules)}\n",
+    }
 
 
 def costs(report: Mapping[str, Any]) -> dict[str, str]:

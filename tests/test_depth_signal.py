@@ -100,6 +100,11 @@ def test_without_a_signal_it_asks_for_more_batches():
     assert "unknown" in str(found)
 
 
+def test_gradients_that_are_all_zero_are_named_as_such():
+    found = depth_signal([{"h": jnp.zeros((4, 3))}] * 16, gs.scanned("h"))
+    assert "all gradients are 0, as behind a head that begins at 0" in found.sentence
+
+
 def test_stacked_unrolled_and_on_another_axis_give_the_same():
     _, batches = batches_of(*KNOWN["signals alike, noise of its own"], number=16)
     stacked = depth_signal([{"h": b} for b in batches], gs.scanned("h"))

@@ -1,5 +1,6 @@
 """`gradsmooth_optax.trial`: the search, the statistics, the file, the words."""
 
+import functools
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from scipy import stats
 import gradsmooth_optax as gs
 from benchmarks import trial_rules
 from gradsmooth_optax.trial import _statistics as rules
-from gradsmooth_optax.trial._search import Ladder, choice, next_points
+from gradsmooth_optax.trial._search import Ladder, choice, next_points, points_of_all
 from tests.trial_runs import ARGUMENTS, compare, optimizer, train, train_many
 
 # -- The search ------------------------------------------------------------------------
@@ -63,6 +64,28 @@ def test_the_choice_is_the_minimum_of_a_parabola_through_the_logarithms(best):
     assert found.block_rate == 1.0
     second = abs(math.log2(found.second_rate) - best)
     assert second <= 1 + 1e-9  # the better of the two neighbors
+
+
+def test_an_arm_that_stopped_beside_the_lowest_place_is_tried_where_others_were_best():
+    rates, blocks = Ladder((0.5, 1.0, 2.0)), Ladder((0.25, 0.5, 1.0))
+
+    def cost(arm, rate, block):
+        hollow = 10 * abs(math.log2(rate) - 8) + abs(math.log2(block)) - 5
+        beside = abs(math.log2(rate)) + abs(math.log2(block))
+        return min(hollow, beside) if arm == "base" else hollow
+
+    costs = {"plain": {}, "base": {}, "window": {}}
+    ladders = {"plain": None, "base": blocks, "window": blocks}
+    asked = []
+    while any((points := points_of_all(costs, rates, ladders)).values()):
+        for arm, of_arm in points.items():
+            asked += [(arm, point) for point in of_arm]
+            for i, j in of_arm:
+                block = blocks.at(j) if ladders[arm] else 1.0
+                costs[arm][i, j] = cost(arm, rates.at(i), block)
+    assert len(asked) == len(set(asked))
+    assert min(searched(functools.partial(cost, "base"), rates, blocks).values()) == 0
+    assert min(costs["base"].values()) == min(costs["window"].values()) == -5
 
 
 def test_what_diverges_is_left_for_lower_rates_and_an_endless_slope_is_said():

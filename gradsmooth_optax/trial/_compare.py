@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import inspect
 import math
 import multiprocessing
@@ -268,6 +267,7 @@ class _Job:
     ):
         self.train, self.optimizer, self.depth = train, optimizer, depth
         self.arms, self.tuned_by = arms, tuned_by
+        self.programs: dict[tuple[str, int], Any] = {}
 
     def built(self, run: Run, rate: Any, block_rate: Any) -> Any:
         arm = self.arms[run.arm]
@@ -307,7 +307,6 @@ class _Job:
                 )
         return Outcome(metrics, tuple(curve), seconds=time.perf_counter() - began)
 
-    @functools.cache  # noqa: B019
     def program(self, arm: str, order: int) -> Any:
         """The compiled training of an arm, for `many_seeds`."""
         run = Run(SCREEN, arm, 1.0, 1.0, order)
@@ -315,7 +314,7 @@ class _Job:
         def trained(rate: Any, block_rate: Any, seeds: Any) -> Any:
             return self.train.train(self.built(run, rate, block_rate), seeds)
 
-        return jax.jit(trained)
+        return self.programs.setdefault((arm, order), jax.jit(trained))
 
     def at_once(self, runs: Sequence[Run]) -> list[Outcome]:
         """Trains all seeds of one arm at one point."""
