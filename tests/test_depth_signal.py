@@ -81,7 +81,7 @@ def test_cosines_and_noise_are_those_of_the_signal_though_batches_are_noisy():
     ("known", "words"),
     [
         ("nothing shared", "nothing along depth to couple"),
-        ("everything shared", "layers share something"),
+        ("everything shared", "`gs.trial.compare` tells"),
         (None, "layers differ in their noise, but share nothing"),
     ],
 )

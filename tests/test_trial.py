@@ -328,6 +328,17 @@ def test_what_the_first_run_raises_is_raised(tmp_path):
         compare(broken, tmp_path / "t.json")
 
 
+def test_a_depth_that_couples_nothing_is_told_by_the_first_arm_that_uses_it(tmp_path):
+    with pytest.raises(ValueError, match="no/layers"):
+        gs.trial.compare(
+            train,
+            optimizer,
+            gs.scanned("no/layers"),
+            path=tmp_path / "t.json",
+            **ARGUMENTS,
+        )
+
+
 def test_a_generators_hopeless_runs_are_stopped_in_the_screen_alone(tmp_path):
     def steps(made, seed):
         end = train(made, seed)
@@ -367,7 +378,7 @@ def test_processes_give_the_same_result(finished, tmp_path):
 
 def test_a_dry_run_says_how_many_runs_it_will_be_and_writes_nothing(tmp_path):
     result = compare(train, tmp_path / "t.json", dry_run=True)
-    assert "about 78 runs to choose rates and at most 80 to confirm" in str(result)
+    assert "about 112 runs to choose rates and at most 80 to confirm" in str(result)
     assert not list(tmp_path.iterdir())
 
 

@@ -34,7 +34,7 @@ from gradsmooth_optax.diagnostics._statistics import texts_of
 _BELIEFS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FEWEST_GROUPS = 4
 # A filter that leaves more than this of the error is not worth a run.
-_WORTH = 0.99
+_WORTH = 0.97
 
 
 class Share(NamedTuple):
@@ -558,11 +558,13 @@ def _advice(stack: str, of: LayerSignal) -> str:
         )
     windows = {name: of.left[name] for name in of.left if name.startswith("window")}
     name = min(windows, key=lambda key: windows[key].value)
-    return (
+    found = (
         f"{stack}: layers share something. The best filter along depth leaves {best} "
-        f"of the error, {name} {windows[name]}. Whether that helps a training, "
-        "`gs.trial.compare` tells."
+        f"of the error, {name} {windows[name]}"
     )
+    if windows[name].value >= 1:
+        return f"{found}: a window destroys more signal than noise here."
+    return f"{found}. Whether that helps a training, `gs.trial.compare` tells."
 
 
 def _check_numbers(groups: Any, momentum: Any) -> None:

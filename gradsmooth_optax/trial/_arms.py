@@ -21,6 +21,7 @@ MATCHED, SHUFFLED = "norm-matched", "shuffled"
 DEFAULT: Mapping[str, Operator] = MappingProxyType(
     {"window(0.2)": window(0.2), "window(0.5)": window(0.5)}
 )
+"""The operators that `compare` tries where none are named."""
 
 
 class Arm(NamedTuple):

@@ -38,11 +38,12 @@ from gradsmooth_optax.trial._extra import needs
 from gradsmooth_optax.trial._protocol import (
     SCREEN,
     Outcome,
+    Outcomes,
     Run,
     Settings,
-    least_runs,
     next_runs,
     thresholds,
+    usual_runs,
     value_of,
 )
 from gradsmooth_optax.trial._result import Result
@@ -162,8 +163,8 @@ def compare(
         `rates`; for a file of other arguments (`OtherSettings`), or one whose stored
         run does not repeat.
       ModuleNotFoundError: without the extra "trial".
-      Exception: what the first run raises. Later runs that raise count as diverged,
-        and are tried again by the next call.
+      Exception: what the first run of an arm raises. Later runs that raise count as
+        diverged, and are tried again by the next call.
 
     Example:
       >>> import gradsmooth_optax as gs
@@ -182,7 +183,7 @@ def compare(
       ...     arms={"window(0.5)": gs.window(0.5)}, dry_run=True)
       >>> print(result)
       Does coupling layers help? The metric, lower is better; 12 paired seeds.
-      Nothing run yet: about 156 runs to choose rates and at most 120 to confirm.
+      Nothing run yet: about 224 runs to choose rates and at most 120 to confirm.
     """
     everything = all_arms(arms)
     settings = _settings(
@@ -397,7 +398,7 @@ def _run_all(
                 # What comes next depends on nothing but what is finished, so that an
                 # interruption changes nothing. The first is run alone: to fail early.
                 pending = _next_at_once(job, pending) if _many(job) else pending[:1]
-            for run, outcome in mapped(pending, settings, outcomes, first=fresh):
+            for run, outcome in mapped(pending, settings, outcomes):
                 if fresh and "repeat" not in notes:
                     notes["repeat"] = _repetition(job, settings, pending, run, outcome)
                 bar.set_description(f"{run.stage} {run.arm} at {run.rate:g}", False)
@@ -406,7 +407,7 @@ def _run_all(
 
 
 def _total(settings: Settings, job: _Job, outcomes: Mapping[Run, Outcome]) -> int:
-    return max(sum(least_runs(settings, job.arms)), len(outcomes))
+    return max(sum(usual_runs(settings, job.arms)), len(outcomes))
 
 
 def _many(job: _Job) -> bool:
@@ -424,28 +425,29 @@ def _mapper(job: _Job, workers: int) -> Iterator[Any]:
     """What runs a list of runs and yields each with its outcome once it is finished."""
 
     def attempt(
-        runs: Sequence[Run], call: Callable[[], list[Outcome]], first: bool
+        runs: Sequence[Run], call: Callable[[], list[Outcome]], outcomes: Outcomes
     ) -> Iterator[tuple[Run, Outcome]]:
         try:
             yield from zip(runs, call(), strict=True)
         except Exception as error:
-            # What is wrong with the first run is wrong with all of them, as is a
-            # `train` that returns no numbers.
-            if first or isinstance(error, TypeError):
+            # What is wrong with the first run of an arm is wrong with all of them, as
+            # is a `train` that returns no numbers.
+            known = {run.arm for run, of in outcomes.items() if of.error is None}
+            if runs[0].arm not in known or isinstance(error, TypeError):
                 raise
             text = " ".join(f"{type(error).__name__}: {error}".split())
             yield from ((run, Outcome({}, error=text[:400])) for run in runs)
 
     def in_turn(
-        runs: Sequence[Run], settings: Settings, outcomes: Any, first: bool
+        runs: Sequence[Run], settings: Settings, outcomes: Outcomes
     ) -> Iterator[tuple[Run, Outcome]]:
         if _many(job):
-            yield from attempt(runs, lambda: job.at_once(runs), first)
+            yield from attempt(runs, lambda: job.at_once(runs), outcomes)
             return
         for run in runs:
             limits = thresholds(settings, outcomes, run)
             sign = _sign(settings)
-            yield from attempt([run], lambda: [job(run, limits, sign)], first)  # noqa: B023
+            yield from attempt([run], lambda: [job(run, limits, sign)], outcomes)  # noqa: B023
 
     if workers == 1 or _many(job):
         yield in_turn
@@ -455,7 +457,7 @@ def _mapper(job: _Job, workers: int) -> Iterator[Any]:
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
 
         def in_processes(
-            runs: Sequence[Run], settings: Settings, outcomes: Any, first: bool
+            runs: Sequence[Run], settings: Settings, outcomes: Outcomes
         ) -> Iterator[tuple[Run, Outcome]]:
             sign = _sign(settings)
             futures = {
@@ -464,7 +466,7 @@ def _mapper(job: _Job, workers: int) -> Iterator[Any]:
             }
             for future in concurrent.futures.as_completed(futures):
                 run = futures[future]
-                yield from attempt([run], lambda: [future.result()], first)  # noqa: B023
+                yield from attempt([run], lambda: [future.result()], outcomes)  # noqa: B023
 
         try:
             yield in_processes

@@ -251,19 +251,18 @@ def base_to_plain(
     return contrast(BASE, PLAIN, costs[BASE], costs[PLAIN])
 
 
-def least_runs(settings: Settings, arms: Mapping[str, Arm]) -> tuple[int, int]:
-    """Runs of the screen and of the confirmation, if no search has to be extended.
+def usual_runs(settings: Settings, arms: Mapping[str, Arm]) -> tuple[int, int]:
+    """Runs of the screen, about, and the most of the confirmation.
 
-    That is when the best rate and block rate are inside those given, else the screen
-    takes more.
+    A search that has to leave the rates that it was given takes more.
     """
     screen = 0
     for arm in arms.values():
         rates, blocks = settings.ladders(arm)
-        count = len(rates.given)
+        count = len(rates.given) + 1
         if blocks is not None:
-            # The row of block rates, and what is around its best point.
-            count += len(blocks.given) - 1 + 4
+            # The row of block rates, and what is around two best points, about.
+            count += len(blocks.given) - 1 + 7
         screen += count * settings.screen_seeds
     return screen, 2 * settings.seeds * len(arms)
 

@@ -24,9 +24,9 @@ from gradsmooth_optax.trial._protocol import (
     chosen,
     confirmed,
     contrasts_of,
-    least_runs,
     next_runs,
     screened,
+    usual_runs,
 )
 from gradsmooth_optax.trial._search import Choice
 from gradsmooth_optax.trial._statistics import (
@@ -45,6 +45,9 @@ from gradsmooth_optax.trial._statistics import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Within this factor of 1 a block rate is none of its own.
+_ALIKE = 1.1
 
 _WITHOUT = {
     "base": "the base",
@@ -134,6 +137,8 @@ class Result:
         about = f"The blocks' own rate (× {factor})"
         if any(c.diverged):
             return f"{about}: {self._of_diverged(c)}."
+        if 1 / _ALIKE < choices[BASE].block_rate < _ALIKE:
+            return f"{about}: one rate for all is as good."
         if c.is_better:
             return (
                 f"{about}: better than one rate for all by {self._amount(c, True)}. "
@@ -246,7 +251,7 @@ class Result:
         }
         if self.is_complete:
             return f"{done[SCREEN]} runs to choose rates, {done[CONFIRM]} to confirm"
-        screen, confirm = least_runs(self.settings, self.arms)
+        screen, confirm = usual_runs(self.settings, self.arms)
         if not self.outcomes:
             return (
                 f"Nothing run yet: about {screen} runs to choose rates and at most "

@@ -16,7 +16,7 @@ import numpy as np
 Point = tuple[int, int]
 
 # Steps by which a search may leave the rates that it was given.
-_FARTHEST = 8
+_FARTHEST = 6
 
 
 class Ladder(NamedTuple):
