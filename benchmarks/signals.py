@@ -11,6 +11,7 @@ after every training, goes on where it stopped, and prints the table.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,14 +130,24 @@ def table(report: Mapping[str, Any]) -> str:
     for of in report["signals"]:
         about = of["task"], of["optimizer"], str(of["layers"]), of["stack"]
         left, raw = (of["block"][key]["best filter"] for key in ("left", "left_raw"))
-        cosines = [x for x in of["block"]["cosines"] if x is not None]
+        cosines = [x for x in map(_number, of["block"]["cosines"]) if not math.isnan(x)]
         cosine = f"{sum(cosines) / len(cosines):+.2f}" if cosines else ""
-        text = "unknown" if left[0] is None else f"{left[0]:.3f} ({raw[0]:.3f})"
+        # Such as where a head begins at 0.
+        text = f"{_shown(left[0])} ({_shown(raw[0])})" if cosines else "no gradient"
         rows.setdefault(about, []).extend([text, cosine])
     header = ["task", "optimizer", "layers", "stack"]
     for moment in MOMENTS:
         header += [f"left at the {moment} (raw)", "cosine"]
     return format_table(header, [[*about, *cells] for about, cells in rows.items()])
+
+
+def _shown(share: float | None) -> str:
+    return "unknown" if math.isnan(_number(share)) else f"{share:.3f}"
+
+
+def _number(value: float | None) -> float:
+    """NaN where a file has null."""
+    return math.nan if value is None else value
 
 
 if __name__ == "__main__":

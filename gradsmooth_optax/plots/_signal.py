@@ -78,6 +78,6 @@ def depth_signal(
     ax.set_ylim(len(rows) - 0.5, -0.5)
     plain(ax, grid_of="x")
     ax.set_xlabel("error left, relative to one factor for all layers")
-    title = title_of("What is there to couple?", name)
+    title = title_of("error that filters along depth leave", name)
     title_and_legend(ax, title, list(keys.values()), list(keys), columns=3)
     return ax

@@ -1,0 +1,34 @@
+"""The depth signals of the evidence's tasks: measured at three moments, and resumed."""
+
+import json
+
+import pytest
+
+pytest.importorskip("flax")
+
+from benchmarks import signals
+from benchmarks.evidence import presets
+
+
+def test_a_table_is_made_of_a_training_and_again_of_the_file(
+    tmp_path, monkeypatch, capsys
+):
+    small = {"depths": [3], "width": 8, "heads": 2, "batch": 4, "micro_batches": 2}
+    options = presets.options_of
+    monkeypatch.setattr(
+        presets, "options_of", lambda *cell: options(*cell[:3], small | cell[3])
+    )
+    out = tmp_path / "signals.json"
+    arguments = ["--tasks", "reverse", "--optimizers", "adamw", "--steps", "2"]
+    arguments += ["--batches", "16", "--out", str(out)]
+    assert signals.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "| reverse |" in table
+    found = json.loads(out.read_text())["signals"]
+    assert [(of["moment"], of["step"]) for of in found] == [
+        *(("start", 0), ("middle", 1), ("end", 2)),
+    ]
+    assert set(found[0]["block"]["left"]) >= {"best filter", "window(0.5)"}
+    monkeypatch.setattr(signals, "signals", None)
+    assert signals.main(arguments) == 0
+    assert capsys.readouterr().out == table
