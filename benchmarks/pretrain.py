@@ -112,11 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="All options have defaults that take two to four minutes on two cores.",
     )
     for name, default, about in (
-        ("layers", 12, "depth"),
+        ("layers", 8, "depth"),
         ("width", 32, "residual stream"),
         ("context", 32, "bytes per window"),
         ("batch", 4, "windows per step"),
-        ("steps", 60, "of a training"),
+        ("steps", 50, "of a training"),
         ("seeds", 8, "that confirm; a multiple of 4"),
         ("batches", 32, "of the depth signal"),
     ):
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gs.trial.many_seeds(task.train, at_once=4),
         optimizer_of(given.steps),
         DEPTH,
-        rates=[8e-3, 1.6e-2, 3.2e-2],
+        rates=[1.6e-2, 3.2e-2, 6.4e-2],
         seeds=given.seeds,
         arms={f"window({given.alpha:g})": gs.window(given.alpha)},
         metric="loss",
