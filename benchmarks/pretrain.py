@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="All options have defaults that take two to four minutes on two cores.",
     )
     for name, default, about in (
-        ("layers", 8, "depth"),
+        ("layers", 6, "depth"),
         ("width", 32, "residual stream"),
         ("context", 32, "bytes per window"),
         ("batch", 4, "windows per step"),

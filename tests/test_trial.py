@@ -70,7 +70,7 @@ def test_an_arm_that_stopped_beside_the_lowest_place_is_tried_where_others_were_
     rates, blocks = Ladder((0.5, 1.0, 2.0)), Ladder((0.25, 0.5, 1.0))
 
     def cost(arm, rate, block):
-        hollow = 10 * abs(math.log2(rate) - 8) + abs(math.log2(block)) - 5
+        hollow = 10 * abs(math.log2(rate) - 6) + abs(math.log2(block)) - 5
         beside = abs(math.log2(rate)) + abs(math.log2(block))
         return min(hollow, beside) if arm == "base" else hollow
 
@@ -229,6 +229,7 @@ def test_the_result_is_told_in_a_table_in_words_in_html_and_for_an_appendix(fini
     assert [line.split()[0] for line in text.splitlines()[4:9]] == [
         *("plain", "base", "window(0.5)", "norm-matched", "shuffled"),
     ]
+    assert "window(0.5) minus norm-matched window(0.5)" in text
     assert "<table>" in result._repr_html_()
     assert "not told apart" in result._repr_html_()
     assert "Holm's correction for 1 operators" in result.appendix
@@ -300,6 +301,7 @@ def test_ctrl_c_returns_what_there_is(tmp_path):
     assert len(result.outcomes) == 38
     assert not result.is_complete
     assert "the same call goes on" in str(result)
+    assert "so far" in str(result).splitlines()[4]
 
 
 def test_a_run_that_raises_counts_as_diverged_and_is_tried_again(tmp_path):
@@ -437,6 +439,7 @@ def test_two_processes_do_not_share_a_file(tmp_path):
         (lambda rate, seed: math.nan, ValueError, "nothing finite at any of `rates`"),
         (lambda rate, seed: rate, ValueError, "seems to ignore `seed`"),
         (lambda rate, seed: (_ for _ in ()), TypeError, "yields nothing"),
+        (lambda rate, seed: rate + seed, TypeError, "'base' never went through"),
     ],
 )
 def test_a_training_that_no_verdict_can_come_from_is_told_at_once(

@@ -247,8 +247,8 @@ def depth_signal(
       >>> batches = [{"h": means + rng.normal(size=(4, 500))} for _ in range(32)]
       >>> print(gs.diagnostics.depth_signal(batches, gs.scanned("h")).sentence)
       h: nothing along depth to couple, the best filter leaves 1.000 [0.999, 1.000] of \
-the error that a single factor leaves. What may help instead is a rate of its own for \
-the blocks, `gs.scale_over_depth`.
+the error that a single factor leaves. (Whether the blocks want a rate of their own \
+this cannot see; `gs.trial.compare` does.)
 
     References:
       McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162,
@@ -547,8 +547,8 @@ def _advice(stack: str, of: LayerSignal) -> str:
     if best.value > _WORTH:
         return (
             f"{stack}: nothing along depth to couple, the best filter leaves {best} of "
-            "the error that a single factor leaves. What may help instead is a rate of "
-            "its own for the blocks, `gs.scale_over_depth`."
+            "the error that a single factor leaves. (Whether the blocks want a rate of "
+            "their own this cannot see; `gs.trial.compare` does.)"
         )
     if factors.value - best.value < 0.01:
         return (

@@ -36,6 +36,7 @@ from gradsmooth_optax.trial._arms import (
 )
 from gradsmooth_optax.trial._extra import needs
 from gradsmooth_optax.trial._protocol import (
+    CONFIRM,
     SCREEN,
     Outcome,
     Outcomes,
@@ -57,8 +58,8 @@ class many_seeds:
 
     `compare` then calls it under `jax.jit`, once compiled for each arm: the rates that
     `optimizer` is given are traced, `seeds` is an int32 array, and everything that
-    `train` does must be traceable, so loop by `jax.lax.scan`. Seeds that train at once
-    share one shuffled order.
+    `train` does must be traceable, so loop by `jax.lax.scan`. In the shuffled control
+    seeds that train at once share one order of the layers.
 
     Args:
       train: takes an optimizer and seeds `(n,)`; returns `(n,)` values of the metric,
@@ -120,8 +121,8 @@ def compare(
     choice is the minimum of a parabola through the logarithms. Then all arms run on
     `seeds` others that chose nothing. Coupling of neighbors is credited only if it is
     better than the base, than its norm-matched and than its shuffled control, in
-    direct paired contrasts (guide *Does it help?* has the rules and how often they
-    err).
+    direct paired contrasts (the guide *Does it help on my model?* has the rules and how
+    often they err).
 
     Every finished run is in the file at `path`. The same call goes on after an
     interruption; the first run is done twice, and one once more when going on, to see
@@ -270,16 +271,43 @@ class _Job:
         self.arms, self.tuned_by = arms, tuned_by
         self.programs: dict[tuple[str, int], Any] = {}
 
-    def built(self, run: Run, rate: Any, block_rate: Any) -> Any:
-        arm = self.arms[run.arm]
-        return self.optimizer(smoothing_of(arm, self.depth, block_rate, run.seed), rate)
+    def trained(self, run: Run, rate: Any, block_rate: Any, seeds: Any) -> Any:
+        """What `train` returns, if its optimizer uses the arm's smoothing."""
+        arm, used = self.arms[run.arm], []
+        inner = smoothing_of(arm, self.depth, block_rate, run.seed)
+
+        def update(*args: Any, **extra_args: Any) -> Any:
+            used.append(True)
+            return inner.update(*args, **extra_args)
+
+        watched = optax.GradientTransformationExtraArgs(inner.init, update)
+        train = self.train.train if isinstance(self.train, many_seeds) else self.train
+        returned = train(self.optimizer(watched, rate), seeds)
+        if inspect.isgenerator(returned):
+            return self._checked(returned, arm, used)
+        self._check_used(arm, used)
+        return returned
+
+    def _checked(self, values: Any, arm: Arm, used: list[bool]) -> Any:
+        yield from values
+        self._check_used(arm, used)
+
+    def _check_used(self, arm: Arm, used: list[bool]) -> None:
+        if arm.name != PLAIN and not used:
+            raise TypeError(
+                f"the updates of {arm.name!r} never went through `smoothing`: "
+                "`optimizer` or `train` ignores it, and all arms would be the same. "
+                "Chain it, as in `optax.chain(optax.scale_by_adam(), smoothing, "
+                "optax.scale_by_learning_rate(rate))`, and train with what `optimizer` "
+                "returned."
+            )
 
     def __call__(
         self, run: Run, limits: Sequence[float] | None, sign: float
     ) -> Outcome:
         """Trains one seed; raises what `train` raises."""
         began = time.perf_counter()
-        returned = self.train(self.built(run, run.rate, run.block_rate), run.seed)
+        returned = self.trained(run, run.rate, run.block_rate, run.seed)
         curve: list[float] = []
         if not inspect.isgenerator(returned):
             metrics = _metrics(returned)
@@ -313,7 +341,7 @@ class _Job:
         run = Run(SCREEN, arm, 1.0, 1.0, order)
 
         def trained(rate: Any, block_rate: Any, seeds: Any) -> Any:
-            return self.train.train(self.built(run, rate, block_rate), seeds)
+            return self.trained(run, rate, block_rate, seeds)
 
         return self.programs.setdefault((arm, order), jax.jit(trained))
 
@@ -385,29 +413,40 @@ def _run_all(
         _check_repeats(job, settings, outcomes, notes, path)
     with (
         tqdm(
-            total=_total(settings, job, outcomes), initial=len(outcomes), unit="run"
+            total=_total(settings, job, outcomes, []),
+            initial=len(outcomes),
+            unit="run",
         ) as bar,
         _mapper(job, workers) as mapped,
     ):
         while pending := next_runs(settings, job.arms, outcomes):
-            bar.total = max(
-                _total(settings, job, outcomes), len(outcomes) + len(pending)
-            )
+            bar.total = _total(settings, job, outcomes, pending)
             fresh = not outcomes
             if workers == 1 or fresh or _many(job):
                 # What comes next depends on nothing but what is finished, so that an
                 # interruption changes nothing. The first is run alone: to fail early.
                 pending = _next_at_once(job, pending) if _many(job) else pending[:1]
+            bar.set_description(_about(pending[0]))  # what is compiled and run now
             for run, outcome in mapped(pending, settings, outcomes):
                 if fresh and "repeat" not in notes:
                     notes["repeat"] = _repetition(job, settings, pending, run, outcome)
-                bar.set_description(f"{run.stage} {run.arm} at {run.rate:g}", False)
                 bar.update()
                 yield run, outcome
 
 
-def _total(settings: Settings, job: _Job, outcomes: Mapping[Run, Outcome]) -> int:
-    return max(sum(usual_runs(settings, job.arms)), len(outcomes))
+def _total(
+    settings: Settings, job: _Job, outcomes: Outcomes, pending: Sequence[Run]
+) -> int:
+    """How many runs it will be, about; of a confirmation exactly."""
+    done = len(outcomes) + len(pending)
+    if pending and pending[0].stage == CONFIRM:
+        return done
+    screen, confirm = usual_runs(settings, job.arms)
+    return max(screen, done) + confirm
+
+
+def _about(run: Run) -> str:
+    return f"{run.stage} {run.arm} at {run.rate:.3g}"
 
 
 def _many(job: _Job) -> bool:
@@ -535,6 +574,20 @@ def _check_sense(
             f"`train` returns several metrics, {keys}: say which the verdict is about, "
             f"as in `metric={keys[0]!r}`."
         )
+    run = [*outcomes][-1]
+    alike = [
+        value_of(of, settings.tuned_by)
+        for other, of in outcomes.items()
+        if other[:-1] == run[:-1] and not of.stopped
+    ]
+    enough = len(settings.seeds_of(run.stage))
+    if len(alike) == enough > 1 and math.isfinite(alike[0]) and len(set(alike)) == 1:
+        raise ValueError(
+            f"`train` returned {alike[0]:.8g} for all of {enough} seeds of {run.arm!r} "
+            f"at rate {run.rate:g}: it seems to ignore `seed`, and then more seeds say "
+            "nothing. Seed the parameters and the data by it, as in "
+            "`jax.random.key(seed)`."
+        )
     of_plain = [
         (run, of)
         for run, of in outcomes.items()
@@ -551,15 +604,6 @@ def _check_sense(
             f"{settings.screen_seeds} seeds each. They are probably too high, or the "
             f"training is broken at the start; begin with lower ones in another `path`."
         )
-    for rate in settings.rates:
-        at_rate = [value for run, value in values.items() if run.rate == rate]
-        if len(at_rate) > 1 and math.isfinite(at_rate[0]) and len(set(at_rate)) == 1:
-            raise ValueError(
-                f"`train` returned {at_rate[0]:.8g} for all of {len(at_rate)} seeds at "
-                f"rate {rate:g}: it seems to ignore `seed`, and then more seeds say "
-                "nothing. Seed the parameters and the data by it, as in "
-                "`jax.random.key(seed)`."
-            )
 
 
 def _check_key(name: str | None, outcome: Outcome) -> None:

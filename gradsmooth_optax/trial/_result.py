@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from gradsmooth_optax.trial._protocol import (
     screened,
     usual_runs,
 )
-from gradsmooth_optax.trial._search import Choice
+from gradsmooth_optax.trial._search import Choice, best_point
 from gradsmooth_optax.trial._statistics import (
     DEPENDS,
     DIVERGED,
@@ -140,9 +141,11 @@ class Result:
         if 1 / _ALIKE < choices[BASE].block_rate < _ALIKE:
             return f"{about}: one rate for all is as good."
         if c.is_better:
+            base, plain = (f"{choices[name].rate:.3g}" for name in (BASE, PLAIN))
             return (
                 f"{about}: better than one rate for all by {self._amount(c, True)}. "
-                f"Begin with that: `gs.scale_over_depth(depth, {factor})`."
+                f"Begin with both numbers, the rate {base} (instead of {plain}) and "
+                f"`gs.scale_over_depth(depth, {factor})` before the weight decay."
             )
         if c.is_worse:
             return f"{about}: worse than one rate for all by {self._amount(c)}."
@@ -258,7 +261,7 @@ class Result:
                 f"{confirm} to confirm"
             )
         return (
-            f"NOT COMPLETE: {done[SCREEN]} of about {screen} runs to choose rates, "
+            f"NOT COMPLETE: {done[SCREEN]} runs to choose rates so far, "
             f"{done[CONFIRM]} of at most {confirm} to confirm; the same call goes on"
         )
 
@@ -269,12 +272,18 @@ class Result:
         choices = self.choices
         of_arms = confirmed(self.settings, self.arms, self.outcomes)
         base = of_arms.get(BASE)
+        so_far = screened(self.settings, self.arms, self.outcomes)
         rows = []
         for name in self.arms:
             row = dict.fromkeys(_COLUMNS, "")
             row["arm"] = name
             rows.append(row)
             if name not in choices:
+                if so_far[name]:
+                    rates, blocks = self.settings.ladders(self.arms[name])
+                    i, j = best_point(so_far[name])
+                    row["rate"] = f"{rates.at(i):.3g} so far"
+                    row["block rate"] = f"{1.0 if blocks is None else blocks.at(j):.3g}"
                 continue
             row["rate"] = f"{choices[name].rate:.3g}"
             row["block rate"] = f"{choices[name].block_rate:.3g}"
@@ -289,16 +298,35 @@ class Result:
             if base is None or name == BASE:
                 continue
             c = contrast(name, BASE, costs, base)
-            row["wins"] = f"{c.wins}/{c.seeds}"
-            if not math.isnan(c.mean):
-                digits = _digits(c)
-                ends = sorted((self._sign * c.low, self._sign * c.high))
-                row["minus base"] = f"{self._sign * c.mean:+.{digits}f}"
-                row["95 %"] = " to ".join(f"{end:+.{digits}f}" for end in ends)
-                row["p"] = f"{c.p:.2g}"
-            floored = c.p_flip <= c.p_flip_floor * (1 + 1e-9)
-            row["p of flips"] = f"{'≤ ' if floored else ''}{c.p_flip:.2g}"
+            row |= self._cells(c, "minus base")
         return rows
+
+    def contrasts(self) -> list[dict[str, str]]:
+        """A row for every operator against each of its controls."""
+        rows = []
+        for found in self.findings:
+            for kind, c in found.contrasts.items():
+                if kind != "base":
+                    row = {"contrast": f"{c.arm} minus {c.reference}"}
+                    rows.append(row | self._cells(c, "difference"))
+        return rows
+
+    def _cells(self, c: Contrast, difference: str) -> dict[str, str]:
+        """What a table says of a contrast."""
+        cells = dict.fromkeys((difference, "95 %", "p"), "")
+        if not math.isnan(c.mean):
+            digits = _digits(c)
+            ends = sorted((self._sign * c.low, self._sign * c.high))
+            cells[difference] = f"{self._sign * c.mean:+.{digits}f}"
+            cells["95 %"] = " to ".join(f"{end:+.{digits}f}" for end in ends)
+            cells["p"] = f"{c.p:.2g}"
+        floored = c.p_flip <= c.p_flip_floor * (1 + 1e-9)
+        cells["p of flips"] = f"{'≤ ' if floored else ''}{c.p_flip:.2g}"
+        cells["wins"] = f"{c.wins}/{c.seeds}"
+        return cells
+
+    def _tables(self) -> list[list[dict[str, str]]]:
+        return [rows for rows in (self.table(), self.contrasts()) if rows]
 
     def _title(self) -> str:
         s, metric = self.settings, self.settings.metric or "The metric"
@@ -310,23 +338,10 @@ class Result:
     def __str__(self) -> str:
         if not self.outcomes:
             return f"{self._title()}\n{self._state()}."
-        rows = self.table()
-        names = [name for name in _COLUMNS if any(row[name] for row in rows)]
-        widths = {n: max(len(n), *(len(row[n]) for row in rows)) for n in names}
-
-        def line(cells: Mapping[str, str]) -> str:
-            text = (
-                cells[n].ljust(widths[n]) if n == "arm" else cells[n].rjust(widths[n])
-                for n in names
-            )
-            return "  ".join(text).rstrip()
-
         parts = [
             self._title(),
             self._state() + ".",
-            "",
-            line({name: name for name in names}),
-            *map(line, rows),
+            *itertools.chain(*map(_as_text, self._tables())),
         ]
         if self.verdict:
             parts += ["", self.verdict]
@@ -337,25 +352,23 @@ class Result:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = self.table()
-        names = [name for name in _COLUMNS if any(row[name] for row in rows)]
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(row[n])}</td>" for n in names) + "</tr>"
-            for row in rows
-        )
+        tables = "".join(map(_as_html, self._tables() if self.outcomes else []))
         texts = [*self.verdict.splitlines(), *(f"Note: {t}" for t in self._warnings())]
         words = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
         return (
             f"<p><b>{html.escape(self._title())}</b><br>{html.escape(self._state())}."
-            f"</p><table><tr>{head}</tr>{body}</table>{words}"
+            f"</p>{tables}{words}"
         )
 
     @property
     def appendix(self) -> str:
         """A paragraph on method and result for a paper's appendix."""
         s, found = self.settings, self.findings
-        p_values = ", ".join(f"{f.operator}: {f.word} (p = {f.p:.2g})" for f in found)
+        told = "; ".join(
+            f"{f.operator}: {f.word} (difference to the base "
+            f"{self._amount(f.contrasts['base'])}, p = {f.contrasts['base'].p:.2g})"
+            for f in found
+        )
         operators = sum(
             a.operator is not None and not a.control for a in self.arms.values()
         )
@@ -378,7 +391,7 @@ class Result:
             f"same coupling of layers in a random order, each by a two-sided paired "
             f"t-test at 5 %, with Holm's correction for {operators} operators, and if "
             f"no contrast changes its sign at the second best rate.{margin} "
-            f"Result: {p_values or 'not complete'}."
+            f"Result: {told or 'not complete'}."
         )
 
     # -- pictures and files ------------------------------------------------------------
@@ -461,11 +474,40 @@ _COLUMNS = (
 )
 
 
+def _filled(rows: list[dict[str, str]]) -> list[str]:
+    """The columns in which something stands."""
+    return [name for name in rows[0] if any(row[name] for row in rows)]
+
+
+def _as_text(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of a table after an empty one, its first column to the left."""
+    names = _filled(rows)
+    widths = {n: max(len(n), *(len(row[n]) for row in rows)) for n in names}
+
+    def line(cells: Mapping[str, str]) -> str:
+        first, *others = names
+        text = [cells[first].ljust(widths[first])]
+        return "  ".join([*text, *(cells[n].rjust(widths[n]) for n in others)]).rstrip()
+
+    return ["", line({name: name for name in names}), *map(line, rows)]
+
+
+def _as_html(rows: list[dict[str, str]]) -> str:
+    names = _filled(rows)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(row[n])}</td>" for n in names) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
 def _digits(c: Contrast) -> int:
-    """Decimals that show two digits of the interval's half width."""
-    width = (c.high - c.low) / 2
-    if not math.isfinite(width) or width <= 0:
-        width = abs(c.mean) or 1.0
-    if not math.isfinite(width):
-        return 3
-    return min(max(1 - math.floor(math.log10(width)), 0), 9)
+    """Decimals that show two digits of the interval's half width, one of the mean."""
+    sizes = ((c.high - c.low) / 2, 1), (abs(c.mean), 0)
+    needed = [
+        digits - math.floor(math.log10(size))
+        for size, digits in sizes
+        if math.isfinite(size) and size > 0
+    ]
+    return min(max([0, *needed]), 9) if needed else 3
