@@ -12,7 +12,7 @@ rate)` is your optimizer. Needs the extra "trial": `pip install
 
 from gradsmooth_optax.trial._arms import DEFAULT as DEFAULT
 from gradsmooth_optax.trial._compare import compare as compare
-from gradsmooth_optax.trial._compare import many_seeds as many_seeds
+from gradsmooth_optax.trial._job import many_seeds as many_seeds
 from gradsmooth_optax.trial._compare import read_result as read_result
 from gradsmooth_optax.trial._result import Result as Result
 from gradsmooth_optax.trial._store import OtherSettings as OtherSettings
