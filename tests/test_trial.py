@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,10 @@ def test_a_higher_metric_gives_the_mirrored_result(finished, tmp_path):
     assert mirrored.choices == result.choices
     (one,), (other,) = mirrored.findings, result.findings
     assert one.contrasts["base"].p == other.contrasts["base"].p
+    difference = re.compile(r"difference (\S+) \[(\S+), (\S+)\]")
+    mean, low, high = map(float, difference.search(result.verdict).groups())
+    found = difference.search(mirrored.verdict).groups()
+    assert [*map(float, found)] == pytest.approx([-mean, -high, -low])
 
 
 def test_a_killed_comparison_goes_on_to_the_same_file(finished, tmp_path):

@@ -123,9 +123,14 @@ class Result:
     def _metric(self) -> str:
         return self.settings.metric or "the metric"
 
-    def _amount(self, c: Contrast, flip: bool = False) -> str:
-        """The mean difference with its interval, as a gain where it is one."""
-        sign = -1.0 if flip else 1.0
+    def _amount(self, c: Contrast, sign: float | None = None) -> str:
+        """The mean difference with its interval, in the metric's own sign or another.
+
+        Args:
+          c: the contrast.
+          sign: of a cost, -1 for a gain; None for the metric's own.
+        """
+        sign = self._sign if sign is None else sign
         low, high = sorted((sign * c.low, sign * c.high))
         digits = _digits(c)
         return f"{sign * c.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -143,12 +148,12 @@ class Result:
         if c.is_better:
             base, plain = (f"{choices[name].rate:.3g}" for name in (BASE, PLAIN))
             return (
-                f"{about}: better than one rate for all by {self._amount(c, True)}. "
+                f"{about}: better than one rate for all by {self._amount(c, -1.0)}. "
                 f"Begin with both numbers, the rate {base} (instead of {plain}) and "
                 f"`gs.scale_over_depth(depth, {factor})` before the weight decay."
             )
         if c.is_worse:
-            return f"{about}: worse than one rate for all by {self._amount(c)}."
+            return f"{about}: worse than one rate for all by {self._amount(c, 1.0)}."
         return (
             f"{about}: not told apart from one rate for all, difference "
             f"{self._amount(c)}."
@@ -177,7 +182,7 @@ class Result:
             return f"{name}: {'; '.join(told)}. No verdict on the mean."
         if found.word == HELP:
             gains = ", ".join(
-                f"than {_WITHOUT[kind]} by {self._amount(c, True)}"
+                f"than {_WITHOUT[kind]} by {self._amount(c, -1.0)}"
                 for kind, c in found.contrasts.items()
             )
             return f"{name}: neighbors help. It is better {gains} (p = {found.p:.2g})."
@@ -193,7 +198,7 @@ class Result:
                 f"(difference {self._amount(to_base)})."
             )
         if found.word == NO_HELP:
-            return f"{name}: worse than the base by {self._amount(to_base)}."
+            return f"{name}: worse than the base by {self._amount(to_base, 1.0)}."
         return f"{name}: {self._of_unknown(found)}"
 
     def _of_unknown(self, found: Finding) -> str:
@@ -210,7 +215,7 @@ class Result:
             if kind != "base" and not c.is_better
         ]
         missing = [kind for kind in (MATCHED, SHUFFLED) if kind not in found.contrasts]
-        text = f"better than the base by {self._amount(to_base, True)}"
+        text = f"better than the base by {self._amount(to_base, -1.0)}"
         if alike:
             text += f", but not told apart from {' or '.join(alike)}"
         elif missing:
