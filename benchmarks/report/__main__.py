@@ -10,10 +10,12 @@ version of matplotlib made it, different.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import signals
 from benchmarks.json_files import RESULTS
 from benchmarks.report.figures import drawings, made_by_this_version, svg
 from benchmarks.report.records import read_sources
@@ -39,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = {name: svg(figure) for name, figure in drawings(sources).items()}
     # Pictures that other commands made.
     pictures = [path.name for path in (options.results / "figures").glob("*.png")]
-    text = report(sources, [*figures, *pictures])
+    measured = options.results / "signals.json"
+    shared = ""
+    if measured.exists():
+        shared = signals.table(json.loads(measured.read_text("utf-8")))
+    text = report(sources, [*figures, *pictures], shared)
     if options.check:
         stale = differences(options.results, text, figures)
         print("\n".join(stale) or "the report is what the results say")

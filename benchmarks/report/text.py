@@ -38,12 +38,13 @@ from benchmarks.report.records import Kind, Setting, Source
 from benchmarks.report.verdicts import CONTROLS, Judgment, Outcome, Verdict, outcomes
 
 
-def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
+def report(sources: Sequence[Source], figures: Iterable[str], signals: str = "") -> str:
     """Returns the text of the report.
 
     Args:
       sources: the results.
       figures: file names of the figures there are.
+      signals: the table of `benchmarks.signals`.
     """
     settings = [s for source in sources for s in source.settings]
     judged = [setting for setting in settings if not setting.is_of_parts]
@@ -65,12 +66,35 @@ def report(sources: Sequence[Source], figures: Iterable[str]) -> str:
         parts([setting for setting in settings if setting.is_of_parts]),
         _figure("parts.svg", "What coupling a part does, with intervals", figures),
         groupings(judged),
+        what_is_shared(signals),
         *(_source_part(source, of_all, figures) for source in sources),
         "## Where the numbers come from",
+        OF_BEFORE,
         provenance(sources),
     ]
     return "\n\n".join(part for part in found if part) + "\n"
 
+
+def what_is_shared(signals: str) -> str:
+    """Returns what is along depth to couple, or nothing where it was not measured."""
+    if not signals:
+        return ""
+    return f"{SHARED}\n\n{signals}"
+
+
+SHARED = """\
+## Is there anything along depth to couple?
+
+`diagnostics.depth_signal` of the blocks' raw gradients along a training of the base
+(`python -m benchmarks.signals`, seed 0): what the best linear filter along depth leaves
+of the error that the best single factor leaves, with the noise that a momentum of 0.9
+leaves, and of single batches (raw); and the mean cosine of neighbors' signals. 1 is:
+nothing to couple."""
+
+OF_BEFORE = """\
+The commands are those of the commits that stand with them. Since then
+`benchmarks.evidence` is a caller of `gradsmooth_optax.trial`, which searches,
+confirms and judges by rules of its own."""
 
 WHAT_IS_TRAINED = """\
 - `lm`: a decoder-only GPT, scanned, on the source text of Python's standard library;
