@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from gradsmooth_optax.diagnostics import DepthSignal
 
+# Filters that leave more are no candidates, and would squeeze those that are.
+_EDGE = 1.2
+
 _LOOKS: dict[str, dict[str, Any]] = {
     "best filter": {"marker": "s", "color": BLUE},
     "factor per layer": {"marker": "x", "color": "0.45"},
@@ -33,7 +37,8 @@ def depth_signal(
     """What filters along depth leave of the error, a row for the block and each role.
 
     1, the line, is what the best single factor leaves. Where the best filter is no
-    further to the left than one factor per layer, nothing is there to couple.
+    further to the left than one factor per layer, nothing is there to couple. What
+    leaves far more is at the right edge, with its number.
 
     Args:
       signal: from `diagnostics.depth_signal`.
@@ -66,14 +71,31 @@ def depth_signal(
     }
     ax = axes_of("depth_signal", ax, (7.6, 1.4 + 0.42 * len(rows)))
     ax.axvline(1, color=BLACK, linewidth=1)
-    keys = {}
     for index, of in enumerate(rows.values()):
         for shift, (key, look) in zip((-0.2, 0.2, 0.0), _LOOKS.items(), strict=True):
             share = of.left[key]
+            if share.value > _EDGE:
+                ax.plot(_EDGE, index + shift, **{**look, "marker": ">"})
+                ax.annotate(
+                    f"{share.value:.2g}",
+                    (_EDGE, index + shift),
+                    xytext=(-8, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                    size="small",
+                )
+                continue
             reach = [[share.value - share.low], [share.high - share.value]]
-            keys[key] = ax.errorbar(
+            ax.errorbar(
                 share.value, index + shift, xerr=reach, linestyle="", capsize=3, **look
             )
+    keys = {
+        key: ax.plot([], [], linestyle="", **look)[0] for key, look in _LOOKS.items()
+    }
+    lowest = min(of.left[key].low for of in rows.values() for key in _LOOKS)
+    if math.isfinite(lowest):
+        ax.set_xlim(min(lowest, 0.9) - 0.02, _EDGE + 0.01)
     ax.set_yticks(range(len(rows)), [textwrap.fill(row, 34) for row in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     plain(ax, grid_of="x")
