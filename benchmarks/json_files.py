@@ -11,10 +11,10 @@ COST = RESULTS / "cost"  # of `python -m benchmarks.cost` and `benchmarks.on_gpu
 TRIALS = RESULTS / "trials"  # of `python -m benchmarks.evidence`
 
 
-def write_json(value: Any, path: Path) -> None:
+def write_json(value: Any, path: Path, indent: int | None = 1) -> None:
     """Writes JSON that every reader takes: what is not finite becomes null."""
     path.write_text(
-        json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8"
+        json.dumps(_finite(value), indent=indent, allow_nan=False) + "\n", "utf-8"
     )
 
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             of_task = signals(name, optimizer, given.steps, given.batches)
             report["signals"] += [wanted | signal for signal in of_task]
-            write_json(report, given.out)
+            write_json(report, given.out, indent=None)
     print(table(report))
     return 0
 
@@ -117,10 +117,14 @@ def gradients(task: Task, params: Any, batches: int) -> Iterator[Any]:
 
 def as_json(of: LayerSignal) -> dict[str, Any]:
     """Returns shares with their intervals, and the cosines of neighbors."""
+
+    def rounded(values: Iterable[float]) -> list[float]:
+        return [round(float(value), 4) for value in values]
+
     return {
-        "left": {name: list(share) for name, share in of.left.items()},
-        "left_raw": {name: list(share) for name, share in of.left_raw.items()},
-        "cosines": of.cosines.tolist(),
+        "left": {name: rounded(share) for name, share in of.left.items()},
+        "left_raw": {name: rounded(share) for name, share in of.left_raw.items()},
+        "cosines": rounded(of.cosines),
     }
 
 
