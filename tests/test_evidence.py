@@ -106,7 +106,10 @@ def options(path, **changes):
     ]
 
 
-def quick(rate, seeds):
+def quick(made, seeds):
+    smoothing, rate = made
+    updates = {"blocks": {"kernel": jnp.ones((2, 3, 3))}}
+    smoothing.update(updates, smoothing.init(updates))
     noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s)))(seeds)
     return {"validation loss": jnp.log(rate / RATE) ** 2 + noise, "roughness": noise}
 
@@ -117,9 +120,7 @@ def test_a_run_leaves_a_finished_trial_and_trains_nothing_again(
     arms = {"window(0.5)": gs.window(0.5)}
     monkeypatch.setitem(command.trial.compare.__kwdefaults__, "arms", arms)
     # The trainings themselves are tested above.
-    monkeypatch.setattr(
-        command, "optimizer_of", lambda *_: lambda smoothing, rate: rate
-    )
+    monkeypatch.setattr(command, "optimizer_of", lambda *_: lambda *made: made)
     monkeypatch.setattr(command, "train_of", lambda *_: quick)
     assert command.main(options(tmp_path)) == 0
     assert "lm, adamw, 2 layers" in capsys.readouterr().out
