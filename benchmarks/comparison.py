@@ -53,19 +53,6 @@ def paired_difference(
     return PairedDifference(mean, float(quantile * standard_error), wins, num_seeds)
 
 
-def relative_time(arm: np.ndarray, base: np.ndarray) -> float:
-    """Returns how long `arm` takes relative to `base`, as the median over rounds.
-
-    The two calls of one round follow each other, so that what slows the machine down
-    for a while slows both and cancels in their ratio.
-
-    Args:
-      arm: seconds of every round, shape `(rounds,)`.
-      base: the same of the base arm.
-    """
-    return float(np.median(arm / base))
-
-
 def format_difference(difference: PairedDifference) -> str:
     """Returns the difference for people, such as `-0.0210 ± 0.0055`."""
     if math.isnan(difference.mean):

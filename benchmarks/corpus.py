@@ -139,19 +139,6 @@ def load_corpus(paths: Sequence[Path] | None, shortest: int) -> Corpus:
     )
 
 
-def unigram_entropy(text: np.ndarray) -> float:
-    """Returns the entropy of the byte frequencies of `text`, in bits per byte.
-
-    No model that ignores context can have a lower loss on `text`.
-
-    Args:
-      text: uint8 array of shape `(num_bytes,)`.
-    """
-    counts = np.bincount(text, minlength=VOCABULARY)
-    frequencies = counts[counts > 0] / text.size
-    return float(-np.sum(frequencies * np.log2(frequencies)))
-
-
 def sample_windows(
     text: jax.Array, key: jax.Array, step: jax.Array, batch: int, context: int
 ) -> jax.Array:

@@ -12,8 +12,6 @@ import gradsmooth_optax as gs
 
 # Peak learning rates at which the base optimizer does well at the default size.
 DEFAULT_LEARNING_RATES = {"adamw": 8e-3, "sgd": 1.0, "muon": 1.6e-2}
-# Plain SGD has no decoupled weight decay.
-DEFAULT_WEIGHT_DECAY = {"adamw": 0.1, "sgd": 0.0, "muon": 0.1}
 
 
 def warmup_cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:

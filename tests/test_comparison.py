@@ -51,12 +51,6 @@ def test_a_diverged_seed_is_not_dropped(bad):
     assert comparison.paired_difference(finite, diverged).wins == 1
 
 
-def test_relative_time_ignores_rounds_in_which_the_machine_was_busy():
-    base = np.array([1.0, 1.0, 5.0, 1.0, 1.0])
-    arm = np.array([1.1, 1.1, 5.5, 9.0, 1.1])
-    assert comparison.relative_time(arm, base) == pytest.approx(1.1)
-
-
 def test_the_table_is_aligned_markdown():
     table = comparison.format_table(["arm", "loss"], [["base", "1.5"], ["α", "10.25"]])
     assert table.splitlines() == [

@@ -1,5 +1,4 @@
 import itertools
-import math
 import sysconfig
 from pathlib import Path
 
@@ -86,20 +85,6 @@ def test_a_corpus_that_is_too_short_says_what_is_needed(tmp_path, text):
     path.write_bytes(text)
     with pytest.raises(corpus.CorpusError, match=r"too short.* at least 20"):
         corpus.load_corpus([path], shortest=20)
-
-
-@pytest.mark.parametrize(
-    ("text", "bits"),
-    [
-        (b"aaaa", 0.0),
-        (b"abab", 1.0),
-        (bytes(range(256)), 8.0),
-        (b"aab", math.log2(3) - 2 / 3),
-    ],
-)
-def test_unigram_entropy_in_bits_per_byte(text, bits):
-    entropy = corpus.unigram_entropy(np.frombuffer(text, np.uint8))
-    assert entropy == pytest.approx(bits, abs=1e-12)
 
 
 def draw(seed, step, batch=16):

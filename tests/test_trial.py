@@ -21,6 +21,8 @@ from scipy import stats
 import gradsmooth_optax as gs
 from benchmarks import trial_rules
 from gradsmooth_optax.trial import _statistics as rules
+from gradsmooth_optax.trial._arguments import settings_of
+from gradsmooth_optax.trial._protocol import Outcome, Run, thresholds
 from gradsmooth_optax.trial._search import Ladder, choice, next_points, points_of_all
 from tests.trial_runs import ARGUMENTS, compare, optimizer, train, train_many
 
@@ -358,6 +360,15 @@ def test_a_generators_hopeless_runs_are_stopped_in_the_screen_alone(tmp_path):
     assert {run.stage for run in stopped} == {"screen"}
     assert result.choices["base"].block_rate == pytest.approx(0.5, rel=0.2)
     assert result.is_complete
+
+
+def test_a_run_is_hopeless_where_the_best_one_was_better_at_half_the_progress():
+    settings = settings_of(
+        *(gs.scanned("h"), {}, [1.0], 8, 2, [1.0], None, None, "lower", None),
+    )
+    best, now = (Run("screen", "base", rate, 1.0, 0) for rate in (1.0, 2.0))
+    outcomes = {best: Outcome({"metric": 1.0}, (8.0, 7, 6, 5, 4, 3, 2, 1))}
+    assert thresholds(settings, outcomes, now) == (math.inf, 8, 8, 7, 7, 6, 6, 5)
 
 
 def test_seeds_that_train_at_once_give_one_program_for_each_arm_and_order(tmp_path):

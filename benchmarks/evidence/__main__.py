@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _INTERRUPTED
     except (presets.OptionError, trial.OtherSettings, CorpusError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:  # before a comparison began; within, it returns
+        return _INTERRUPTED
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
 
 

@@ -289,5 +289,6 @@ def thresholds(
     best = min(curves, key=lambda curve: curve[-1])
     n = len(best)
     return tuple(
-        math.inf if 4 * (k + 1) < n else float(best[(k + 1) // 2]) for k in range(n)
+        math.inf if 4 * (k + 1) < n else float(best[max((k + 1) // 2 - 1, 0)])
+        for k in range(n)
     )

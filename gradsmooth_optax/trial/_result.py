@@ -348,8 +348,8 @@ class Result:
             self._state() + ".",
             *itertools.chain(*map(_as_text, self._tables())),
         ]
-        if self.verdict:
-            parts += ["", self.verdict]
+        if verdict := self.verdict:
+            parts += ["", verdict]
         if told := self._warnings():
             parts += ["", *(f"Note: {text}" for text in told)]
         return "\n".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ _LARGEST_MISMATCH = 10  # times the difference of the first run to its repetitio
 def run_all(
     job: Job,
     settings: Settings,
-    outcomes: Mapping[Run, Outcome],
+    outcomes: Outcomes,
     notes: dict[str, Any],
     workers: int,
     path: Path,
@@ -115,8 +116,8 @@ def _mapper(job: Job, workers: int) -> Iterator[Any]:
             return
         for run in runs:
             limits = thresholds(settings, outcomes, run)
-            sign = _sign(settings)
-            yield from attempt([run], lambda: [job(run, limits, sign)], outcomes)  # noqa: B023
+            alone = functools.partial(_alone, job, run, limits, _sign(settings))
+            yield from attempt([run], alone, outcomes)
 
     if workers == 1 or _many(job):
         yield in_turn
@@ -135,13 +136,18 @@ def _mapper(job: Job, workers: int) -> Iterator[Any]:
             }
             for future in concurrent.futures.as_completed(futures):
                 run = futures[future]
-                yield from attempt([run], lambda: [future.result()], outcomes)  # noqa: B023
+                alone = functools.partial(_alone, future.result)
+                yield from attempt([run], alone, outcomes)
 
         try:
             yield in_processes
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _alone(call: Callable[..., Outcome], *arguments: Any) -> list[Outcome]:
+    return [call(*arguments)]
 
 
 def _sign(settings: Settings) -> float:
@@ -160,7 +166,7 @@ def _repetition(
 def _check_repeats(
     job: Job,
     settings: Settings,
-    outcomes: Mapping[Run, Outcome],
+    outcomes: Outcomes,
     notes: Mapping[str, Any],
     path: Path,
 ) -> None:
