@@ -2,17 +2,16 @@
 
     python -m benchmarks.evidence --task lm --optimizer adamw
     python -m benchmarks.evidence --task reverse --preset quick
-    python -m benchmarks.evidence --task lm --optimizer muon --minutes 10
+    timeout 3h python -m benchmarks.evidence --task lm --optimizer muon
     python -m benchmarks.evidence --task vit --scope mlp
     python -m benchmarks.evidence --task lm --option depths=[48] --out deep
 
 For every depth of the preset a comparison with all arms and controls of `trial`, in a
-file of its own. The same command goes on after the last finished run.
+file of its own. Whatever ends it, the same command goes on after the last finished run.
 """
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,10 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "the default files are of the presets as they are: name another "
                 "directory with --out"
             )
-        if given.minutes is not None:
-            # As Ctrl-C: the run at hand is ended where Python comes to it.
-            signal.signal(signal.SIGALRM, signal.default_int_handler)
-            signal.setitimer(signal.ITIMER_REAL, 60 * given.minutes)
         for layers in options["depths"]:
             result = compared(
                 given.task, given.optimizer, layers, options, given.scope, files(given)
@@ -59,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     except KeyboardInterrupt:  # before a comparison began; within, it returns
         return _INTERRUPTED
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
 
 
@@ -99,9 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="changes an option of the preset, such as depths=[12] or width=64; the "
         "value is JSON or a word; may be repeated",
-    )
-    parser.add_argument(
-        "--minutes", type=float, help="stop after this time (default: run to the end)"
     )
     parser.add_argument(
         "--out",
