@@ -90,9 +90,9 @@ def weights_per_layer(
       weights_of: num_layers of a run -> (L,).
     """
     lengths = set(group.whole.run_lengths.tolist())
-    rows = {
-        n: jnp.asarray(_checked_weights(group.whole, n, weights_of)) for n in lengths
-    }
+    rows = {n: _checked_weights(group.whole, n, weights_of) for n in lengths}
+    if not all(isinstance(row, np.ndarray) for row in rows.values()):
+        rows = {n: jnp.asarray(row) for n, row in rows.items()}
 
     def weights(whole: Group, i: int) -> Matrix:
         position, length = whole.positions(i)
@@ -100,7 +100,7 @@ def weights_per_layer(
         for n, row in rows.items():
             has_length = length == n
             taken = row[np.where(has_length, position, 0)]
-            found.append(jnp.where(has_length, taken, jnp.zeros_like(taken)))
+            found.append(has_length.astype(taken.dtype) * taken)
         return sum(found[1:], found[0])  # each slot is in one run
 
     return group.per_slot(m, weights)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradsmooth_optax._arrays import axis_size
 from gradsmooth_optax._checks import (
+    Matrix,
     NormScope,
     axis_names,
     check_axis_name,
@@ -18,12 +20,14 @@ from gradsmooth_optax._checks import (
     check_flag,
     transformation,
 )
-from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
-from gradsmooth_optax._coupling.norms import (
-    inverse_norm,
-    marked_ratio_to_directions,
-    norm_ratio,
+from gradsmooth_optax._coupling.layer_values import LayerValues
+from gradsmooth_optax._coupling.layers import (
+    Layers,
+    layers_of,
+    leaves_of,
+    values_of_runs,
 )
+from gradsmooth_optax._coupling.norms import inverse, marked_ratio, ratio
 from gradsmooth_optax._depth.checked_groups import check_structure, coupled_groups
 from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -218,14 +222,29 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
     """S u, S u at the norm of u, or S of u/‖u‖ at the norm of u."""
     if variant == "standard":
         return _couple(operator, layers)
-    before = layers.squared_norms()
+    before = layers.norms()
     if variant == "norm_preserving":
         # A zero layer may receive its neighbors' update.
         smooth = _couple(operator, layers)
-        return smooth.scaled(before.map(norm_ratio, smooth.squared_norms()))
-    smooth = _couple(operator, layers.scaled(before.map(inverse_norm)))
-    ratios = before.map(marked_ratio_to_directions, smooth.squared_norms())
+        shares = _shares(operator, layers, lambda matrix: matrix.diagonal())
+        return smooth.scaled(before.map(ratio, smooth.norms(), shares * before))
+    smooth = _couple(operator, layers.scaled(before.map(inverse)))
+    shares = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
+    ratios = before.map(marked_ratio, smooth.norms(), shares)
     return layers.where(ratios < 0, smooth.scaled(ratios))
+
+
+def _shares(
+    operator: Operator, layers: Layers, share_of: Callable[[Matrix], Matrix]
+) -> LayerValues:
+    """What rounding in S u is relative to: `share_of` |S|, per layer; 0 without an S.
+
+    For norm-preserving that of the layer itself: a large neighbor's rounding is no
+    reason to give up the norm of a small layer.
+    """
+    if not operator.has_matrix:
+        return values_of_runs(layers, np.zeros)
+    return values_of_runs(layers, lambda n: share_of(abs(operator.matrix(n))))
 
 
 def _couple(operator: Operator, layers: Layers) -> Layers:

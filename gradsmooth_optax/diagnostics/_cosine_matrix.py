@@ -12,7 +12,7 @@ from jax import lax
 
 from gradsmooth_optax._arrays import num_bits, whole_along, widened
 from gradsmooth_optax._checks import check_flag
-from gradsmooth_optax._coupling.norms import cosine
+from gradsmooth_optax._coupling.norms import cosine_of_squares
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -88,7 +88,7 @@ def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
         products += jnp.where(both, gram, jnp.zeros_like(gram))
         layer_squares = jnp.broadcast_to(jnp.diagonal(gram)[:, None], shape)
         squares += jnp.where(both, layer_squares, jnp.zeros_like(gram))
-    return cosine(products, squares, squares.T)
+    return cosine_of_squares(products, squares, squares.T)
 
 
 def _products(group: Group, leaves: Sequence[Any]) -> jax.Array:
