@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gradsmooth_optax._arrays import in_dtype, varying_among, widened
+from gradsmooth_optax._arrays import in_dtype, num_bits, varying_among, widened
 from gradsmooth_optax._checks import (
     NormScope,
     check_choice,
@@ -26,6 +26,7 @@ from gradsmooth_optax._coupling.layer_values import (
     Names,
     along_depth,
     masked,
+    real_dtype,
     slot_values,
     summed_by_name,
     values_of,
@@ -325,7 +326,7 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        return self._joined(self._norms(), self, scope)
+        return self._joined(self._sums(self), self, scope)
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
         """‖u_l‖² of every layer, as far as the dtype can hold it: see `norms`."""
@@ -354,14 +355,15 @@ class Layers:
           other: v, such as `layers.shifted(1)`.
           scope: as in `norms`.
         """
-        own = self._norms()
+        own = self._sums(self)
         if other._of is self and self._of is None:
-            there = own.shifted(other._offset)  # without looking at the layers again
+            # Without looking at the layers again.
+            there = [x.shifted(other._offset) for x in own]
         else:
-            there = other._norms()
-        dots = self._per_layer(norms.sums, other).map(self._over_devices)
-        own, there = (self._joined(values, other, scope) for values in (own, there))
-        return own.map(norms.cosine, there, *self._summed_each(dots, other, scope))
+            there = other._sums(other)
+        own, there = (self._joined(sums, other, scope) for sums in (own, there))
+        dots = [self._summed(x, other, scope) for x in self._sums(other)]
+        return own.map(norms.cosine, there, *dots)
 
     def with_norms_of(self, other: Layers, scope: NormScope | None = None) -> Layers:
         """u_l ‖v_l‖ / ‖u_l‖: these layers at the norms of others, 0 where one is 0.
@@ -374,28 +376,28 @@ class Layers:
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
-    def _norms(self) -> LayerValues:
-        """‖u‖ of every layer of every role."""
-        squares = self._per_layer(norms.sums, self)
-        return squares.map(lambda x: norms.root(*self._over_devices(x)))
+    def _sums(self, other: Layers) -> list[LayerValues]:
+        """Re⟨u, v⟩ of every layer of every role, at each scale of `norms.Sums`."""
+        sums = self._per_layer(norms.sums, other).map(self._over_devices)
+        return _by_scale(sums)
 
     def _joined(
-        self, values: LayerValues, other: Layers, scope: NormScope | None
+        self, sums: Sequence[LayerValues], other: Layers, scope: NormScope | None
     ) -> LayerValues:
-        """Norms over the roles of a block: see `_summed`."""
+        """Norms over the roles of a block, of what is there at both offsets."""
         scope = self.norm_scope if scope is None else scope
+        small, *others = sums
         if scope == "param":
-            return self._summed(values, other, scope)
-        squares = values.map(norms.squares)
-        small, *others = self._summed_each(squares, other, scope)
+            return self._summed(small.map(norms.root, *others), other, scope)
+        dtypes = {real_dtype(group) for group in self._groups}
+        if len(dtypes) > 1:  # which have other scales
+            roots = small.map(norms.root, *others)
+            widest = max(dtypes, key=num_bits)
+            small, *others = _by_scale(
+                roots.map(lambda norm: norms.squares(norm.astype(widest)))
+            )
+        small, *others = (self._summed(x, other, scope) for x in (small, *others))
         return small.map(norms.root, *others)
-
-    def _summed_each(
-        self, sums: LayerValues, other: Layers, scope: NormScope | None
-    ) -> list[LayerValues]:
-        """`_summed` of those at each scale."""
-        scales = (operator.itemgetter(i) for i in range(len(norms.Sums._fields)))
-        return [self._summed(sums.map(scale), other, scope) for scale in scales]
 
     def _per_layer(self, function: Callable[..., Any], other: Layers) -> LayerValues:
         """`function(u, v, axes, keepdims)` of every layer of every role."""
@@ -508,6 +510,10 @@ def values_of_runs(layers: Layers, of_run: Callable[[int], Any]) -> LayerValues:
 
 def _zero_like(x: Any) -> _Zero:
     return x if isinstance(x, _Zero) else _Zero(x)
+
+
+def _by_scale(sums: LayerValues) -> list[LayerValues]:
+    return [sums.map(operator.itemgetter(i)) for i in range(len(norms.Sums._fields))]
 
 
 def _inner_product(

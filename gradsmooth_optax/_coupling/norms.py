@@ -23,9 +23,9 @@ from jax import lax
 
 from gradsmooth_optax._arrays import is_split, num_bits
 
-# Of layers from this size on XLA:CPU sums this many neighbors at a time, in one loop
-# for the three sums. It is as fast as one plain sum, but takes longer to compile.
-_LARGE, _CHAIN = 2**14, 16
+# How many numbers XLA:CPU adds one after the other: where there are many more it is as
+# fast as one plain sum, and where there are not it takes one loop or two.
+_CHAIN, _LONGEST_CHAIN, _MANY = 16, 256, 2**18
 
 # What rounding may leave where all cancels, in units of eps.
 _ULPS = 8
@@ -76,21 +76,21 @@ def _sums(axes: tuple[int, ...], keepdims: bool, x: Any, y: Any) -> Sums:
     size = math.prod(shape[axis] for axis in axes)
     if size <= 1:  # XLA would square factors of single numbers, to 0 or infinity
         return Sums(*_summed(axes, keepdims, _products(_cut, x, y)))
-    products = _products(_scaled, x, y)
-    chunked = [a for a in axes if shape[a] % _CHAIN == 0 and not is_split(x, a)]
-    if size >= _LARGE and chunked:
-        totals = lax.platform_dependent(
-            *products,
-            cpu=lambda *of: _summed(axes, keepdims, _in_chains(chunked[-1], of)),
-            default=lambda *of: _summed(axes, keepdims, of),
-        )
+    if any(is_split(x, axis) for axis in axes):
+        totals = _summed(axes, keepdims, _products(_scaled, x, y))
     else:
-        totals = _summed(axes, keepdims, products)
+        totals = lax.platform_dependent(
+            x,
+            y,
+            cpu=lambda x, y: _summed_in_chains(axes, keepdims, x, y),
+            default=lambda x, y: _summed(axes, keepdims, _products(_scaled, x, y)),
+        )
     limit = _power(120, x)
-    totals = [jnp.clip(total, -limit, limit) for total in totals]
-    if y is not x:  # infinities of both signs make a NaN, which is not chosen
-        totals = [jnp.where(jnp.isnan(total), 0.0, total) for total in totals]
-    return Sums(*totals)
+    if y is x:
+        return Sums(*(jnp.minimum(total, limit) for total in totals))
+    # Infinities of both signs make a NaN, which is not chosen.
+    totals = [jnp.where(jnp.isnan(total), 0.0, total) for total in totals]
+    return Sums(*(jnp.clip(total, -limit, limit) for total in totals))
 
 
 @_sums.defjvp
@@ -137,14 +137,45 @@ def _summed(axes: tuple[int, ...], keepdims: bool, xs: Sequence[jax.Array]) -> l
     return [jnp.sum(x, axis=axes, keepdims=keepdims) for x in xs]
 
 
-def _in_chains(axis: int, xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Sums of a few neighbors along one axis. More would lose digits."""
-    before, after = xs[0].shape[:axis], xs[0].shape[axis + 1 :]
-    shape = (*before, xs[0].shape[axis] // _CHAIN, _CHAIN, *after)
+def _summed_in_chains(
+    axes: tuple[int, ...], keepdims: bool, x: jax.Array, y: jax.Array
+) -> list:
+    """The three sums in one loop, and in further ones over what that leaves.
+
+    XLA:CPU would make a loop for each of three sums, and several times as slow.
+    """
+    if len(axes) < x.ndim:
+        sums = _products(_scaled, x, y)
+        n = _divisor(x.shape[-1], _CHAIN)
+        if axes[-1] == x.ndim - 1 and n:  # else XLA:CPU is slow to read shifted copies
+            sums = _chained(n, sums)
+        return _summed(axes, keepdims, sums)
+    sums = _products(_scaled, x.reshape(-1), y.reshape(-1))
+    chain = _CHAIN if x.size >= _MANY else x.size / _LONGEST_CHAIN
+    while (size := sums[0].size) > _LONGEST_CHAIN and (n := _divisor(size, chain)):
+        sums, chain = _chained(n, sums), size / n / _LONGEST_CHAIN
+    if size <= 4 * _LONGEST_CHAIN:
+        sums = _chained(size, sums)
+    shape = (1,) * x.ndim if keepdims else ()
+    return [jnp.sum(part).reshape(shape) for part in sums]
+
+
+def _divisor(length: int, wanted: float) -> int:
+    """A divisor as close to the wanted one as there is; 0 where none is worthwhile."""
+    divisors = [n for n in range(4, _LONGEST_CHAIN + 1) if length % n == 0]
+    return min(divisors, key=lambda n: abs(n - wanted), default=0)
+
+
+def _chained(chain: int, xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Sums of `chain` neighbors along the last axis, of all arrays in one loop."""
+    *rest, size = xs[0].shape
+    shape = (*rest, size // chain, chain)
     zeros = (jnp.zeros((), xs[0].dtype),) * len(xs)
-    chains = tuple(x.reshape(shape) for x in xs)
     return lax.reduce(
-        chains, zeros, lambda a, b: tuple(map(operator.add, a, b)), (axis + 1,)
+        tuple(x.reshape(shape) for x in xs),
+        zeros,
+        lambda a, b: tuple(map(operator.add, a, b)),
+        (len(rest) + 1,),
     )
 
 
@@ -156,18 +187,30 @@ def squares(norm: jax.Array) -> Sums:
     return Sums(*_products(_cut, norm, norm))
 
 
+@jax.custom_jvp
 @jax.jit
 def root(small: jax.Array, medium: jax.Array, large: jax.Array) -> jax.Array:
     """‖u‖, from the sums of squares."""
+    chosen, unit = _chosen_of_squares(small, medium, large)
+    return jnp.sqrt(chosen) * unit
+
+
+@root.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    def safe_root(*squares: jax.Array) -> jax.Array:
+        chosen, unit = _chosen_of_squares(*squares)
+        return jnp.sqrt(jnp.where(chosen == 0, 1.0, chosen)) * unit
+
+    _, tangent = jax.jvp(safe_root, primals, tangents)
+    return root(*primals), tangent
+
+
+def _chosen_of_squares(*squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    small, medium, _ = squares
     # `~ >=` and not `<`, so that a NaN stays visible.
     is_small = ~(small >= _power(80, small))
-    chosen, scale = _chosen(
-        Sums(small, medium, large), is_small, ~(medium >= _power(96, medium))
-    )
-    zero = chosen == 0
-    # Replaced before the root, whose derivative at 0 would make gradients NaN.
-    norm = jnp.sqrt(jnp.where(zero, 1.0, chosen)) * (1 / scale)
-    return jnp.where(zero, 0.0, norm)
+    is_medium = ~(medium >= _power(96, medium))
+    return _chosen(squares, (-80, 0, 80), is_small, is_medium)
 
 
 @jax.jit
@@ -181,7 +224,7 @@ def cosine(norm: jax.Array, other: jax.Array, *dots: jax.Array) -> jax.Array:
         (norm < _power(limit, norm)) & (other < _power(limit, norm))
         for limit in (-40, 48)
     ]
-    dot, scale = _chosen(Sums(*dots), *are_below)
+    dot, scale = _chosen(dots, (80, 0, -80), *are_below)
     first, second = norm * scale, other * scale
     zero = (first == 0) | (second == 0)
     first, second = (jnp.where(zero, 1.0, x) for x in (first, second))
@@ -199,16 +242,18 @@ def cosine_of_squares(dot: jax.Array, square: jax.Array, other: jax.Array) -> ja
 
 
 def _chosen(
-    sums: Sums, is_small: jax.Array, is_medium: jax.Array
+    sums: Sequence[jax.Array],
+    exponents: Sequence[int],
+    is_small: jax.Array,
+    is_medium: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The right sum, and the scale of the numbers in it."""
+    """The right sum, and 2 to the power of what goes with it."""
 
     def choose(small: Any, medium: Any, large: Any) -> jax.Array:
         return jnp.where(is_small, small, jnp.where(is_medium, medium, large))
 
-    one = jnp.ones_like(sums.medium)
-    up, down = (one * _power(exponent, one) for exponent in (80, -80))
-    return choose(*sums), choose(up, one, down)
+    powers = (_power(exponent, sums[0]) for exponent in exponents)
+    return choose(*sums), choose(*powers).astype(sums[0].dtype)
 
 
 def inverse(norm: jax.Array) -> jax.Array:
@@ -241,7 +286,7 @@ def _ratio(norm: jax.Array, other: jax.Array, size: Any, where_zero: float) -> A
     size = jnp.asarray(size, other.dtype)
     noise = _ULPS * jnp.finfo(other.dtype).eps * size
     # An infinite norm stays visible.
-    zero = ((norm == 0) | (other <= noise)) & ~jnp.isinf(norm)
+    zero = ((norm == 0) | (other <= noise)) & (norm != jnp.inf)
     first = jnp.where(zero, where_zero, norm)
     return divided(first, jnp.where(zero, 1.0, other))
 
@@ -249,8 +294,9 @@ def _ratio(norm: jax.Array, other: jax.Array, size: Any, where_zero: float) -> A
 @jax.custom_jvp
 def divided(x: jax.Array, y: jax.Array) -> jax.Array:
     """x / y, whose derivative needs no 1 / y², which is infinite for a small y."""
-    # A compiler may divide by a product with an inverse.
-    return jnp.where((x == y) & jnp.isfinite(y), 1.0, x / y)
+    # A compiler may divide by a product with an inverse. An infinite y stays visible.
+    equal = (x == y) & (jnp.abs(y) < jnp.inf)
+    return jnp.where(equal, 1.0, x) / jnp.where(equal, 1.0, y)
 
 
 @divided.defjvp
