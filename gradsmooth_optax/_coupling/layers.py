@@ -326,7 +326,7 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        return self._joined(self._sums(self), self, scope)
+        return norms_of((self,), scope)[0]
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
         """‖u_l‖² of every layer, as far as the dtype can hold it: see `norms`."""
@@ -342,8 +342,8 @@ class Layers:
           other: v.
           scope: as in `norms`.
         """
-        products = self._per_layer(_inner_product, other)
-        return self._summed(products.map(self._over_devices), other, scope)
+        (products,) = self._per_layer(_inner_products, [(self, other)])
+        return self._summed(products, other, scope)
 
     def cosine(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
         """Cosine of u_l and v_l, with norms over the roles in which both layers are.
@@ -355,14 +355,14 @@ class Layers:
           other: v, such as `layers.shifted(1)`.
           scope: as in `norms`.
         """
-        own = self._sums(self)
         if other._of is self and self._of is None:
+            own, dots = self._sums((self, self), (self, other))
             # Without looking at the layers again.
             there = [x.shifted(other._offset) for x in own]
         else:
-            there = other._sums(other)
+            own, there, dots = self._sums((self, self), (other, other), (self, other))
         own, there = (self._joined(sums, other, scope) for sums in (own, there))
-        dots = [self._summed(x, other, scope) for x in self._sums(other)]
+        dots = [self._summed(x, other, scope) for x in dots]
         return own.map(norms.cosine, there, *dots)
 
     def with_norms_of(self, other: Layers, scope: NormScope | None = None) -> Layers:
@@ -372,14 +372,14 @@ class Layers:
           other: v.
           scope: as in `norms`.
         """
-        ratios = other.norms(scope).map(norms.marked_ratio, self.norms(scope))
+        wanted, own = norms_of((other, self), scope)
+        ratios = wanted.map(norms.marked_ratio, own)
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
-    def _sums(self, other: Layers) -> list[LayerValues]:
-        """Re⟨u, v⟩ of every layer of every role, at each scale of `norms.Sums`."""
-        sums = self._per_layer(norms.sums, other).map(self._over_devices)
-        return _by_scale(sums)
+    def _sums(self, *pairs: tuple[Layers, Layers]) -> list[list[LayerValues]]:
+        """Re⟨u, v⟩ of every layer of every role, at each scale, for every pair."""
+        return [_by_scale(sums) for sums in self._per_layer(norms.sums, pairs)]
 
     def _joined(
         self, sums: Sequence[LayerValues], other: Layers, scope: NormScope | None
@@ -399,23 +399,25 @@ class Layers:
         small, *others = (self._summed(x, other, scope) for x in (small, *others))
         return small.map(norms.root, *others)
 
-    def _per_layer(self, function: Callable[..., Any], other: Layers) -> LayerValues:
-        """`function(u, v, axes, keepdims)` of every layer of every role."""
-        place = {group: g for g, group in enumerate(self._groups)}
-
-        def one(group: DepthGroup, m: int) -> Any:
-            x = self._value(place[group], m)
-            y = x if other is self else other._value(place[group], m)
-            depth_axes = group.members[m].axes
-            axes = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
-            return function(x, y, axes, group.is_stacked)
-
-        return values_of(self._groups, one)
-
-    def _over_devices(self, sums: Any) -> Any:
-        """The sums, in one message, over mesh axes that split other axes than depth."""
-        varying = varying_among(self._norm_axes, jax.tree.leaves(sums)[0])
-        return lax.psum(sums, varying) if varying else sums
+    def _per_layer(
+        self, function: Callable[..., Any], pairs: Sequence[tuple[Layers, Layers]]
+    ) -> list[LayerValues]:
+        """`function([(u, v), …], axes, keepdims)` of every layer of every role."""
+        rows = []
+        for g, group in enumerate(self._groups):
+            rows.append([])
+            for m, member in enumerate(group.members):
+                values = {id(of): of._value(g, m) for pair in pairs for of in pair}
+                arrays = [(values[id(u)], values[id(v)]) for u, v in pairs]
+                ndim = arrays[0][0].ndim
+                axes = tuple(axis for axis in range(ndim) if axis not in member.axes)
+                sums = function(arrays, axes, group.is_stacked)
+                varying = varying_among(self._norm_axes, jax.tree.leaves(sums)[0])
+                rows[-1].append(lax.psum(sums, varying) if varying else sums)
+        return [
+            LayerValues(self._groups, tuple(tuple(m[i] for m in row) for row in rows))
+            for i in range(len(pairs))
+        ]
 
     def _summed(
         self, products: LayerValues, other: Layers, scope: NormScope | None
@@ -494,6 +496,20 @@ class Layers:
         return cls(groups, *children, *rest)
 
 
+def norms_of(
+    every: Sequence[Layers], scope: NormScope | None = None
+) -> list[LayerValues]:
+    """‖u_l‖ of several u over the same layers, which are looked at once for all.
+
+    Args:
+      every: of which none is shifted.
+      scope: as in `Layers.norms`.
+    """
+    first = every[0]
+    sums = first._sums(*((u, u) for u in every))
+    return [first._joined(sums_of_one, first, scope) for sums_of_one in sums]
+
+
 def values_of_runs(layers: Layers, of_run: Callable[[int], Any]) -> LayerValues:
     """Numbers that follow from where in a run a layer is.
 
@@ -516,12 +532,15 @@ def _by_scale(sums: LayerValues) -> list[LayerValues]:
     return [sums.map(operator.itemgetter(i)) for i in range(len(norms.Sums._fields))]
 
 
-def _inner_product(
-    x: jax.Array, y: jax.Array, axes: tuple[int, ...], keepdims: bool
-) -> jax.Array:
-    """Re⟨x, y⟩ over these axes."""
-    product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-    return jnp.sum(product, axis=axes, keepdims=keepdims)
+def _inner_products(
+    pairs: Sequence[tuple[jax.Array, jax.Array]], axes: tuple[int, ...], keepdims: bool
+) -> list[jax.Array]:
+    """Re⟨x, y⟩ over these axes for every pair."""
+    found = []
+    for x, y in pairs:
+        product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
+        found.append(jnp.sum(product, axis=axes, keepdims=keepdims))
+    return found
 
 
 def _names(group: DepthGroup, m: int, offsets: tuple[int, int]) -> Names:

@@ -56,52 +56,56 @@ def _power(exponent: int, like: jax.Array) -> float:
 # -- Sums ------------------------------------------------------------------------------
 
 
-def sums(x: jax.Array, y: jax.Array, axes: Sequence[int], keepdims: bool) -> Sums:
-    """Re⟨x, y⟩ over these axes at three scales; those that are too large are cut.
+def sums(
+    pairs: Sequence[tuple[jax.Array, jax.Array]], axes: Sequence[int], keepdims: bool
+) -> list[Sums]:
+    """Re⟨x, y⟩ over these axes for every pair, at three scales, in one pass.
+
+    Sums that are too large are cut, so that none is infinite.
 
     Args:
-      x: of which layers are along the other axes.
-      y: of the shape of x.
+      pairs: arrays of equal shape, of which layers are along the other axes.
       axes: that are summed over.
       keepdims: whether they stay, with size 1.
     """
-    return _sums(tuple(axes), keepdims, x, None if y is x else y)
+    arrays = list({id(x): x for pair in pairs for x in pair}.values())
+    place = {id(x): i for i, x in enumerate(arrays)}
+    places = tuple((place[id(x)], place[id(y)]) for x, y in pairs)
+    totals = _sums(tuple(axes), keepdims, places, *arrays)
+    return [Sums(*totals[i : i + 3]) for i in range(0, len(totals), 3)]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(axes: tuple[int, ...], keepdims: bool, x: Any, y: Any) -> Sums:
-    y = x if y is None else y
-    shape = x.shape
-    size = math.prod(shape[axis] for axis in axes)
-    if size <= 1:  # XLA would square factors of single numbers, to 0 or infinity
-        return Sums(*_summed(axes, keepdims, _products(_cut, x, y)))
-    if any(is_split(x, axis) for axis in axes):
-        totals = _summed(axes, keepdims, _products(_scaled, x, y))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(axes: Any, keepdims: bool, places: Any, *xs: jax.Array) -> list[jax.Array]:
+    if math.prod(xs[0].shape[axis] for axis in axes) <= 1:
+        # XLA would square factors of single numbers, to 0 or infinity.
+        return _summed(axes, keepdims, _products(_cut, places, xs))
+    if any(is_split(xs[0], axis) for axis in axes):
+        totals = _summed(axes, keepdims, _products(_scaled, places, xs))
     else:
         totals = lax.platform_dependent(
-            x,
-            y,
-            cpu=lambda x, y: _summed_in_chains(axes, keepdims, x, y),
-            default=lambda x, y: _summed(axes, keepdims, _products(_scaled, x, y)),
+            *xs,
+            cpu=lambda *xs: _summed_in_chains(axes, keepdims, places, xs),
+            default=lambda *xs: _summed_together(axes, keepdims, places, xs),
         )
-    limit = _power(120, x)
-    if y is x:
-        return Sums(*(jnp.minimum(total, limit) for total in totals))
-    # Infinities of both signs make a NaN, which is not chosen.
-    totals = [jnp.where(jnp.isnan(total), 0.0, total) for total in totals]
-    return Sums(*(jnp.clip(total, -limit, limit) for total in totals))
+    limit = _power(120, xs[0])
+    for pair, (i, j) in enumerate(places):
+        for k in range(3 * pair, 3 * pair + 3):
+            if i != j:  # infinities of both signs make a NaN, which is not chosen
+                totals[k] = jnp.where(jnp.isnan(totals[k]), 0.0, totals[k])
+                totals[k] = jnp.maximum(totals[k], -limit)
+            totals[k] = jnp.minimum(totals[k], limit)
+    return totals
 
 
 @_sums.defjvp
-def _(axes: tuple[int, ...], keepdims: bool, primals: Any, tangents: Any) -> Any:
-    def cut_sums(*xs: Any) -> Sums:
-        products = _products(_cut, xs[0], xs[-1])
-        return Sums(*_summed(axes, keepdims, products))
+def _(axes: Any, keepdims: bool, places: Any, primals: Any, tangents: Any) -> Any:
+    def cut_sums(*xs: jax.Array) -> list[jax.Array]:
+        return _summed(axes, keepdims, _products(_cut, places, xs))
 
-    xs, dxs = ([x for x in of if x is not None] for of in (primals, tangents))
-    _, tangent = jax.jvp(cut_sums, xs, dxs)
-    return _sums(axes, keepdims, *primals), tangent
+    _, tangent = jax.jvp(cut_sums, primals, tangents)
+    return _sums(axes, keepdims, places, *primals), tangent
 
 
 def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -124,39 +128,52 @@ def _cut(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return small, cut(x, 48), cut(x * _power(-80, x), 49)
 
 
-def _products(at_scales: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
-    if jnp.iscomplexobj(x):
-        of_parts = (
-            _products(at_scales, *xy) for xy in ((x.real, y.real), (x.imag, y.imag))
+def _products(
+    at_scales: Any, places: Sequence[tuple[int, int]], xs: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Of every pair at every scale."""
+    if jnp.iscomplexobj(xs[0]):
+        parts = ([x.real for x in xs], [x.imag for x in xs])
+        return list(
+            map(operator.add, *(_products(at_scales, places, p) for p in parts))
         )
-        return tuple(map(operator.add, *of_parts))
-    return tuple(map(operator.mul, at_scales(x), at_scales(y)))
+    scaled = [at_scales(x) for x in xs]
+    return [x * y for i, j in places for x, y in zip(scaled[i], scaled[j], strict=True)]
 
 
 def _summed(axes: tuple[int, ...], keepdims: bool, xs: Sequence[jax.Array]) -> list:
     return [jnp.sum(x, axis=axes, keepdims=keepdims) for x in xs]
 
 
-def _summed_in_chains(
-    axes: tuple[int, ...], keepdims: bool, x: jax.Array, y: jax.Array
+def _summed_together(
+    axes: tuple[int, ...], keepdims: bool, places: Any, xs: Sequence[jax.Array]
 ) -> list:
-    """The three sums in one loop, and in further ones over what that leaves.
+    """All sums in one pass, which XLA:TPU does not make of sums one by one."""
+    sums = _variadic(axes[-1], _products(_scaled, places, xs))
+    return _summed(axes, keepdims, [jnp.expand_dims(x, axes[-1]) for x in sums])
 
-    XLA:CPU would make a loop for each of three sums, and several times as slow.
+
+def _summed_in_chains(
+    axes: tuple[int, ...], keepdims: bool, places: Any, xs: Sequence[jax.Array]
+) -> list:
+    """All sums in one loop, and in further ones over what that leaves.
+
+    XLA:CPU would make a loop for each of the sums, and several times as slow.
     """
-    if len(axes) < x.ndim:
-        sums = _products(_scaled, x, y)
-        n = _divisor(x.shape[-1], _CHAIN)
-        if axes[-1] == x.ndim - 1 and n:  # else XLA:CPU is slow to read shifted copies
+    ndim, length = xs[0].ndim, xs[0].shape[-1]
+    if len(axes) < ndim:
+        sums = _products(_scaled, places, xs)
+        n = _divisor(length, _CHAIN)
+        if axes[-1] == ndim - 1 and n:  # else XLA:CPU is slow to read shifted copies
             sums = _chained(n, sums)
         return _summed(axes, keepdims, sums)
-    sums = _products(_scaled, x.reshape(-1), y.reshape(-1))
-    chain = _CHAIN if x.size >= _MANY else x.size / _LONGEST_CHAIN
+    sums = _products(_scaled, places, [x.reshape(-1) for x in xs])
+    chain = _CHAIN if sums[0].size >= _MANY else sums[0].size / _LONGEST_CHAIN
     while (size := sums[0].size) > _LONGEST_CHAIN and (n := _divisor(size, chain)):
         sums, chain = _chained(n, sums), size / n / _LONGEST_CHAIN
     if size <= 4 * _LONGEST_CHAIN:
         sums = _chained(size, sums)
-    shape = (1,) * x.ndim if keepdims else ()
+    shape = (1,) * ndim if keepdims else ()
     return [jnp.sum(part).reshape(shape) for part in sums]
 
 
@@ -170,12 +187,18 @@ def _chained(chain: int, xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
     """Sums of `chain` neighbors along the last axis, of all arrays in one loop."""
     *rest, size = xs[0].shape
     shape = (*rest, size // chain, chain)
+    chains = [x.reshape(shape) for x in xs]
+    # One loop for each pair is faster, one for all is less to compile.
+    step = 3 if xs[0].size >= _MANY else len(chains)
+    loops = [chains[i : i + step] for i in range(0, len(chains), step)]
+    return [x for loop in loops for x in _variadic(len(rest) + 1, loop)]
+
+
+def _variadic(axis: int, xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """The sums of all arrays along one axis, in one loop."""
     zeros = (jnp.zeros((), xs[0].dtype),) * len(xs)
     return lax.reduce(
-        tuple(x.reshape(shape) for x in xs),
-        zeros,
-        lambda a, b: tuple(map(operator.add, a, b)),
-        (len(rest) + 1,),
+        tuple(xs), zeros, lambda a, b: tuple(map(operator.add, a, b)), (axis,)
     )
 
 
@@ -184,7 +207,7 @@ def _chained(chain: int, xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
 
 def squares(norm: jax.Array) -> Sums:
     """‖u‖² at three scales, to be summed over the parts of a vector."""
-    return Sums(*_products(_cut, norm, norm))
+    return Sums(*_products(_cut, [(0, 0)], [norm]))
 
 
 @jax.custom_jvp

@@ -25,6 +25,7 @@ from gradsmooth_optax._coupling.layers import (
     Layers,
     layers_of,
     leaves_of,
+    norms_of,
     values_of_runs,
 )
 from gradsmooth_optax._coupling.norms import inverse, marked_ratio, ratio
@@ -222,12 +223,13 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
     """S u, S u at the norm of u, or S of u/‖u‖ at the norm of u."""
     if variant == "standard":
         return _couple(operator, layers)
-    before = layers.norms()
     if variant == "norm_preserving":
         # A zero layer may receive its neighbors' update.
         smooth = _couple(operator, layers)
         shares = _shares(operator, layers, lambda matrix: matrix.diagonal())
-        return smooth.scaled(before.map(ratio, smooth.norms(), shares * before))
+        before, after = norms_of((layers, smooth))
+        return smooth.scaled(before.map(ratio, after, shares * before))
+    before = layers.norms()
     smooth = _couple(operator, layers.scaled(before.map(inverse)))
     shares = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
     ratios = before.map(marked_ratio, smooth.norms(), shares)

@@ -112,7 +112,8 @@ def residual_alignment(
 
 def _sums(x: jax.Array, y: jax.Array) -> Sums:
     """Re⟨x, y⟩ over the last axis, at three scales."""
-    return sums(x, y, (x.ndim - 1,), keepdims=False)
+    (found,) = sums([(x, y)], (x.ndim - 1,), keepdims=False)
+    return found
 
 
 def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
