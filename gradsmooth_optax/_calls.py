@@ -32,7 +32,8 @@ def shown_value(value: Any) -> str:
     if is_traced(value):
         return repr(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return repr(np.asarray(value).tolist())
+        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        return repr(value if is_key else np.asarray(value).tolist())
     if isinstance(value, str):
         return raw(value)
     if type(value) is tuple:

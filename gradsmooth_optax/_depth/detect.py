@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._depth.paths import Place, places_of
 from gradsmooth_optax._depth.proposals import best_spec, call_of_rivals, proposed
 from gradsmooth_optax._depth.reading import read
@@ -107,6 +108,7 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
       >>> gs.describe(detection.spec, params).groups[0].num_layers
       3
     """
+    check_flag("accept_uncertain", accept_uncertain)
     if isinstance(params, DepthSpec):
         raise TypeError(
             f"`params` of `detect` must be a pytree of arrays, but is the spec "
@@ -130,7 +132,7 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
         tuple(found.reason for found in (stacks or reading.left_out)),
         tuple(doubts),
         proposal,
-        bool(accept_uncertain),
+        accept_uncertain,
     )
 
 

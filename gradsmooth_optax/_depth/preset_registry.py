@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
 from gradsmooth_optax._calls import shown_call
+from gradsmooth_optax._checks import check_flag, hashable
 from gradsmooth_optax._depth.paths import Place
 from gradsmooth_optax._depth.specs import (
     PRESETS,
@@ -50,8 +52,15 @@ def preset(
     """
 
     def decorate(function: Callable[P, DepthSpec]) -> Callable[P, DepthSpec]:
+        parameters = inspect.signature(function)
+
         @functools.wraps(function)
         def named(*args: P.args, **options: P.kwargs) -> DepthSpec:
+            given = parameters.bind(*args, **options).arguments
+            for argument, value in given.items():
+                if isinstance(parameters.parameters[argument].default, bool):
+                    check_flag(argument, value)
+                hashable(argument, value)
             call = shown_call(f"layouts.{function.__name__}", args, options)
             spec = function(*args, **options)
             count = cast(int | None, options.get("num_layers"))
