@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gradsmooth_optax._checks import is_traced
@@ -32,7 +33,7 @@ def shown_value(value: Any) -> str:
     if is_traced(value):
         return repr(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
         return repr(value if is_key else np.asarray(value).tolist())
     if isinstance(value, str):
         return raw(value)

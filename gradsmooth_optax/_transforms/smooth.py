@@ -118,7 +118,7 @@ def smooth_over_depth(
     whose layer axis is sharded. A non-finite update of one layer spreads to its
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
     `optax.zero_nans`. Norms hold for updates of about 1e-37 to 3e34, of float64 for
-    1e-300 to 1e300. What rounding alone may have left of layers that cancel counts as 0.
+    1e-300 to 1e300; where layers cancel, what rounding alone may have left counts as 0.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
