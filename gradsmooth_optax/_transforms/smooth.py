@@ -119,6 +119,8 @@ def smooth_over_depth(
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
     `optax.zero_nans`. Norms hold for updates of about 1e-37 to 3e34, of float64 for
     1e-300 to 1e300; where layers cancel, what rounding alone may have left counts as 0.
+    Derivatives by the updates are finite there too, but those of "directional" where
+    ‖u‖² is in range.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
