@@ -405,3 +405,16 @@ def test_two_stacks_of_one_name_are_no_certain_proposal():
     tree = jax.tree.map(jnp.ones, tree, is_leaf=lambda x: type(x) is tuple)
     with pytest.raises(ValueError, match=r"tried on this tree.*`stack=`"):
         _ = gs.detect(tree).spec
+
+
+@pytest.mark.parametrize(
+    "value", [jnp.array([1, 2]), [1], {}, jax.random.key(0)], ids=str
+)
+def test_an_option_that_cannot_be_one_is_named(value):
+    params = {"layers": [jnp.ones(2), jnp.ones(2)]}
+    with pytest.raises(TypeError, match="`accept_uncertain` must be True or False"):
+        gs.detect(params, accept_uncertain=value)
+    with pytest.raises(TypeError, match="`interleaved` must be True or False"):
+        gs.layouts.gemma(interleaved=value)
+    with pytest.raises(TypeError, match=r"`(num_)?layers` must be"):
+        gs.layouts.equinox(layers=value, num_layers=value)

@@ -487,16 +487,17 @@ def test_norms_are_right_over_the_whole_range_of_the_dtype(layout, variant, enab
             directions /= np.linalg.norm(directions, axis=(1, 2), keepdims=True)
             for norm in norms:
                 layers = list((norm * directions).astype(dtype))
-                wide = [{"w": x.astype(np.longdouble)} for x in layers]
+                # At norm 1, for the oracle.
+                unit = [{"w": np.float64(np.longdouble(x) / norm)} for x in layers]
                 with enable_x64():
                     out = of_layers(layout, layers, 0.5, variant=variant)
                 for got, want in zip(
-                    out, oracle.window(wide, 0.5, variant=variant), strict=True
+                    out, oracle.window(unit, 0.5, variant=variant), strict=True
                 ):
                     # Below 1.2e-38 numbers are flushed to 0, shares of them too.
                     np.testing.assert_allclose(
-                        (got.astype(np.longdouble) / norm).astype(np.float64),
-                        (want["w"] / norm).astype(np.float64),
+                        np.float64(np.longdouble(got) / norm),
+                        want["w"],
                         atol=12 * eps + (0 if norm < 1e-38 else 1.2e-37 / norm),
                     )
 
