@@ -66,6 +66,18 @@ from gradsmooth_optax._transforms.smooth import (
     with_depth_smoothing as with_depth_smoothing,
 )
 
+# Every layer by itself.
+from gradsmooth_optax._transforms.layer_states import PerLayerState as PerLayerState
+from gradsmooth_optax._transforms.layer_states import StatesByStack as StatesByStack
+from gradsmooth_optax._transforms.per_layer import per_layer as per_layer
+from gradsmooth_optax._transforms.scale import LayerFactors as LayerFactors
+from gradsmooth_optax._transforms.scale import factors_fn as factors_fn
+from gradsmooth_optax._transforms.scale import layer_wise_decay as layer_wise_decay
+from gradsmooth_optax._transforms.scale import scale_over_depth as scale_over_depth
+
+from gradsmooth_optax._depth.restack import stack as stack
+from gradsmooth_optax._depth.restack import unstack as unstack
+
 # What it does, in numbers and in pictures.
 from gradsmooth_optax import diagnostics as diagnostics
 from gradsmooth_optax import plots as plots

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gradsmooth_optax._checks import is_traced
+
 # -- The dtype of the arithmetic: float32 at least, whatever that of the updates -------
 
 
@@ -48,6 +50,33 @@ def like(y: jax.Array, x: jax.Array) -> jax.Array:
       y: of as many axes as `x`.
     """
     return _resharded(y, _spec(x), x)
+
+
+def laid_out_like(y: jax.Array, x: Any) -> jax.Array:
+    """`y` with the sharding of `x`, of its type or, where it has a value, of the array.
+
+    Args:
+      y: of the shape of `x`.
+    """
+    if isinstance(x, jax.Array) and not is_traced(x) and not is_traced(y):
+        return jax.device_put(y, x.sharding) if x.committed else y
+    return like(y, x)
+
+
+def is_split(x: Any, axes: Sequence[int]) -> bool:
+    """Whether the type of `x` says that it is split along one of these axes."""
+    spec = _spec(x)
+    return any(spec[axis] is not None for axis in axes if axis < len(spec))
+
+
+def split_like(
+    y: jax.Array, axes: Sequence[int], x: jax.Array, of_axes: Sequence[int]
+) -> jax.Array:
+    """`y` split along `axes` as `x` is along `of_axes`, where its type tells."""
+    wanted, spec = _spec(x), list(_spec(y)) or [None] * y.ndim
+    for axis, of_axis in zip(axes, of_axes, strict=True):
+        spec[axis] = wanted[of_axis]
+    return _resharded(y, tuple(spec), x)
 
 
 def replicated(y: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 NormScope: TypeAlias = Literal["param", "block"]
 Matrix: TypeAlias = np.ndarray | jax.Array
@@ -23,7 +22,13 @@ _LARGEST = float(np.finfo(np.float64).max)
 
 def is_traced(x: Any) -> bool:
     """Whether it is an array without a value, while a program is being traced."""
-    return isinstance(x, Tracer)
+    if not isinstance(x, jax.Array):
+        return False
+    try:  # the class of tracers is outside of jax's promise of compatibility
+        _ = x.is_fully_addressable
+    except (AttributeError, jax.errors.ConcretizationTypeError):
+        return True
+    return False
 
 
 def shown(value: Any) -> str:

@@ -1121,6 +1121,92 @@ def explicit_by_hand():
     return wrong
 
 
+def each_layer():
+    """`per_layer` and `scale_over_depth` on meshes of both kinds, and by stages."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": ((8, 4, 6), P("stage", "model")), "bias": ((8, 6), P("stage"))}
+    shapes["scale"] = ((8, 4), P("stage", "model"))
+    tree = {
+        "layers": {
+            n: rng.normal(size=s).astype("float32") for n, (s, _) in shapes.items()
+        },
+        "head": rng.normal(size=(4, 3)).astype("float32"),
+    }
+    specs_of_all = {
+        "layers": {n: spec for n, (_, spec) in shapes.items()},
+        "head": P(),
+    }
+    depth = gs.scanned("layers/")
+    transformations = {
+        "adam": gs.per_layer(optax.adam(0.1), depth),
+        "lamb": gs.per_layer(optax.lamb(0.1), depth),
+        "adafactor": gs.per_layer(
+            optax.adafactor(0.1, min_dim_size_to_factor=2), depth
+        ),
+        "clip": gs.per_layer(optax.clip_by_global_norm(0.5), depth),
+        "decay": gs.scale_over_depth(depth, gs.layer_wise_decay(0.5), rest="first"),
+    }
+
+    def check(got, want):
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+    def on_mesh(tx, kind, want):
+        mesh, specs = mesh_of("grid", kind), {**specs_of_all}
+        if kind == AxisType.Explicit:  # of one role the layers are not split
+            specs["layers"] = specs["layers"] | {"scale": P(None, "model")}
+        with jax.set_mesh(mesh):
+            params = jax.tree.map(
+                lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
+                tree,
+                specs,
+            )
+            state = tx.init(params)
+            for moments in optax.tree_utils.tree_get_all_with_path(state, "mu"):
+                for a, b in zip(
+                    *map(jax.tree.leaves, (moments[1], params)), strict=True
+                ):
+                    assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+            updates, state = jax.jit(tx.update)(params, state, params)
+            updates, _ = jax.jit(tx.update)(params, state, params)
+        for a, b in zip(*map(jax.tree.leaves, (updates, params)), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+        check(updates, want)
+
+    def by_stages(tx, want):
+        def update(params):
+            _, state = tx.update(params, tx.init(params), params)
+            return tx.update(params, state, params)[0]
+
+        split = {"layers": dict.fromkeys(shapes, P("stage")), "head": P()}
+        mapped = jax.jit(
+            jax.shard_map(
+                update, mesh=meshes()["line"], in_specs=(split,), out_specs=split
+            )
+        )
+        text = mapped.lower(tree).compile().as_text()
+        assert not re.search(r"all-(?:reduce|gather)|collective|all-to-all", text)
+        check(mapped(tree), want)
+
+    results = {}
+    for name, tx in transformations.items():
+        state = tx.update(tree, tx.init(tree), tree)[1]
+        want = tx.update(tree, state, tree)[0]
+        kinds = {
+            "Auto": functools.partial(on_mesh, tx, AxisType.Auto, want),
+            "Explicit": functools.partial(on_mesh, tx, AxisType.Explicit, want),
+        }
+        if name != "decay":  # its L is that of the whole stack
+            kinds["stages"] = functools.partial(by_stages, tx, want)
+        for kind, case in kinds.items():
+            try:
+                case()
+                results[f"{name}: {kind}"] = ""
+            except Exception as error:
+                results[f"{name}: {kind}"] = message(error)
+    return results
+
+
 def one_by_one():
     cases = [*layouts(), *circulars(), *others(), *not_a_number()]
     named = dict(cases)
@@ -1132,6 +1218,7 @@ GROUPS = {
     "operators on a line": lambda: outcomes(dict(operators("line"))),
     "operators on a grid": lambda: outcomes(dict(operators("grid"))),
     "layouts": one_by_one,
+    "each layer": each_layer,
     "optimizers": lambda: {**optimizers(), **pmapped()},
     "compiled": lambda: {**compiled(), **auto_moves(), **explicit_by_hand()},
     "auto": lambda: {

@@ -343,11 +343,12 @@ CASES = {
         gs.unrolled(r"linear_(\d+)"),
         {f"net/linear{n}": {"w": jnp.ones((4, 4))} for n in ("", "_1", "_2")},
         ("leaves out layer 0",),
+        r"gs.unrolled(r'linear(?:_(\d+))?/')",
     ),
     "parts of stacked layers": Case(
         gs.unrolled(r"experts/(\d)/"),
         {"layers": stacked({"attn": dense(), "experts": entries(4, dense)}, 3)},
-        ("takes no axis of leaf layers/experts/0",),
+        ("couples layers/experts/0/bias with layers/experts/1/bias, which are in one",),
     ),
     "neither of two readings": Case(
         gs.unrolled(r"fc(\d)/"),
@@ -389,6 +390,210 @@ CASES = {
         UNROLLED,
         {f"block{s}": many("unit{}") for s in (1, 2, 3)},
         ("two numbers", r"block\(\\d\+\)/", r"unit\(\\d\+\)/"),
+    ),
+    "two readings, of which a call takes a part": Case(
+        gs.unrolled(r"layers_0/blocks_(\d)/"),
+        {f"layers_{i}": many("blocks_{}", 2, dense) for i in range(3)},
+        ("leaves out layers 1, 2",),
+    ),
+    "one of several stages of two readings": Case(
+        gs.unrolled(r"layer1/(\d+)/"),
+        {
+            f"layer{s}": digits(3, lambda s=s: {"conv1": conv(s), "conv2": conv(s)})
+            for s in (1, 2, 3)
+        },
+        ("leaves out all of layer2", "leaves out all of layer3"),
+    ),
+    # Parts of the same layers in lists of their own.
+    "lists of parts": Case(
+        UNROLLED,
+        {
+            "attn_layers": entries(4, lambda: {q: dense() for q in "qkv"}),
+            "ff_layers": entries(4, lambda: {"up": dense(4, 8), "down": dense(8, 4)}),
+            "norm_layers": entries(4, lambda: {"scale": jnp.ones(4)}),
+        },
+        ("leaves out ff_layers, norm_layers",),
+        r"gs.first_match(gs.unrolled(r'attn_layers/(\d+)/'), "
+        r"gs.unrolled(r'ff_layers/(\d+)/'), gs.unrolled(r'norm_layers/(\d+)/'))",
+    ),
+    "a list of biases beside one of weights": Case(
+        gs.unrolled(r"weights/(\d+)"),
+        {"weights": [jnp.ones((4, 4))] * 3, "biases": [jnp.ones(4)] * 3},
+        ("leaves out biases",),
+        r"gs.first_match(gs.unrolled(r'biases/(\d+)(?:/|$)'), "
+        r"gs.unrolled(r'weights/(\d+)(?:/|$)'))",
+    ),
+    "a list of weights by scanned": Case(
+        gs.scanned("weights/"),
+        {"weights": [jnp.ones((4, 4))] * 3},
+        ("takes axis 0 of leaf weights/0",),
+        r"gs.unrolled(r'weights/(\d+)(?:/|$)')",
+    ),
+    "a list of an unknown name beside layers": Case(
+        UNROLLED,
+        {"idioms": entries(4, lambda: {"d": dense(), "n": conv(4)})}
+        | {"layers": entries(3)},
+        ("leaves out all of idioms", "but not called layers"),
+    ),
+    "the layers in a part of the model": Case(
+        UNROLLED,
+        {"encoder": {"layers": entries(3)}, "mlp": {"layers": entries(3, dense)}},
+        ("leaves out all of mlp/layers",),
+    ),
+    # Where no vector tells the axis.
+    "an axis of square matrices": Case(
+        gs.scanned("blocks/attn/", axis=1),
+        {
+            "blocks": stacked({"attn": {q: jnp.ones((8, 8)) for q in "qkvo"}}, 4),
+            "embed": jnp.ones((9, 8)),
+        },
+        ("takes axis 1 of leaf blocks/attn/k", "on axis 0"),
+    ),
+    "an axis where the vectors are masked": Case(
+        gs.scanned("layers/", axis=2),
+        {
+            "layers": {"q": {"kernel": jnp.ones((4, 8, 8)), "bias": optax.MaskedNode()}}
+            | {"k": {"kernel": jnp.ones((4, 8, 8)), "bias": optax.MaskedNode()}},
+            "embed": jnp.ones((9, 8)),
+        },
+        ("takes axis 2 of leaf layers/", "on axis 0"),
+    ),
+    "the rank of an adapter": Case(
+        gs.scanned("lora_a", axis=1),
+        {
+            "layers": {
+                "q": {"lora_a": jnp.ones((6, 8, 2)), "lora_b": jnp.ones((6, 2, 8))}
+            }
+        },
+        ("takes axis 1 of leaf layers/q/lora_a", "on axis 0"),
+    ),
+    # What stands beside a stack and happens to be as long.
+    "positions beside the layers": Case(
+        gs.scanned("encoder/"),
+        {"encoder": {"layers": stacked(block(), 3), "pos": jnp.ones((3, 9))}},
+        ("takes axis 0 of leaf encoder/pos", "too wide"),
+        "gs.scanned('layers/')",
+    ),
+    "the end of another name": Case(
+        gs.scanned("h/"),
+        {"h": stacked(block(), 3), "patch": {"kernel": jnp.ones((3, 9))}}
+        | {"embed": jnp.ones((9, 4))},
+        ("takes axis 0 of leaf patch/kernel", "too wide"),
+        "gs.scanned('^h/')",
+    ),
+    "critics that vmap stacked": Case(
+        gs.scanned("critic/"),
+        {
+            "actor": many("Dense_{}", 3, dense),
+            "critic": stacked(many("Dense_{}", 3, dense), 2),
+        },
+        ("probably of an ensemble",),
+    ),
+    "kinds of layers whose axis square matrices do not tell": Case(
+        "maxtext",
+        {
+            "decoder": {
+                "layers": {
+                    f"{part}_{kind}": {"kernel": jnp.ones((8, 3, 8))}
+                    for part in ("attn", "mlp")
+                    for kind in ("local", "global")
+                }
+            },
+            "embed": jnp.ones((9, 8)),
+        },
+        ("layers of one kind",),
+        "gs.layouts.maxtext_gemma2()",
+    ),
+    "layers of two kinds of modules": Case(
+        gs.ranked(gs.unrolled(r"net/(\d+)/")),
+        {
+            "net": {
+                n: {"weight": jnp.ones((8, 8, 3, 3)[: 4 - 3 * (n in "14")])}
+                | {"bias": jnp.ones(8)}
+                for n in "0134"
+            }
+        },
+        ("couples net/0/bias with net/1/bias", "another kind of module"),
+    ),
+    "a function that sorts names by their letters": Case(
+        lambda path, leaf: gs.Depth(
+            "m", path[1:], sorted(many("layers_{}", 12)).index(path[0])
+        ),
+        many("layers_{}", 12),
+        ("another order than their numbers: layers_9",),
+        r"gs.unrolled(r'layers_(\d+)/')",
+    ),
+    "the width of what is not stacked": Case(
+        gs.scanned("layers/"),
+        {"layers": {"attn": dense(8, 8), "norm": {"scale": jnp.ones(8)}}},
+        (r"takes axis 0 of leaf layers/attn/bias \(8,\).*not stacked",),
+    ),
+    "the width of a list that is not stacked": Case(
+        gs.scanned("experts/"),
+        {"trunk": dense(), "experts": entries(4, lambda: dense(8, 8))},
+        ("takes axis 0 of leaf experts/0/bias",),
+    ),
+    "numbers inside of names": Case(
+        gs.unrolled(r"h(\d)_"),
+        {f"net/h{i}_{m}": dense() for i in range(12) for m in ("attn", "mlp", "ln_1")},
+        ("leaves out net/h1[01]_attn/bias",),
+    ),
+    "a first name without the number inside": Case(
+        gs.unrolled(r"h(\d+)_"),
+        {f"net/h{i}_{m}": dense() for i in ("", 1, 2) for m in ("attn", "mlp")},
+        ("leaves out net/h_attn/bias",),
+    ),
+    "a first layer that is called so": Case(
+        gs.unrolled(r"^block_(\d+)/"),
+        {f"{name}": block() for name in ("first_block", "block_1", "block_2")},
+        ("leaves out layer 0",),
+    ),
+    "blocks of a U-Net": Case(
+        UNROLLED,
+        {
+            f"down_{i}": many(
+                "res_{}", 2, lambda: {f"block{j}": block() for j in (1, 2)}
+            )
+            for i in range(2)
+        },
+        ("two numbers",),
+    ),
+    "norms of one stacked layer": Case(
+        gs.scanned(r"ln_(\d)/", stride=2),
+        {
+            "layers": {f"ln_{i}": {"scale": jnp.ones((6, 8))} for i in (1, 2)}
+            | {"w": {"kernel": jnp.ones((6, 8, 8))}},
+            "embed": jnp.ones((9, 8)),
+        },
+        ("couples layers/ln_1/scale with layers/ln_2/scale, which are in one layer",),
+        "gs.scanned('layers/')",
+    ),
+    "a first layer without a number, and a second one": Case(
+        gs.unrolled(r"layer_(\d+)/"),
+        {f"layer{n}": block() for n in ("", "_2", "_3")},
+        ("leaves out layer 0",),
+    ),
+    "the last norm, which is as wide as the model is deep": Case(
+        gs.scanned("layers"),
+        {
+            "layers": {"w": jnp.ones((12, 16, 12)), "b": jnp.ones((12, 12))},
+            "layers_norm": {"scale": jnp.ones(12)},
+            "embed": jnp.ones((9, 16)),
+        },
+        ("takes axis 0 of leaf layers_norm/scale", "too wide"),
+    ),
+    "counterparts of which a mask leaves one": Case(
+        gs.unrolled(r"^(\d+)/"),
+        [
+            {"layers": [dense(), *[dict.fromkeys(dense(), optax.MaskedNode())] * 3]}
+            for _ in range(3)
+        ],
+        ("3 siblings with layers inside",),
+    ),
+    "the networks of twins": Case(
+        UNROLLED,
+        {name: many("Dense_{}", 4, dense) for name in ("q1", "q2")},
+        (r"if those are the layers, write `gs.unrolled\(r'Dense_",),
     ),
     # Not the parameters.
     "a module": Case(UNROLLED, object(), ("one leaf of type object", "parameters")),
@@ -494,6 +699,55 @@ SILENT = {
             for i in ("", "_1")
             for name in ("linear", "linear_1")
         },
+    ),
+    "a leaf beside the layers that the pattern names": (
+        gs.scanned("layers/|lambdas"),
+        {"layers": stacked(block(), 3), "lambdas": jnp.ones(3), "out": jnp.ones(9)},
+    ),
+    "the layers of models that vmap stacked": (
+        UNROLLED,
+        {"ensemble": stacked({"layers": digits(4)}, 3)},
+    ),
+    "adapters in some of the layers": (
+        gs.ranked(gs.unrolled()),
+        {
+            "layers": [
+                {"q": {"kernel": jnp.ones((4, 4))}}
+                | ({"a": jnp.ones((4, 1)), "b": jnp.ones((1, 4))} if i % 2 else {})
+                for i in range(4)
+            ]
+        },
+    ),
+    "a function that counts from the last layer": (
+        lambda path, leaf: gs.Depth("m", path[1:], 3 - int(path[0][-1])),
+        many("layers_{}", 4),
+    ),
+    "convolutions without a bias": (
+        gs.unrolled(r"conv_layers/(\d+)/"),
+        {"conv_layers": entries(6, lambda: {"kernel": jnp.ones((3, 3, 8, 8))})},
+    ),
+    "Haiku's norms of images": (
+        gs.unrolled(r"res_block(?:_(\d+))?/"),
+        {
+            f"res_block{i}": {
+                "conv2_d": {"w": jnp.ones((3, 3, 8, 8))},
+                "batch_norm": {"scale": jnp.ones((1, 1, 1, 8))},
+            }
+            for i in ("", "_1", "_2")
+        },
+    ),
+    "a frozen tower": (
+        UNROLLED,
+        {
+            "text": {"layers": entries(4)},
+            "vision": {
+                "layers": jax.tree.map(lambda _: optax.MaskedNode(), entries(4))
+            },
+        },
+    ),
+    "functions between layers": (
+        gs.ranked(UNROLLED),
+        {"layers": [dense(), {"fn": None}, dense(), {"fn": None}, dense()]},
     ),
     "one stacked layer": (gs.scanned("layers/"), {"layers": stacked(block(), 1)}),
     "a cycle and what remains after it": (

@@ -8,7 +8,7 @@ nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
 NAMES = ["01_quickstart", "02_where_is_depth", "03_operators_and_theory"]
-NAMES += ["04_reading_the_evidence"]
+NAMES += ["04_reading_the_evidence", "05_every_layer_by_itself"]
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 

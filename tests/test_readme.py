@@ -134,6 +134,8 @@ STAND_INS = {
     "sigma": 1.0,
     "strength": 1.0,
     "rho": 0.5,
+    "rates": 0.5,
+    "preconditioner": optax.scale_by_adam(),
     "seed": 0,
     "n": 3,
     "k": 10,

@@ -25,7 +25,11 @@ from gradsmooth_optax._depth.specs import DepthSpec
 
 
 def coupled_groups(
-    spec: DepthSpec, tree: Any, strict: bool, said: set[Hashable] | None = None
+    spec: DepthSpec,
+    tree: Any,
+    strict: bool,
+    said: set[Hashable] | None = None,
+    wholes: Sequence[Group] | None = None,
 ) -> Grouping:
     """Groups a tree by depth and checks that this is what was meant.
 
@@ -38,12 +42,13 @@ def coupled_groups(
       strict: as in `check_structure`.
       said: the warnings that were given before, and the trees that were asked about;
         neither happens again. None for no warnings.
+      wholes: as in `check_structure`.
 
     Raises:
       ValueError: as `group_by_depth` and `check_structure`.
     """
     grouping = group_by_depth(spec, tree)
-    check_structure(grouping, strict)
+    check_structure(grouping, strict, wholes)
     if said is not None and strict:
         _warn(grouping, said)
     return grouping

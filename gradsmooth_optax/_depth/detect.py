@@ -10,7 +10,12 @@ import jax
 
 from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._depth.paths import Place, places_of
-from gradsmooth_optax._depth.proposals import best_spec, call_of_rivals, proposed
+from gradsmooth_optax._depth.proposals import (
+    best_spec,
+    call_of_rivals,
+    proposed,
+    why_not,
+)
 from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.specs import DepthSpec
 from gradsmooth_optax._depth.stack import Stack
@@ -123,10 +128,8 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
         tried = best_spec(stacks, reading, places, treedef)
         proposal = tried or proposal
         if tried is None:
-            doubts.append(
-                "tried on this tree, the call is an error or doubted, as `describe` "
-                "shows: give a stack a name of its own with `stack=`, or leave it out"
-            )
+            wrong = why_not(proposal, reading, places, treedef)
+            doubts.append(f"tried on this tree: {wrong}")
     return Detection(
         "" if proposal is None else repr(proposal),
         tuple(found.reason for found in (stacks or reading.left_out)),
@@ -139,7 +142,7 @@ def detect(params: Any, *, accept_uncertain: bool = False) -> Detection:
 def _doubts(stack: Stack, places: Sequence[Place]) -> Iterator[str]:
     yield from stack.doubts
     if stack.rivals:
-        call = call_of_rivals(stack, places)
+        call = call_of_rivals([stack], places)
         yield (
             f"{stack.reason}; but also {stack.rivals[0].reason}. If those are the "
             f"layers, {f'write `{call!r}`' if call else 'there is nothing to couple'}"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
-import numpy as np
-
-from gradsmooth_optax._depth.depth import as_tuple
-from gradsmooth_optax._depth.groups import Group, Grouping, Member, group_places
-from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path, some
+from gradsmooth_optax._depth.contradictions import (
+    contradictions,
+    missing_layers,
+    read_as_stacked,
+    shown_group,
+)
+from gradsmooth_optax._depth.groups import Group, Grouping, Held, unrestricted
+from gradsmooth_optax._depth.oddities import oddities, other_numbers
+from gradsmooth_optax._depth.paths import Path, Place, show_path, some
 from gradsmooth_optax._depth.reading import read
 from gradsmooth_optax._depth.specs import DepthSpec
 from gradsmooth_optax._depth.stack import Reading, Stack
-from gradsmooth_optax._depth.words import meaning
-
-# Kinds of layers that alternate. Others, such as img and txt, are parts of one layer.
-_KINDS = {"local", "global", "sliding", "full"}
 
 
 class DepthWarning(UserWarning):
@@ -39,38 +39,55 @@ class DepthWarning(UserWarning):
     """
 
 
-def doubts(grouping: Grouping, reading: Reading) -> Iterator[str]:
+class Doubt(NamedTuple):
+    """What is probably not meant.
+
+    Attributes:
+      found: what the grouping does, to be read after its spec.
+      missed: what it leaves out and the reading does not take for layers.
+    """
+
+    found: str
+    missed: tuple[Stack, ...] = ()
+
+
+def doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
     """What is probably not meant."""
+    found = _doubts(grouping, reading)
+    if (first := next(found, None)) is not None:
+        yield from (first, *found)
+    elif grouping.coupled:  # what no reading is needed for
+        yield from map(Doubt, other_numbers(grouping))
+
+
+def _doubts(grouping: Grouping, reading: Reading) -> Iterator[Doubt]:
     if not grouping.groups:
         return
     if not grouping.coupled:
-        yield from _nothing_coupled(grouping, reading)
+        yield from map(Doubt, _nothing_coupled(grouping, reading))
         return
     # What a restriction leaves out is left out on purpose.
-    held = _held(_unrestricted(grouping))
+    held = unrestricted(grouping).held
     takes_unnamed = any(
         path in held and not stack.is_named
         for stack in reading.stacks
         if stack.function == "scanned"
         for path in stack.depths
     )
-    for stack in reading.stacks:
-        if not stack.is_one_layer:
-            # One of two readings is enough.
-            readings = (stack, *stack.rivals)
-            found = [_contradiction(s, held, takes_unnamed) for s in readings]
-            yield from found[:1] if all(found) else ()
-    for reason, stack, is_apart in reading.left_out:
-        if is_apart and (group := _coupled_apart(stack, grouping)):
-            yield f"couples {_shown(group)}: {reason}"
-        elif not is_apart and (there := held.keys() & stack.depths.keys()):
-            # Such as Haiku's, whose first one has no number.
-            first = min(depth.layer for depth in stack.depths.values())
-            if all(stack.depths[path].layer > first for path in there):
-                yield from filter(None, [_missing(stack, held)])
-    yield from _part_of_a_stack(held, reading)
-    yield from _wrong_axes(grouping)
-    yield from _too_wide(grouping, reading)
+    several = [stack for stack in reading.stacks if not stack.is_one_layer]
+    is_rival_there = any(s.rivals and held.keys() & s.depths.keys() for s in several)
+    for stack in several:
+        found = contradictions((stack,), held, takes_unnamed)
+        if found and stack.rivals and held.keys() & stack.depths.keys():
+            # One of two readings is enough, but all of it.
+            others = contradictions(stack.rivals, held, takes_unnamed)
+            found = others and min(found, others, key=len)
+        elif stack.rivals and not is_rival_there:
+            continue  # it may be no stack
+        yield from map(Doubt, found[:1])
+    yield from _not_taken_for_layers(held, grouping, reading)
+    yield from map(Doubt, _part_of_a_stack(held, reading))
+    yield from map(Doubt, oddities(grouping, reading))
 
 
 def _nothing_coupled(grouping: Grouping, reading: Reading) -> Iterator[str]:
@@ -90,168 +107,52 @@ def _nothing_coupled(grouping: Grouping, reading: Reading) -> Iterator[str]:
         )
 
 
-def _unrestricted(grouping: Grouping) -> Grouping:
-    spec = grouping.spec.unrestricted()
-    if spec == grouping.spec:
-        return grouping
-    try:
-        return group_places(spec, grouping.places, grouping.treedef)
-    except ValueError:  # a leaf without the axis: that is why it is left out
-        return grouping
-
-
-def _held(grouping: Grouping) -> dict[Path, tuple[Group, Member]]:
-    return {
-        member.path: (group, member)
-        for group in grouping.groups
-        for member in group.members
+def _not_taken_for_layers(
+    held: Held, grouping: Grouping, reading: Reading
+) -> Iterator[Doubt]:
+    """What is coupled though it is apart, and what is left out beside its like."""
+    beside = {
+        _place_of(stack)
+        for stack in (*reading.stacks, *(left.stack for left in reading.left_out))
+        if stack.function == "unrolled" and held.keys() & stack.depths.keys()
     }
+    parts: dict[Hashable, list[Stack]] = defaultdict(list)
+    for reason, stack, is_apart in reading.left_out:
+        there = {path: held[path] for path in stack.depths if path in held}
+        if is_apart:
+            if group := _coupled_apart(stack, grouping):
+                yield Doubt(f"couples {shown_group(group)}: {reason}")
+            continue
+        if _place_of(stack) in beside:
+            parts[_place_of(stack)].append(stack)
+        if there:
+            # Such as Haiku's, whose first one has no number.
+            first = min(depth.layer for depth in stack.depths.values())
+            is_without_first = all(stack.depths[path].layer > first for path in there)
+            found = is_without_first and missing_layers(stack, held)
+            if found := found or read_as_stacked(stack, there):
+                yield Doubt(found, (stack,))
+        elif stack.is_named:
+            yield Doubt(f"leaves out all of {reason}", (stack,))
+    for stacks in parts.values():
+        if missing := [s for s in stacks if not held.keys() & s.depths.keys()]:
+            names = [str(next(iter(s.depths.values())).stack) for s in missing]
+            yield Doubt(
+                f"leaves out {some(names)}, which stand beside what it takes and are "
+                f"as many: probably parts of the same layers",
+                tuple(stacks),
+            )
 
 
-def _contradiction(
-    stack: Stack, held: Mapping[Path, tuple[Group, Member]], takes_unnamed: bool
-) -> str:
-    """What the grouping does to a stack that the tree shows, if that is another thing.
+def _place_of(stack: Stack) -> tuple[str, frozenset[int], bool]:
+    """Where its siblings are, their numbers, and whether they are lone arrays.
 
-    A leaf that the grouping leaves out is a role that is left out, as long as the
-    others of its layer are not. Stacks that are not called layers are missed where
-    there are none that are, or another one is taken.
+    Equal for lists side by side, of parts of the same layers.
     """
-    there = {path: held[path] for path in stack.depths if path in held}
-    if not there:
-        is_unrolled = stack.function == "unrolled" and not stack.is_minor
-        is_meant = stack.is_named or is_unrolled or takes_unnamed
-        return f"leaves out all of {stack.reason}" if is_meant else ""
-    for path, (_, member) in there.items():
-        if 0 < len(member.axes) < stack.num_axes:
-            return (
-                f"takes axis {some(member.axes)} of leaf {show_path(path)} for depth, "
-                f"but vectors have {stack.num_axes} axes beside their own: "
-                f"{stack.reason}. Probably depth runs over all of them"
-            )
-    if stack.kinds and set(stack.kinds) <= _KINDS:
-        return _one_kind(stack, there)
-    is_named_list = stack.function == "unrolled" and stack.is_named
-    is_read = not stack.doubts or stack.is_cycle or is_named_list
-    if not is_read and not (stack.function == "scanned" and stack.is_named):
-        return ""
-    if missing := _missing(stack, held):
-        return missing
-    for path, (group, member) in there.items():
-        axes = set(as_tuple(stack.depths[path].axis))
-        if stack.function == "unrolled" and member.axes:
-            # A cycle has a stride, and couples the siblings with each other.
-            is_alone = len(group.members) == 1
-            if _is_one_layer(group, member) or (is_alone and not _has_stride(member)):
-                return (
-                    f"takes axis {some(member.axes)} of leaf {show_path(path)} for "
-                    f"depth, but there are {stack.reason}. Probably the layers are "
-                    f"leaves of their own; were they positions of a cycle, they would "
-                    f"need a `stride`"
-                )
-        is_wrong = not axes <= set(member.axes) and (stack.is_on_axis or is_read)
-        if stack.function == "scanned" and (is_wrong or not member.axes):
-            taken = f"axis {some(member.axes)}" if member.axes else "no axis"
-            return (
-                f"takes {taken} of leaf {show_path(path)} for depth, but the layers "
-                f"are on axis {some(sorted(axes))}: {stack.reason}"
-            )
-    return _counterparts(stack, there) if is_read else ""
-
-
-def _missing(stack: Stack, held: Mapping[Path, tuple[Group, Member]]) -> str:
-    """Layers of which nothing is taken, though of others something is."""
-    there = {depth.layer for path, depth in stack.depths.items() if path in held}
-    missing = sorted({depth.layer for depth in stack.depths.values()} - there)
-    if not missing:
-        return ""
-    number = f"layer{'s' * (len(missing) > 1)} {some(missing)}"
-    return f"leaves out {number} of {stack.reason}"
-
-
-def _has_stride(member: Member) -> bool:
-    return getattr(member.scan, "stride", None) is not None
-
-
-def _is_one_layer(group: Group, member: Member) -> bool:
-    """Whether the leaf holds no more than one layer: a vector, or a matrix of Flax."""
-    needed = 3 if member.path and member.path[-1] == "kernel" else 2
-    return len(group.shape) + len(member.axes) < needed
-
-
-def _one_kind(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> str:
-    """Layers of one kind that are coupled over those of another kind."""
-    groups = [
-        {id(group) for p, (group, _) in there.items() if f"_{kind}/" in show_path(p)}
-        for kind in stack.kinds
-    ]
-    if set.intersection(*groups):
-        return ""
-    return (
-        f"couples layers of one kind with each other: in {stack.reason}, all parts are "
-        f"there as {some(stack.kinds)}, which are probably layers that follow each "
-        f"other"
-    )
-
-
-def _counterparts(stack: Stack, there: Mapping[Path, tuple[Group, Member]]) -> str:
-    """Layers of one stack that are coupled with others instead of with each other."""
-    roles: dict[tuple, list[tuple[int, Path]]] = defaultdict(list)
-    for path, (group, _) in there.items():
-        depth = stack.depths[path]
-        roles[depth.role, group.shape, group.dtype].append((depth.layer, path))
-    is_list = stack.function == "unrolled" and stack.is_named
-    for layers in roles.values():
-        own, uncoupled = {path for _, path in layers}, True
-        for (a, one), (b, other) in itertools.pairwise(sorted(layers)):
-            (group, member), (next_group, next_member) = there[one], there[other]
-            if group is next_group and _first(member) < _first(next_member):
-                uncoupled = False
-                continue
-            # A part of the stack by itself is a boundary that was set on purpose, but
-            # not one layer alone with a number of another kind.
-            all_members = (*group.members, *next_group.members)
-            is_own = {m.path for m in all_members} <= own and not stack.is_cycle
-            is_alone = is_list and min(group.num_layers, next_group.num_layers) < 2
-            if is_own and not (
-                is_alone and _first(next_member) - _first(member) < b - a
-            ):
-                continue
-            return (
-                f"does not couple {show_path(one)} with {show_path(other)}, though "
-                f"these are neighbors of {stack.reason}; it couples {_shown(group)}"
-            )
-        if is_list and uncoupled and len(layers) > 1:
-            return (
-                f"couples no two of {some(sorted(map(show_path, own)), 3)}, though "
-                f"these are in layers of {stack.reason}"
-            )
-    return _parts_of_one_layer(stack, there) if is_list else ""
-
-
-def _parts_of_one_layer(
-    stack: Stack, there: Mapping[Path, tuple[Group, Member]]
-) -> str:
-    """A group that couples what the tree shows in one layer."""
-    layers: dict[int, dict[int, Path]] = defaultdict(dict)
-    for path, (group, member) in there.items():
-        if group.run_lengths.max(initial=0) > 1 and not member.axes:
-            one = layers[id(group)].setdefault(stack.depths[path].layer, path)
-            if one != path:
-                return (
-                    f"couples {show_path(one)} with {show_path(path)}, which are in "
-                    f"one layer of {stack.reason}"
-                )
-    return ""
-
-
-def _first(member: Member) -> int:
-    return int(member.layers.flat[0]) if member.layers.size else 0
-
-
-def _shown(group: Group) -> str:
-    paths = [show_path(member.path) for member in group.members]
-    return some(paths, 3) if len(paths) > 1 else f"the slices of {paths[0]}"
+    depths = stack.depths.values()
+    name = next((str(depth.stack) for depth in depths), "")
+    numbers = frozenset(depth.layer for depth in depths)
+    return name.rpartition("/")[0], numbers, any(not depth.role for depth in depths)
 
 
 def _coupled_apart(stack: Stack, grouping: Grouping) -> Group | None:
@@ -269,9 +170,7 @@ def _coupled_apart(stack: Stack, grouping: Grouping) -> Group | None:
     return None
 
 
-def _part_of_a_stack(
-    held: Mapping[Path, tuple[Group, Member]], reading: Reading
-) -> Iterator[str]:
+def _part_of_a_stack(held: Held, reading: Reading) -> Iterator[str]:
     """One stack as a whole, and of another one a node inside that is called alike."""
     stacks = [s for s in reading.stacks if s.function == "scanned" and s.is_named]
     wholes = [s for s in stacks if s.depths.keys() <= held.keys()]
@@ -285,56 +184,6 @@ def _part_of_a_stack(
                 f"{len(stack.depths)} leaves of {stack.reason}; but all of "
                 f"{whole.reason}"
             )
-
-
-def _wrong_axes(grouping: Grouping) -> Iterator[str]:
-    """A scan axis that fits what a restriction keeps, but not the rest of the stack."""
-    spec = grouping.spec.unrestricted()
-    if spec == grouping.spec:
-        return
-    scans: dict[tuple, list[tuple[int, ...]]] = defaultdict(list)
-    found = spec.assign(grouping.places)
-    for place, assignment in zip(grouping.places, found, strict=True):
-        if assignment and assignment.scan and place.leaf is not MASKED:
-            depth = assignment.depth
-            scans[depth.stack, as_tuple(depth.axis)].append(np.shape(place.leaf))
-    for (stack, axes), shapes in scans.items():
-        sizes = {shape[axes[0]] for shape in shapes if len(shape) > axes[0]}
-        others = [
-            axis
-            for axis in range(min(map(len, shapes)))
-            if len({shape[axis] for shape in shapes}) == 1
-        ]
-        if len(axes) == 1 < len(sizes) and others:
-            yield (
-                f"takes axis {axes[0]} of stack {stack!r} for depth, whose size "
-                f"differs in the leaves that are left out; axis {others[0]} has size "
-                f"{shapes[0][others[0]]} in all of them"
-            )
-
-
-def _too_wide(grouping: Grouping, reading: Reading) -> Iterator[str]:
-    """Leaves beside a stack that the same `scanned` takes, of another size."""
-    stacks = [stack for stack in reading.stacks if not stack.is_one_layer]
-    inside = {path for stack in stacks for path in stack.depths}
-    scans: dict[DepthSpec, list[Member]] = defaultdict(list)
-    for group in grouping.coupled:
-        for member in group.members:
-            if member.scan is not None:
-                scans[member.scan].append(member)
-    for scan, members in scans.items():
-        sizes = {m.layers.shape for m in members if m.path in inside}
-        for member in members:
-            in_layers = {"layers", "layers of parts"} & set(map(meaning, member.path))
-            is_beside = member.path not in inside and not in_layers
-            if sizes and is_beside and member.layers.shape not in sizes:
-                yield (
-                    f"takes axis {some(member.axes)} of leaf {show_path(member.path)} "
-                    f"for {member.layers.size} layers, though it is in none of the "
-                    f"stacks that the tree shows: the pattern of {scan!r} is probably "
-                    f"too wide"
-                )
-                break
 
 
 def unknown_stacks(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -125,6 +125,13 @@ class Group:
         positions = [position for run in self.runs for position, _ in enumerate(run)]
         return np.arange(self.num_layers) - np.array(positions, int)
 
+    @property
+    def neighbors(self) -> list[tuple[Any, Any]]:
+        """The slots of each two layers that are neighbors, in depth order."""
+        pairs = itertools.pairwise(self.slots)
+        starts = itertools.pairwise(self.run_starts)
+        return [pair for pair, (a, b) in zip(pairs, starts, strict=True) if a == b]
+
     @functools.cached_property
     def ranks(self) -> tuple[np.ndarray, ...]:
         """For every member, the rank in `slots` of each of its slots."""
@@ -158,10 +165,7 @@ class Group:
     @property
     def missing(self) -> tuple[range, ...]:
         """Layer numbers that are missing between the first and the last, by gap."""
-        if self.ranked:
-            return ()
-        pairs = itertools.pairwise(self.layers)
-        return tuple(range(a + 1, b) for a, b in pairs if b > a + 1)
+        return () if self.ranked else missing_between(self.layers)
 
     @property
     def gaps(self) -> tuple[int, ...]:
@@ -206,6 +210,15 @@ class Grouping:
         return tuple(g for g in self.groups if g.run_lengths.max(initial=0) > 1)
 
     @functools.cached_property
+    def held(self) -> Held:
+        """The leaves that are in groups, by their paths."""
+        return {
+            member.path: (group, member)
+            for group in self.groups
+            for member in group.members
+        }
+
+    @functools.cached_property
     def reading(self) -> Reading:
         """What the tree shows by itself."""
         return read(self.places)
@@ -220,6 +233,27 @@ class Grouping:
         """The tree with new leaves at these positions, and its own at the others."""
         leaves = [new.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         return jax.tree.unflatten(self.treedef, leaves)
+
+
+def missing_between(layers: Sequence[int]) -> tuple[range, ...]:
+    """The numbers that are missing in an ascending sequence, by gap."""
+    pairs = itertools.pairwise(layers)
+    return tuple(range(a + 1, b) for a, b in pairs if b > a + 1)
+
+
+# What a grouping holds, by path.
+Held: TypeAlias = "Mapping[Path, tuple[Group, Member]]"
+
+
+def unrestricted(grouping: Grouping) -> Grouping:
+    """The grouping with what a restriction leaves out."""
+    spec = grouping.spec.unrestricted()
+    if spec == grouping.spec:
+        return grouping
+    try:
+        return group_places(spec, grouping.places, grouping.treedef)
+    except ValueError:  # a leaf without the axis: that is why it is left out
+        return grouping
 
 
 def group_by_depth(spec: DepthSpec, tree: Any) -> Grouping:

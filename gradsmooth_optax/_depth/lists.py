@@ -161,8 +161,14 @@ def stacked_axes(places: Sequence[Place]) -> list[int] | None:
     are called as vectors.
     """
     shapes = [np.shape(place.leaf) for place in present(places)]
-    has_vectors = any(p.path and str(p.path[-1]) in VECTORS for p in present(places))
-    return (common_axes(shapes) or None) if has_vectors else None
+    vectors = [
+        np.shape(p.leaf)
+        for p in present(places)
+        if p.path and str(p.path[-1]) in VECTORS
+    ]
+    # Haiku's norms over images have vectors of shape (1, 1, 1, channels).
+    are_whole = any(len(s) > 2 and sum(n > 1 for n in s) < 2 for s in vectors)
+    return (common_axes(shapes) or None) if vectors and not are_whole else None
 
 
 def _axes_of_matrices(places: Sequence[Place]) -> list[int] | None:

@@ -99,6 +99,11 @@ def show_path(path: Path) -> str:
     return "/".join(map(str, path))
 
 
+def without_numbers(path: Path) -> str:
+    """The "/"-joined path with "#" for every number."""
+    return re.sub(r"\d+", "#", show_path(path))
+
+
 def shortened(text: str, limit: int = 40) -> str:
     """The text, cut where it is long, for messages."""
     return text if len(text) <= limit else f"{text[:limit]}…"

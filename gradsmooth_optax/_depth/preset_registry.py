@@ -60,7 +60,8 @@ def preset(
             for argument, value in given.items():
                 if isinstance(parameters.parameters[argument].default, bool):
                     check_flag(argument, value)
-                hashable(argument, value)
+                if not isinstance(value, list):  # as good as a tuple
+                    hashable(argument, value)
             call = shown_call(f"layouts.{function.__name__}", args, options)
             spec = function(*args, **options)
             count = cast(int | None, options.get("num_layers"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gradsmooth_optax._depth.depth import as_tuple
 from gradsmooth_optax._depth.doubts import doubts
 from gradsmooth_optax._depth.groups import Grouping, group_places
 from gradsmooth_optax._depth.paths import MASKED, Place
@@ -71,7 +72,7 @@ def best_spec(
     inside = {path for stack in stacks for path in stack.depths}
     for make, options in TRIES:
         other = _tried(make(**options), reading, places, treedef)
-        if other and least < _pairs(other):
+        if other and least < _pairs(other) and _is_along(other, stacks):
             taken = (m.path for group in other.coupled for m in group.members)
             fitting += [other] * inside.issuperset(taken)
     # Of those that couple as much the one that is shortest to write.
@@ -87,10 +88,36 @@ def _tried(
         grouping = group_places(spec, places, treedef)
     except (TypeError, ValueError):
         return None
-    wrong = next(faults(grouping, strict=True), None) or next(
-        doubts(grouping, reading), None
+    return None if _wrong(grouping, reading) else grouping
+
+
+def _wrong(grouping: Grouping, reading: Reading) -> str:
+    """What is said of a grouping, if anything is."""
+    for found, fix, _ in faults(grouping, strict=True):
+        return f"{found} To fix: {fix}."
+    for found, _ in doubts(grouping, reading):
+        return f"`depth` {grouping.spec!r} {found}."
+    return "" if grouping.coupled else f"`depth` {grouping.spec!r} couples nothing."
+
+
+def why_not(
+    spec: DepthSpec, reading: Reading, places: Sequence[Place], treedef: Any
+) -> str:
+    """What is said of a call on this tree."""
+    try:
+        return _wrong(group_places(spec, places, treedef), reading)
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+def _is_along(grouping: Grouping, stacks: Sequence[Stack]) -> bool:
+    """Whether the axes over which the stacks are scanned are those of depth."""
+    axes = {m.path: set(m.axes) for group in grouping.groups for m in group.members}
+    return all(
+        set(as_tuple(depth.axis)) <= axes.get(path, set())
+        for stack in stacks
+        for path, depth in stack.depths.items()
     )
-    return grouping if grouping.coupled and wrong is None else None
 
 
 def _pairs(grouping: Grouping) -> set[tuple]:
@@ -98,11 +125,8 @@ def _pairs(grouping: Grouping) -> set[tuple]:
     pairs = set()
     for group in grouping.coupled:
         where = [(member.leaf, member.axes) for member in group.members]
-        slots = [(where[m], index) for m, index in group.slots]
         pairs |= {
-            (slots[i], slots[i + 1])
-            for i in range(len(slots) - 1)
-            if group.run_starts[i] == group.run_starts[i + 1]
+            tuple((where[m], index) for m, index in pair) for pair in group.neighbors
         }
     return pairs
 
@@ -123,55 +147,71 @@ def errors(
 def _rivals(grouping: Grouping) -> Iterator[str]:
     """Where `unrolled()` would have to choose between two numbers: both calls."""
     assigned = {m.path for group in grouping.groups for m in group.members}
-    for stack in grouping.reading.stacks:
-        if stack.rivals and not assigned & stack.depths.keys():
-            other = call_of_rivals(stack, grouping.places)
-            yield (
-                f"`depth` {grouping.spec!r} finds two numbers that may be the layer's: "
-                f"{stack.reason}; and {stack.rivals[0].reason}. To fix: write "
-                f"`{proposed([stack], grouping.places)!r}` or "
-                + (f"`{other!r}`." if other else "`strict=False`, to couple nothing.")
-            )
+    stacks = [s for s in grouping.reading.stacks if s.rivals or not s.is_one_layer]
+    rest = [stack for stack in stacks if not assigned & stack.depths.keys()]
+    stack = next((stack for stack in rest if stack.rivals), None)
+    if stack:
+        outer = proposed(stacks, grouping.places)
+        inner = call_of_rivals(stacks, grouping.places)
+        yield (
+            f"`depth` {grouping.spec!r} finds two numbers that may be the layer's: "
+            f"{stack.reason}; and {stack.rivals[0].reason}. To fix: write `{outer!r}` "
+            f"or "
+            + (f"`{inner!r}`." if inner else "`strict=False`, to couple nothing.")
+        )
 
 
-def call_of_rivals(stack: Stack, places: Sequence[Place]) -> DepthSpec | None:
-    """What takes the rivals of a stack; None where each of those is one layer."""
-    if all(rival.is_one_layer for rival in stack.rivals):
-        return None
-    return proposed(stack.rivals, places)
+def call_of_rivals(
+    stacks: Sequence[Stack], places: Sequence[Place]
+) -> DepthSpec | None:
+    """What takes the rivals of stacks; None where each of those is one layer."""
+    inner = [rival for stack in stacks for rival in stack.rivals or (stack,)]
+    several = [stack for stack in inner if not stack.is_one_layer]
+    return proposed(several, places)
 
 
 def _message(fault: Fault, grouping: Grouping) -> str:
     if not fault.is_misread:
         return f"{fault.found} To fix: {fault.fix}."
-    reading, found = grouping.reading, fault.found
+    reading, found, missed = grouping.reading, fault.found, ()
     if not reading.stacks and reading.left_out:
         found += f" The tree shows {reading.left_out[0].reason}."
-    cure = _cure(grouping, reading)
-    return f"{found} To fix: {cure}{'; or ' * bool(cure)}{fault.fix}."
+        missed = tuple(left.stack for left in reading.left_out if not left.is_apart)
+    cure = _cure(grouping, reading, found, missed)
+    if_so = "if those are the layers, " * bool(cure and missed)
+    return f"{found} To fix: {if_so}{cure}{'; or ' * bool(cure)}{fault.fix}."
 
 
 def warnings_of(grouping: Grouping) -> list[str]:
     """What is doubted, each with a call that was tried on the tree."""
-    found = list(doubts(grouping, grouping.reading))
-    cure = _cure(grouping, grouping.reading) if found else ""
-    advice = f"To fix: {cure}" if cure else "No call was found that does better"
-    return [
-        f"`depth` {grouping.spec!r} {doubt}. {advice}; or pass `strict=False` if it is "
-        f"meant."
-        for doubt in found
-    ]
+    warnings = []
+    for found, missed in doubts(grouping, grouping.reading):
+        cure = _cure(grouping, grouping.reading, found, missed)
+        advice = f"To fix: {cure}" if cure else "No call was found that does better"
+        stop = "" if found.endswith("?") else "."
+        warnings.append(
+            f"`depth` {grouping.spec!r} {found}{stop} {advice}; or pass `strict=False` "
+            f"if it is meant."
+        )
+    return warnings
 
 
-def _cure(grouping: Grouping, reading: Reading) -> str:
+def _cure(
+    grouping: Grouping, reading: Reading, found: str, missed: Sequence[Stack]
+) -> str:
     """A call that was tried, as advice; "" where none does better."""
     several = [stack for stack in reading.stacks if not stack.is_one_layer]
     certain = [stack for stack in several if stack.is_certain]
-    for stacks in (certain, several):
+    with_missed = [*several, *missed] if missed else []
+    taken = {member.path for group in grouping.groups for member in group.members}
+    beside = ((with_missed, True), (missed, True))
+    for stacks, is_added in (*beside, (certain, False), (several, False)):
         spec = best_spec(stacks, reading, grouping.places, grouping.treedef)
         call = spec and restricted_like(spec, grouping.spec)
-        if call and call != grouping.spec:
-            unsure = [doubt for stack in stacks for doubt in stack.doubts]
+        # What the reading does not take for layers is only added to what is taken.
+        inside = {path for stack in stacks for path in stack.depths}
+        if call and call != grouping.spec and not (is_added and not taken <= inside):
+            unsure = [d for stack in stacks for d in stack.doubts if d not in found]
             restricted = " with the same restriction" * (call != spec)
             so = "".join(f", if so: {doubt}" for doubt in unsure[:1])
             return f"write `{spec!r}`{restricted}{so}"

@@ -26,9 +26,9 @@ from gradsmooth_optax._depth.scans import scanned_stack, stacked, stacked_betwee
 from gradsmooth_optax._depth.siblings import Siblings, children_of
 from gradsmooth_optax._depth.stack import LeftOut, Reading, Stack
 from gradsmooth_optax._depth.words import (
-    is_apart,
     is_layer,
     is_stage,
+    may_be_apart,
     meaning,
     split_number,
 )
@@ -67,9 +67,19 @@ def _read(tree: tuple[Place, ...]) -> Reading:
     best = max(ranks, default=(False, False))
     minor = [s for s, r in zip(stacks, ranks, strict=True) if s.is_minor and r < best]
     left_out += [LeftOut(stack.reason, stack, False) for stack in minor]
-    kept = [stack for stack in stacks if stack not in minor]
+    kept = [
+        replace(stack, doubts=(*stack.doubts, _other_word(stack)))
+        if not stack.is_named and best[0] and stack.function == "unrolled"
+        else stack
+        for stack in stacks
+        if stack not in minor
+    ]
     sizes = {p.path: np.shape(p.leaf) for p in present(tree)}
     return Reading(tuple(_with_remainders(kept, sizes)), tuple(left_out))
+
+
+def _other_word(stack: Stack) -> str:
+    return f"{stack.reason}, but not called layers, as others are. Are they?"
 
 
 def _with_remainders(
@@ -109,7 +119,7 @@ def _stacks(
         if stack := stacked(node, places, tree):
             yield stack
             return
-        is_first = is_apart(node) and not is_apart(node[:-1])
+        is_first = may_be_apart(node) and not may_be_apart(node[:-1])
         has_layers = any(
             meaning(s) == "layers" for p in places for s in p.path[len(node) :]
         )
@@ -136,7 +146,8 @@ def _lone_layer(node: Path, child: str | int, inside: list[Place]) -> Stack | No
     """The child as the only layer: it has no neighbor, but a place."""
     number = split_number(child)
     is_list = any(f.stem == "" for f in children_of((*node, child), inside)[0])
-    is_bare = is_layer(child) and str(child)[-1] != "s" and not is_list
+    is_leaf = any(place.path == (*node, child) for place in inside)
+    is_bare = is_layer(child) and str(child)[-1] != "s" and not is_list and not is_leaf
     stem, n = number or (str(child), 0)
     siblings = Siblings(node, stem, {n: inside}, is_bare)
     is_one = (number or is_bare) and siblings.meaning == "layers"
@@ -149,6 +160,7 @@ def _numbered(
     """The siblings as layers, or the stacks in each of them; or both as rivals."""
     found, equal = siblings.meaning, siblings.are_equal
     is_named = found == "layers" and (equal or siblings.num_modules > 1)
+    is_named |= found == "layers" and siblings.share_matrices
     left_out_inside: list[LeftOut] = []
     inner = [
         stack
@@ -177,11 +189,22 @@ def _numbered(
         return
     inside = [s for s in inner if s.is_equal and not s.is_one_layer]
     inside += [stack for _, stack, _ in left_out_inside]
-    if not is_named and any(s.is_named and not s.is_minor for s in inside):
+    named = [s for s in inside if s.is_named and not s.is_minor]
+    if not is_named and named:
         left_out += left_out_inside
+        if found == "other" and max(map(_num_layers, named)) == 2:
+            yield replace(whole, rivals=tuple(named))  # or parts, as block1 and block2
+            return
+        if max(map(_num_layers, named)) < 2:  # of which a mask leaves one
+            reason = f"{siblings}: {len(siblings.children)} siblings with layers inside"
+            left_out.append(LeftOut(reason, layers_of(siblings), True))
         yield from inner
         return
     yield replace(whole, rivals=tuple(_rivals(siblings, inner, is_named)))
+
+
+def _num_layers(stack: Stack) -> int:
+    return len({depth.layer for depth in stack.depths.values()})
 
 
 def _rivals(siblings: Siblings, inner: list[Stack], is_named: bool) -> list[Stack]:

@@ -23,6 +23,7 @@ from gradsmooth_optax._depth.words import (
     VECTORS,
     is_apart,
     is_layer,
+    may_be_apart,
     meaning,
     split_number,
 )
@@ -106,13 +107,17 @@ def _stacked_by_shapes(
     is_named = word == "layers" or (word == "layers of parts" and num_modules > 1)
     if not axes or not (is_named or (has_vectors and num_modules > 1)):
         return None
-    families = [f for f in children_of(node, places)[0] if f.meaning != "parts"]
+    all_families = children_of(node, places)[0]
+    families = [f for f in all_families if f.meaning != "parts" or not f.stem]
     number, least = split_number(node[-1]), min(map(len, shapes))
     is_numbered = number and (least > 2 or _is_one_of_several(node, number[0], tree))
     if not has_vectors and (is_numbered or families or len(leaves) < 2):
         return None
     is_inside_apart = all(is_apart(p.path[:-1]) for p in leaves)
-    if is_inside_apart and not is_layer(node[-1]):
+    are_lists = any(f.meaning == "layers" and not f.stem for f in families)
+    if is_inside_apart and (are_lists or not is_layer(node[-1])):
+        return None
+    if may_be_apart(node) and not is_named:
         return None
     if _layers_are_below(node, places):
         return None
@@ -164,7 +169,7 @@ def _stacked_by_shapes(
     is_one = least == 2 and (len(axes) == 1 or is_told)
     is_on_axis = is_one and (has_vectors or is_told) and not may_be_last
     # The other axes have sizes that are seen elsewhere, as the model's width is.
-    is_on_axis |= least == 2 and has_vectors and len(own) == 1 < len(axes)
+    is_on_axis |= (least == 2 or is_named) and len(own_axes(axes, leaves, tree)) == 1
     num_axes = least - 1 if has_vectors else 1
     return replace(stack, num_axes=num_axes, is_on_axis=is_on_axis)
 
@@ -247,4 +252,5 @@ def scanned_stack(
         is_named,
         doubts,
         kinds=kinds,
+        may_be_cycle=bool(cycle or layers or kinds),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gradsmooth_optax._arrays import inexact_dtype
-from gradsmooth_optax._depth.paths import MASKED, Path, Place, show_path
+from gradsmooth_optax._depth.paths import MASKED, Path, Place, present, show_path
 from gradsmooth_optax._depth.words import (
     VECTORS,
     Meaning,
@@ -57,7 +57,11 @@ class Siblings:
     def numbers_of(self) -> dict[Path, list[int]]:
         """The numbers of the siblings that hold each path; wholly masked ones none."""
         numbers: dict[Path, list[int]] = defaultdict(list)
+        there = {self.inside(p) for p in present(self.places)}
         for number, places in self.children.items():
+            inside = {self.inside(place) for place in places}
+            if not present(places) and inside.isdisjoint(there) and there:
+                continue  # not a layer that is masked, but what has no parameters
             for place in places:
                 if self.inside(place) or place.leaf is not MASKED:
                     numbers[self.inside(place)].append(number)
@@ -95,13 +99,26 @@ class Siblings:
         And not vectors alone: a norm and a linear layer both have a bias.
         """
         known = {n for numbers in self.numbers_of.values() for n in numbers}
+        ranks: dict[Path, set[int]] = defaultdict(set)
+        for path, shape, _ in self.numbers_of_roles:
+            ranks[path].add(len(shape))
         common = [
-            p for p, numbers in self.numbers_of.items() if len(numbers) == len(known)
+            path
+            for path, numbers in self.numbers_of.items()
+            if len(numbers) == len(known) and len(ranks[path]) < 2
         ]
         most = max(map(len, self.children.values()))
         vectors_alone = all(path and str(path[-1]) in VECTORS for path in common)
         return not known or (
             2 * len(common) >= most and not (vectors_alone and len(common) < most)
+        )
+
+    @property
+    def share_matrices(self) -> bool:
+        """Whether all of them hold a matrix of one shape, whatever else some hold."""
+        return any(
+            len(numbers) == len(self.children) and len(shape) > 1
+            for (_, shape, _), numbers in self.numbers_of_roles.items()
         )
 
     @property
@@ -203,10 +220,15 @@ def children_of(
         if stem in ambiguous:
             continue
         bare = stem.removesuffix("_")
-        counts_from_one = sorted(numbered) == list(range(1, len(numbered) + 1))
-        first_is_bare = bool(bare) and bare in children and counts_from_one
+        first, count = min(numbered), len(numbered)
+        is_counted = sorted(numbered) == list(range(first, first + count))
+        # From 2 on there may be a gap, or the count is from 1: to be decided.
+        is_next = first == 1 or (first == 2 and count > 1)
+        first_is_bare = bool(bare) and bare in children and is_counted and is_next
         if first_is_bare:
             numbered[0] = bare
+        elif bare and first == 1 and f"first_{bare}" in children:
+            numbered[0] = f"first_{bare}"
         if len(numbered) > 1:
             found = {n: children.pop(numbered[n]) for n in sorted(numbered)}
             families.append(Siblings(node, stem, found, first_is_bare))

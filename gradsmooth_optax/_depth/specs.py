@@ -398,7 +398,9 @@ class _Unrolled(_ShowsItsCall):
 
     def _assign_by_reading(self, places: Sequence[Place]) -> Assignments:
         stacks = [s for s in read(places).stacks if s.function == "unrolled"]
-        depths = {p: d for s in stacks if not s.rivals for p, d in s.depths.items()}
+        sure = [stack for stack in stacks if not stack.rivals]
+        taken = [stack for stack in sure if stack.is_named] or sure
+        depths = {p: d for stack in taken for p, d in stack.depths.items()}
         found = (depths.get(place.path) for place in places)
         return [d and self._assigned(d.stack, d.role, d.layer) for d in found]
 

@@ -29,6 +29,7 @@ class Stack:
       is_minor: whether they are single modules that are no layers beside others.
       is_one_layer: whether there is nothing to couple in it.
       is_on_axis: whether there is no doubt of its axis.
+      may_be_cycle: whether its parts may be positions in a cycle of layers.
     """
 
     function: Literal["unrolled", "scanned"]
@@ -46,6 +47,7 @@ class Stack:
     is_minor: bool = False
     is_one_layer: bool = False
     is_on_axis: bool = True
+    may_be_cycle: bool = False
 
     @property
     def is_cycle(self) -> bool:

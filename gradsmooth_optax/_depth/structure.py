@@ -188,16 +188,18 @@ def _duplicate(group: Group) -> Fault:
         )
     if all(member.axes for member in holders):
         return Fault(
-            f"{given} {len(paths)} stacked leaves: {some(paths)}. They are probably "
-            f"positions in a cycle of layers, or parts of one chain.",
-            "give the cycle's length, as in `scanned(r'layers_(\\d+)/', stride=6)`, "
-            "shift one part with `start=`, or name another `stack=`",
+            f"{given} {len(paths)} stacked leaves: {some(paths)}. They are parts of "
+            f"one layer, positions in a cycle of layers, or parts of one chain.",
+            f"for parts of a layer let the pattern end before their names; for a cycle "
+            f"take the position into it and give the length, "
+            f"`stride={len(group.members)}`; shift a part of a chain with `start=`; or "
+            f"name another `stack=`",
         )
     return Fault(
         f"{given} {len(paths)} leaves: {some(paths)}. The pattern probably drops the "
         f"part of the path that tells them apart.",
-        "capture it, as in `(?P<stack>...)` or `(?P<role>...)`, or shift one part with "
-        "`start=`",
+        "capture it, as in `(?P<stack>...)` or `(?P<role>...)`, shift one part with "
+        "`start=`, or name another `stack=`",
     )
 
 

@@ -24,7 +24,8 @@ _PARTS = {
 # Never one after the other, whatever they hold.
 _BESIDE = {
     *("expert", "head", "tower", "branch", "branche", "codebook", "vmap", "view"),
-    *("mtp",),
+    *("mtp", "replica", "fold", "sample", "camera", "speaker", "probe", "sensor"),
+    *("language", "lang", "domain", "world", "annotator"),
 }
 # Things that hold layers. A list may be called as what it is in: `encoder/0`.
 _WHOLES = {
@@ -32,7 +33,12 @@ _WHOLES = {
     *("agent", "task", "client", "encoder", "decoder", "net", "network", "q", "qf"),
     *("vf", "per_layer", "player", "generator", "discriminator", "disc", "seed"),
     *("adapter", "quantizer", "modality", "stream", "subnet", "backbone", "trunk"),
-    *("torso", "estimator", "period"),
+    *("torso", "estimator", "period", "student", "teacher", "classifier"),
+}
+# Those of which a few are trained beside each other, by `vmap`.
+_LEARNERS = {
+    *("critic", "actor", "policy", "agent", "player", "discriminator", "q", "qf"),
+    *("vf", "estimator", "member", "ensemble"),
 }
 _LISTS_OF_WHOLES = {f"{word}s" for word in _WHOLES} | {
     "policies",
@@ -50,7 +56,8 @@ def meaning(name: str | int, is_list: bool = False) -> Meaning:
     words = _words(name)
     if not words:
         return "other"
-    if words[:2] == ["layer", "stack"] or words[0] == "layers":
+    is_plural_first = words[0] == "layers" and words[-1] not in _PARTS
+    if words[:2] == ["layer", "stack"] or is_plural_first:
         return "layers"  # Haiku's, and MaxText's layers_outside_pipeline
     singular = [word.removesuffix("s") for word in words]
     is_attention = {"attention", "attn"} & set(words)  # whose heads are in its arrays
@@ -82,6 +89,11 @@ def is_layer(name: str | int) -> bool:
 def is_apart(node: tuple[str | int, ...]) -> bool:
     """Whether a path is of things that stand side by side, such as experts."""
     return any(meaning(segment, True) == "beside" for segment in node)
+
+
+def may_be_apart(node: tuple[str | int, ...]) -> bool:
+    """The same, or of one learner that may be several, stacked: `critic`."""
+    return is_apart(node) or any(_LEARNERS & {*_words(n)[-1:]} for n in node)
 
 
 def is_stage(name: str | int) -> bool:

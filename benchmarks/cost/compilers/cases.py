@@ -124,6 +124,12 @@ _ONE_UPDATE = Bars(
     gpu={"traffic / base": (0, 1.32), "custom calls": _NOTHING},
 )
 
+# To the compilers a layer by itself is not more than the whole leaf.
+_SAME_AS_BASE = Bars(
+    tpu={"bytes / base": (0, 1.01), "temporaries": _NO_TEMPORARIES},
+    gpu={"custom calls": _NOTHING},
+)
+
 
 def cases(devices: Sequence[Any], sizes: Sizes = FULL) -> list[Case]:
     """Returns every case, for these devices."""
@@ -131,6 +137,7 @@ def cases(devices: Sequence[Any], sizes: Sizes = FULL) -> list[Case]:
         *updates(devices, sizes),
         *sharded(devices, sizes),
         *steps(devices, sizes),
+        *each_layer(devices, sizes),
         *training(devices, sizes),
     ]
 
@@ -366,6 +373,44 @@ def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             in_order=False,
         ),
     ]
+
+
+def each_layer(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
+    """Returns steps that treat every layer by itself, beside the whole leaf's."""
+    on_one = _replicated(Mesh(np.array(devices[:1]), ("data",)))
+    rate = optax.scale_by_learning_rate(1e-3)
+
+    def leaf(axis: int) -> dict[str, Any]:
+        shape = [sizes.width // 4, sizes.width // 2]
+        shape.insert(axis, sizes.layers)
+        one = jax.ShapeDtypeStruct(tuple(shape), jnp.float32, sharding=on_one)
+        return {"blocks": {"w": one}}
+
+    found = []
+    for axis, name, inner in (
+        (0, "scale_by_adam", optax.scale_by_adam()),
+        (1, "scale_by_adam", optax.scale_by_adam()),
+        (0, "scale_by_trust_ratio", optax.scale_by_trust_ratio()),
+        (0, "clip_by_block_rms", optax.clip_by_block_rms(1.0)),
+        (0, "scale_by_factored_rms", optax.scale_by_factored_rms()),
+        (0, "adaptive_grad_clip", optax.adaptive_grad_clip(0.1)),
+    ):
+        depth = gs.scanned("blocks/", axis=axis)
+        base = f"step, {name}, axis {axis}: base"
+        found += [
+            _step(base, lambda inner=inner: optax.chain(inner, rate), leaf(axis)),
+            _step(
+                f"step, per_layer({name}), axis {axis}",
+                lambda inner=inner, depth=depth: optax.chain(
+                    gs.per_layer(inner, depth), rate
+                ),
+                leaf(axis),
+                _SAME_AS_BASE,
+                base,
+            ),
+        ]
+    decay = functools.partial(gs.scale_over_depth, STACKED, gs.layer_wise_decay(0.75))
+    return [*found, _update("scale_over_depth", decay, leaf(0))]
 
 
 def training(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
