@@ -98,12 +98,6 @@ def whole_along(y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return _resharded(y, tuple(spec), y)
 
 
-def is_split(y: jax.Array, axis: int) -> bool:
-    """Whether the type of `y` says that it is split along this axis."""
-    spec = _spec(y)
-    return axis < len(spec) and spec[axis] is not None
-
-
 def anchored(y: jax.Array, x: jax.Array) -> jax.Array:
     """`y`, of the shape of a stacked `x`, so that the compiler gives it x's sharding.
 
@@ -154,9 +148,10 @@ def may_vary(x: Any, axis_name: Hashable) -> bool:
     return not known or axis_name in _varying_axes(x)
 
 
-def varying_among(axis_names: Sequence[Hashable], x: Any) -> tuple[Hashable, ...]:
-    """Those of the mesh axes along which `x` may vary."""
-    return tuple(name for name in axis_names if may_vary(x, name))
+def summed_over(axis_names: Sequence[Hashable], number: jax.Array) -> jax.Array:
+    """The sum over the mesh axes along which the number may vary."""
+    varying = tuple(name for name in axis_names if may_vary(number, name))
+    return lax.psum(number, varying) if varying else number
 
 
 def _varying_axes(x: Any) -> frozenset:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from gradsmooth_optax._arrays import in_dtype, num_bits, varying_among, widened
+from gradsmooth_optax._arrays import in_dtype, summed_over, widened
 from gradsmooth_optax._checks import (
     NormScope,
     check_choice,
@@ -22,11 +22,11 @@ from gradsmooth_optax._checks import (
 from gradsmooth_optax._coupling import norms
 from gradsmooth_optax._coupling.halos import width_of, with_halos
 from gradsmooth_optax._coupling.layer_values import (
+    IsIn,
     LayerValues,
     Names,
     along_depth,
     masked,
-    real_dtype,
     slot_values,
     summed_by_name,
     values_of,
@@ -240,7 +240,7 @@ class Layers:
         if isinstance(weights, LayerValues):
             return self._scaled_by_values(weights)
         if is_function(weights):
-            return self._scaled_by_values(values_of_runs(self, weights))
+            return self._scaled_by_values(self.values_of_runs(weights))
         check_one_number("weights", weights)
         return self._each(lambda g, m: self._times(weights, g, m))
 
@@ -262,6 +262,19 @@ class Layers:
         pairs = zip(waits, weights._arrays, strict=True)
         scales = [tuple(group_arrays) if wait else None for wait, group_arrays in pairs]
         return self._with(self._each(applied)._arrays, scales)
+
+    def in_range(self, factors: LayerValues) -> Layers:
+        """Powers of two times u, still in u's own dtype, which is what crosses devices.
+
+        Applied before anything else, so that no derivative leaves the range.
+        """
+
+        def scaled(g: int, m: int) -> Any:
+            y, x = self._times(factors._arrays[g][m], g, m), self._arrays[g][m]
+            is_exact = jnp.finfo(self._groups[g].dtype).maxexp >= 128  # not in float16
+            return y.astype(x.dtype) if is_exact and y is not x else y
+
+        return self._each(scaled)
 
     def _times(self, weight: Any, g: int, m: int) -> Any:
         x = self._arrays[g][m]
@@ -319,6 +332,18 @@ class Layers:
 
     # -- Numbers per layer -------------------------------------------------------------
 
+    def values_of_runs(self, of_run: Callable[[int], Any]) -> LayerValues:
+        """Numbers that follow from where in its run a layer is.
+
+        Args:
+          of_run: num_layers of a run -> (L,), one for each of its layers.
+        """
+
+        def along(group: DepthGroup, m: int) -> Any:
+            return along_depth(group, m, weights_per_layer(group, m, of_run))
+
+        return values_of(self._groups, along)
+
     def norms(self, scope: NormScope | None = None) -> LayerValues:
         """‖u_l‖ of every layer.
 
@@ -326,116 +351,127 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        return norms_of((self,), scope)[0]
+        (squares,) = self.squares(scope)
+        return squares.sums.map(norms.root, squares.factors)
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
         """‖u_l‖² of every layer, as far as the dtype can hold it: see `norms`."""
-        return self.norms(scope).map(jnp.square)
+        return self.norms(scope) ** 2
 
     def inner(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
         """Re⟨u_l, v_l⟩ of every layer.
 
         Where one of the two is `shifted`, over the roles in which both layers are: 0
-        where there is none. In float32 it holds for updates of about 1e-16 to 1e18.
+        where there is none. It holds for updates of about 1e-16 to 1e14.
 
         Args:
           other: v.
           scope: as in `norms`.
         """
-        (products,) = self._per_layer(_inner_products, [(self, other)])
-        return self._summed(products, other, scope)
+        return self._summed(self._products(other), other, scope)
 
     def cosine(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
         """Cosine of u_l and v_l, with norms over the roles in which both layers are.
 
-        0 where there is none, and where one of the norms is 0 or, in float32, 1e26
-        times the other.
+        0 where there is none, and where one of the norms is 0.
 
         Args:
           other: v, such as `layers.shifted(1)`.
           scope: as in `norms`.
         """
-        if other._of is self and self._of is None:
-            own, dots = self._sums((self, self), (self, other))
-            # Without looking at the layers again.
-            there = [x.shifted(other._offset) for x in own]
-        else:
-            own, there, dots = self._sums((self, self), (other, other), (self, other))
-        own, there = (self._joined(sums, other, scope) for sums in (own, there))
-        dots = [self._summed(x, other, scope) for x in dots]
-        return own.map(norms.cosine, there, *dots)
 
-    def with_norms_of(self, other: Layers, scope: NormScope | None = None) -> Layers:
+        def sums_of(factors: Sequence[LayerValues]) -> list[LayerValues]:
+            u, v = self, other
+            if factors:
+                u, v = (x.scaled(f) for x, f in zip((u, v), factors, strict=True))
+            own, dots = u._products(u), u._products(v)
+            if other._of is self and self._of is None:
+                there = own.shifted(other._offset)  # without looking at them again
+            else:
+                there = v._products(v)
+            return [self._summed(x, other, scope) for x in (own, there, dots)]
+
+        (own, there, dots), _ = self._in_range(sums_of, 2, other, scope)
+        return dots.map(norms.cosine, own, there)
+
+    def with_norms_of(
+        self,
+        other: Layers | Callable[[Layers], Layers],
+        scope: NormScope | None = None,
+    ) -> Layers:
         """u_l ‖v_l‖ / ‖u_l‖: these layers at the norms of others, 0 where one is 0.
 
         Args:
-          other: v.
+          other: v, or a function of these layers to v, which is then not kept.
           scope: as in `norms`.
         """
-        wanted, own = norms_of((other, self), scope)
-        ratios = wanted.map(norms.marked_ratio, own)
+        make = other if is_function(other) else lambda _: other
+        own, wanted = self.squares(scope, lambda layers: layers, make)
+        ratios = norms.ratios(wanted, own, where_zero=-1.0)
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
-    def _sums(self, *pairs: tuple[Layers, Layers]) -> list[list[LayerValues]]:
-        """Re⟨u, v⟩ of every layer of every role, at each scale, for every pair."""
-        return [_by_scale(sums) for sums in self._per_layer(norms.sums, pairs)]
+    def squares(
+        self, scope: NormScope | None, *functions: Callable[[Layers], Layers]
+    ) -> list[norms.Squares]:
+        """‖u_l‖² of every layer in the range of the dtype.
 
-    def _joined(
-        self, sums: Sequence[LayerValues], other: Layers, scope: NormScope | None
-    ) -> LayerValues:
-        """Norms over the roles of a block, of what is there at both offsets."""
-        scope = self.norm_scope if scope is None else scope
-        small, *others = sums
-        if scope == "param":
-            return self._summed(small.map(norms.root, *others), other, scope)
-        dtypes = {real_dtype(group) for group in self._groups}
-        if len(dtypes) > 1:  # which have other scales
-            roots = small.map(norms.root, *others)
-            widest = max(dtypes, key=num_bits)
-            small, *others = _by_scale(
-                roots.map(lambda norm: norms.squares(norm.astype(widest)))
-            )
-        small, *others = (self._summed(x, other, scope) for x in (small, *others))
-        return small.map(norms.root, *others)
+        Args:
+          scope: as in `norms`.
+          *functions: of these layers to those that are meant, which are applied again
+            where sums of squares leave the range; none for these layers themselves.
+        """
 
-    def _per_layer(
-        self, function: Callable[..., Any], pairs: Sequence[tuple[Layers, Layers]]
-    ) -> list[LayerValues]:
-        """`function([(u, v), …], axes, keepdims)` of every layer of every role."""
-        rows = []
-        for g, group in enumerate(self._groups):
-            rows.append([])
-            for m, member in enumerate(group.members):
-                values = {id(of): of._value(g, m) for pair in pairs for of in pair}
-                arrays = [(values[id(u)], values[id(v)]) for u, v in pairs]
-                ndim = arrays[0][0].ndim
-                axes = tuple(axis for axis in range(ndim) if axis not in member.axes)
-                sums = function(arrays, axes, group.is_stacked)
-                varying = varying_among(self._norm_axes, jax.tree.leaves(sums)[0])
-                rows[-1].append(lax.psum(sums, varying) if varying else sums)
-        return [
-            LayerValues(self._groups, tuple(tuple(m[i] for m in row) for row in rows))
-            for i in range(len(pairs))
-        ]
+        def sums_of(factors: Sequence[LayerValues]) -> list[LayerValues]:
+            every = [function(self) for function in functions] or [self]
+            if factors:
+                every = [x.scaled(f) for x, f in zip(every, factors, strict=True)]
+            return [self._summed(x._products(x), self, scope) for x in every]
+
+        sums, factors = self._in_range(sums_of, len(functions) or 1, self, scope)
+        return list(map(norms.Squares, sums, factors))
+
+    def _in_range(
+        self, sums_of: norms.SumsOf, count: int, other: Layers, scope: NormScope | None
+    ) -> tuple[Sequence[LayerValues], Sequence[LayerValues]]:
+        stages = {g.axis_name for g in self._groups if isinstance(g, Stage)}
+        return norms.in_range(
+            sums_of, count, self._is_in(other, scope), (*self._norm_axes, *stages)
+        )
+
+    def _products(self, other: Layers) -> LayerValues:
+        """Re⟨u, v⟩ of every layer of every role."""
+        place = {group: g for g, group in enumerate(self._groups)}
+
+        def product(group: DepthGroup, m: int) -> jax.Array:
+            x, y = (of._value(place[group], m) for of in (self, other))
+            depth_axes = group.members[m].axes
+            axes = [axis for axis in range(x.ndim) if axis not in depth_axes]
+            sums = norms.inner_product(x, y, axes, keepdims=group.is_stacked)
+            return summed_over(self._norm_axes, sums)
+
+        return values_of(self._groups, product)
 
     def _summed(
         self, products: LayerValues, other: Layers, scope: NormScope | None
     ) -> LayerValues:
         """Sums over the roles of a block, of what is there at both offsets."""
+        products = masked(products, self._is_in(other, scope))
+        if (self.norm_scope if scope is None else scope) == "param":
+            return products
+        offsets = self._offset, other._offset
+        return summed_by_name(products, lambda g, m: _names(g, m, offsets))
+
+    def _is_in(self, other: Layers, scope: NormScope | None) -> IsIn | None:
+        """Which slots are in such sums; None for all."""
         scope = self.norm_scope if scope is None else scope
         check_choice("scope", scope, ("param", "block"))
         first, second = self._offset, other._offset
         if first or second:
-            products = masked(
-                products,
-                lambda g, m: g.has_neighbor(m, first) & g.has_neighbor(m, second),
-            )
-        elif scope == "block":  # a layer without neighbors is in no block
-            products = masked(products, lambda g, m: g.positions(m)[1] >= self._fewest)
-        if scope == "param":
-            return products
-        return summed_by_name(products, lambda g, m: _names(g, m, (first, second)))
+            return lambda g, m: g.has_neighbor(m, first) & g.has_neighbor(m, second)
+        if scope == "block":  # a layer without neighbors is in no block
+            return lambda g, m: g.positions(m)[1] >= self._fewest
+        return None
 
     # -- Arrays ------------------------------------------------------------------------
 
@@ -496,51 +532,8 @@ class Layers:
         return cls(groups, *children, *rest)
 
 
-def norms_of(
-    every: Sequence[Layers], scope: NormScope | None = None
-) -> list[LayerValues]:
-    """‖u_l‖ of several u over the same layers, which are looked at once for all.
-
-    Args:
-      every: of which none is shifted.
-      scope: as in `Layers.norms`.
-    """
-    first = every[0]
-    sums = first._sums(*((u, u) for u in every))
-    return [first._joined(sums_of_one, first, scope) for sums_of_one in sums]
-
-
-def values_of_runs(layers: Layers, of_run: Callable[[int], Any]) -> LayerValues:
-    """Numbers that follow from where in a run a layer is.
-
-    Args:
-      layers: that they are of.
-      of_run: num_layers of a run -> (L,), one for each of its layers.
-    """
-
-    def along(group: DepthGroup, m: int) -> Any:
-        return along_depth(group, m, weights_per_layer(group, m, of_run))
-
-    return values_of(layers._groups, along)
-
-
 def _zero_like(x: Any) -> _Zero:
     return x if isinstance(x, _Zero) else _Zero(x)
-
-
-def _by_scale(sums: LayerValues) -> list[LayerValues]:
-    return [sums.map(operator.itemgetter(i)) for i in range(len(norms.Sums._fields))]
-
-
-def _inner_products(
-    pairs: Sequence[tuple[jax.Array, jax.Array]], axes: tuple[int, ...], keepdims: bool
-) -> list[jax.Array]:
-    """Re⟨x, y⟩ over these axes for every pair."""
-    found = []
-    for x, y in pairs:
-        product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-        found.append(jnp.sum(product, axis=axes, keepdims=keepdims))
-    return found
 
 
 def _names(group: DepthGroup, m: int, offsets: tuple[int, int]) -> Names:

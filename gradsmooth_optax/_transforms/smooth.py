@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -20,15 +21,9 @@ from gradsmooth_optax._checks import (
     check_flag,
     transformation,
 )
+from gradsmooth_optax._coupling import norms
 from gradsmooth_optax._coupling.layer_values import LayerValues
-from gradsmooth_optax._coupling.layers import (
-    Layers,
-    layers_of,
-    leaves_of,
-    norms_of,
-    values_of_runs,
-)
-from gradsmooth_optax._coupling.norms import inverse, marked_ratio, ratio
+from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
 from gradsmooth_optax._depth.checked_groups import check_structure, coupled_groups
 from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -108,19 +103,16 @@ def smooth_over_depth(
     Place it after the preconditioner, before weight decay and learning rate:
     `chain(scale_by_adam(), smooth_over_depth(...), add_decayed_weights(wd),
     scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
-    mask. Keeps each leaf's dtype and sharding (but where layers of an unrolled stack
-    are laid out differently over Auto mesh axes, which only `out_shardings` of `jit`
-    keeps); arithmetic is in float32 (float64 for float64 leaves).
+    mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
+    float64 leaves).
 
     A band of up to three neighbors on each side, of six where several leaves hold a
     stack, is applied as shifted copies, with memory for one more copy of the role that
     is being smoothed; a wider one as one matmul over all layers, which gathers a leaf
     whose layer axis is sharded. A non-finite update of one layer spreads to its
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
-    `optax.zero_nans`. Norms hold for updates of about 1e-37 to 3e34, of float64 for
-    1e-300 to 1e300; where layers cancel, what rounding alone may have left counts as 0.
-    Derivatives by the updates are finite there too, but those of "directional" where
-    ‖u‖² is in range.
+    `optax.zero_nans`. Norms are sums of squares in float32 and hold for updates of
+    about 1e-16 to 1e18.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
@@ -226,17 +218,20 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
     """S u, S u at the norm of u, or S of u/‖u‖ at the norm of u."""
     if variant == "standard":
         return _couple(operator, layers)
+    couple = functools.partial(_couple, operator)
     if variant == "norm_preserving":
         # A zero layer may receive its neighbors' update.
-        smooth = _couple(operator, layers)
-        shares = _shares(operator, layers, lambda matrix: matrix.diagonal())
-        before, after = norms_of((layers, smooth))
-        return smooth.scaled(before.map(ratio, after, shares * before))
-    before = layers.norms()
-    smooth = _couple(operator, layers.scaled(before.map(inverse)))
-    shares = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
-    ratios = before.map(marked_ratio, smooth.norms(), shares)
-    return layers.where(ratios < 0, smooth.scaled(ratios))
+        before, after = layers.squares(None, lambda u: u, couple)
+        own = _shares(operator, layers, lambda matrix: matrix.diagonal())
+        rounding = own * before.sums.map(norms.root, before.factors)
+        return couple(layers).scaled(norms.ratios(before, after, rounding))
+    (before,) = layers.squares(None)
+    directions = layers.in_range(before.factors)
+    directions = directions.scaled(before.sums.map(norms.inverse))
+    (after,) = directions.squares(None, couple)
+    rounding = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
+    ratios = norms.ratios(before, after, rounding, where_zero=-1.0)
+    return layers.where(ratios < 0, couple(directions).scaled(ratios))
 
 
 def _shares(
@@ -248,8 +243,8 @@ def _shares(
     reason to give up the norm of a small layer.
     """
     if not operator.has_matrix:
-        return values_of_runs(layers, np.zeros)
-    return values_of_runs(layers, lambda n: share_of(abs(operator.matrix(n))))
+        return layers.values_of_runs(np.zeros)
+    return layers.values_of_runs(lambda n: share_of(abs(operator.matrix(n))))
 
 
 def _couple(operator: Operator, layers: Layers) -> Layers:

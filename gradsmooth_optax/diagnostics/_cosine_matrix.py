@@ -12,7 +12,7 @@ from jax import lax
 
 from gradsmooth_optax._arrays import num_bits, whole_along, widened
 from gradsmooth_optax._checks import check_flag
-from gradsmooth_optax._coupling.norms import cosine_of_squares
+from gradsmooth_optax._coupling.norms import cosine
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -33,8 +33,7 @@ def cosine_matrix(
     of `depth_statistics`, if all layers have the same parameters and no gap. Works
     under `jax.jit` and `jax.vmap`; needs memory for about one copy of the updates of a
     role in the dtype of the arithmetic (on every device, where mesh axes are Explicit),
-    and L² products of layers. Sums of squares hold for updates of about
-    1e-16 to 1e18.
+    and L² products of layers.
 
     Args:
       updates: tree of updates.
@@ -89,7 +88,7 @@ def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
         products += jnp.where(both, gram, jnp.zeros_like(gram))
         layer_squares = jnp.broadcast_to(jnp.diagonal(gram)[:, None], shape)
         squares += jnp.where(both, layer_squares, jnp.zeros_like(gram))
-    return cosine_of_squares(products, squares, squares.T)
+    return cosine(products, squares, squares.T)
 
 
 def _products(group: Group, leaves: Sequence[Any]) -> jax.Array:

@@ -59,8 +59,7 @@ def gradient_noise(
 
     Blocks are as in `depth_statistics`: what has no neighbor along depth is in none.
     Arithmetic is in float32 (float64 for float64 leaves); under `jax.jit` nothing of
-    the size of all micro-batches is kept. Squares hold for updates of about 1e-16 to
-    1e18.
+    the size of all micro-batches is kept.
 
     Args:
       per_microbatch_updates: tree of updates with a first axis over M ≥ 2

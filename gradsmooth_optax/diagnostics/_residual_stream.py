@@ -11,7 +11,7 @@ import numpy as np
 
 from gradsmooth_optax._arrays import widened
 from gradsmooth_optax._checks import shown
-from gradsmooth_optax._coupling.norms import Sums, cosine, inverse, root, sums
+from gradsmooth_optax._coupling.norms import cosine, inverse
 
 
 def line_shape_score(
@@ -56,11 +56,12 @@ def line_shape_score(
       arXiv 2606.30813, for the alignment of residual increments.
     """
     increments = _increments("line_shape_score", states, at_least=2)
-    norms = root(*_sums(increments, increments))
-    directions = increments * inverse(norms)[..., None].astype(increments.dtype)
+    squares = _inner_product(increments, increments)
+    inverses = inverse(squares)[..., None].astype(increments.dtype)
+    directions = increments * inverses
     total = jnp.sum(directions, axis=0)
     square = _inner_product(total, total)
-    num_moves = jnp.sum(norms != 0, axis=0).astype(square.dtype)
+    num_moves = jnp.sum(squares != 0, axis=0).astype(square.dtype)
     # What rounding leaves of directions that cancel depends on the compiler.
     cancel = square <= (num_moves * jnp.finfo(square.dtype).eps) ** 2
     # Replaced before the root, whose derivative at 0 would make gradients NaN.
@@ -105,15 +106,9 @@ def residual_alignment(
       arXiv 2606.30813, section 4.
     """
     increments = _increments("residual_alignment", states, at_least=3)
-    norms = root(*_sums(increments, increments))
-    dots = _sums(increments[:-1], increments[1:])
-    return jnp.mean(cosine(norms[:-1], norms[1:], *dots))
-
-
-def _sums(x: jax.Array, y: jax.Array) -> Sums:
-    """Re⟨x, y⟩ over the last axis, at three scales."""
-    (found,) = sums([(x, y)], (x.ndim - 1,), keepdims=False)
-    return found
+    squares = _inner_product(increments, increments)
+    dots = _inner_product(increments[:-1], increments[1:])
+    return jnp.mean(cosine(dots, squares[:-1], squares[1:]))
 
 
 def _inner_product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from gradsmooth_optax._arrays import num_bits, replicated
 from gradsmooth_optax._checks import check_flag
 from gradsmooth_optax._coupling.layer_values import LayerValues
 from gradsmooth_optax._coupling.layers import layers_of
-from gradsmooth_optax._coupling.norms import cosine_of_squares
+from gradsmooth_optax._coupling.norms import cosine
 from gradsmooth_optax._depth.checked_groups import coupled_groups
 from gradsmooth_optax._depth.groups import Group, text_of
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -180,9 +180,9 @@ def _statistics(sums: _Sums) -> RoleStatistics:
     roughness, total = jnp.sum(differences), jnp.sum(sums.squares)
     return RoleStatistics(
         norms=jnp.sqrt(sums.squares),
-        cosines=cosine_of_squares(dots, squares, next_squares),
+        cosines=cosine(dots, squares, next_squares),
         roughness=roughness,
-        relative_roughness=roughness / jnp.where(total == 0, 1.0, total),
+        relative_roughness=roughness / jnp.where(total == 0, jnp.inf, total),
     )
 
 
