@@ -351,7 +351,7 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        (squares,) = self.squares(scope)
+        (squares,) = self.squares(scope, [self])
         return squares.sums.map(norms.root, squares.factors)
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
@@ -406,13 +406,16 @@ class Layers:
           scope: as in `norms`.
         """
         make = other if is_function(other) else lambda _: other
-        own, wanted = self.squares(scope, lambda layers: layers, make)
+        own, wanted = self.squares(scope, [self, make(self)], lambda u: u, make)
         ratios = norms.ratios(wanted, own, where_zero=-1.0)
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
     def squares(
-        self, scope: NormScope | None, *functions: Callable[[Layers], Layers]
+        self,
+        scope: NormScope | None,
+        values: Sequence[Layers],
+        *functions: Callable[[Layers], Layers],
     ) -> list[norms.Squares]:
         """‖u_l‖² of every layer in the range of the dtype.
 
@@ -423,12 +426,13 @@ class Layers:
         """
 
         def sums_of(factors: Sequence[LayerValues]) -> list[LayerValues]:
-            every = [function(self) for function in functions] or [self]
+            every = values
             if factors:
+                every = [function(self) for function in functions] or [self]
                 every = [x.scaled(f) for x, f in zip(every, factors, strict=True)]
             return [self._summed(x._products(x), self, scope) for x in every]
 
-        sums, factors = self._in_range(sums_of, len(functions) or 1, self, scope)
+        sums, factors = self._in_range(sums_of, len(values), self, scope)
         return list(map(norms.Squares, sums, factors))
 
     def _in_range(
@@ -446,8 +450,8 @@ class Layers:
         def product(group: DepthGroup, m: int) -> jax.Array:
             x, y = (of._value(place[group], m) for of in (self, other))
             depth_axes = group.members[m].axes
-            axes = [axis for axis in range(x.ndim) if axis not in depth_axes]
-            sums = norms.inner_product(x, y, axes, keepdims=group.is_stacked)
+            axes = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
+            sums = norms.inner_product(x, y, axes, group.is_stacked)
             return summed_over(self._norm_axes, sums)
 
         return values_of(self._groups, product)

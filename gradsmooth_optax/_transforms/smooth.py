@@ -221,17 +221,19 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
     couple = functools.partial(_couple, operator)
     if variant == "norm_preserving":
         # A zero layer may receive its neighbors' update.
-        before, after = layers.squares(None, lambda u: u, couple)
+        smooth = couple(layers)
+        before, after = layers.squares(None, [layers, smooth], lambda u: u, couple)
         own = _shares(operator, layers, lambda matrix: matrix.diagonal())
         rounding = own * before.sums.map(norms.root, before.factors)
-        return couple(layers).scaled(norms.ratios(before, after, rounding))
-    (before,) = layers.squares(None)
+        return smooth.scaled(norms.ratios(before, after, rounding))
+    (before,) = layers.squares(None, [layers])
     directions = layers.in_range(before.factors)
     directions = directions.scaled(before.sums.map(norms.inverse))
-    (after,) = directions.squares(None, couple)
+    smooth = couple(directions)
+    (after,) = directions.squares(None, [smooth], couple)
     rounding = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
     ratios = norms.ratios(before, after, rounding, where_zero=-1.0)
-    return layers.where(ratios < 0, couple(directions).scaled(ratios))
+    return layers.where(ratios < 0, smooth.scaled(ratios))
 
 
 def _shares(
