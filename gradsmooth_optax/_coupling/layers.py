@@ -352,7 +352,7 @@ class Layers:
             layer has. None for the `norm_scope` of the transformation.
         """
         (squares,) = self.squares(scope, [self])
-        return squares.sums.map(norms.root, squares.factors)
+        return squares.norms()
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
         """‖u_l‖² of every layer, as far as the dtype can hold it: see `norms`."""
@@ -407,7 +407,7 @@ class Layers:
         """
         make = other if is_function(other) else lambda _: other
         own, wanted = self.squares(scope, [self, make(self)], lambda u: u, make)
-        ratios = norms.ratios(wanted, own, where_zero=-1.0)
+        ratios = norms.ratios(wanted, own)
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
@@ -432,8 +432,8 @@ class Layers:
                 every = [x.scaled(f) for x, f in zip(every, factors, strict=True)]
             return [self._summed(x._products(x), self, scope) for x in every]
 
-        sums, factors = self._in_range(sums_of, len(values), self, scope)
-        return list(map(norms.Squares, sums, factors))
+        sums, first = self._in_range(sums_of, len(values), self, scope)
+        return list(map(norms.Squares, sums, first))
 
     def _in_range(
         self, sums_of: norms.SumsOf, count: int, other: Layers, scope: NormScope | None
@@ -451,7 +451,7 @@ class Layers:
             x, y = (of._value(place[group], m) for of in (self, other))
             depth_axes = group.members[m].axes
             axes = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
-            sums = norms.inner_product(x, y, axes, group.is_stacked)
+            sums = _inner_product(x, y, axes, group.is_stacked)
             return summed_over(self._norm_axes, sums)
 
         return values_of(self._groups, product)
@@ -538,6 +538,14 @@ class Layers:
 
 def _zero_like(x: Any) -> _Zero:
     return x if isinstance(x, _Zero) else _Zero(x)
+
+
+def _inner_product(
+    x: jax.Array, y: jax.Array, axes: tuple[int, ...], keepdims: bool
+) -> jax.Array:
+    """Re⟨x, y⟩ over these axes."""
+    product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
+    return jnp.sum(product, axis=axes, keepdims=keepdims)
 
 
 def _names(group: DepthGroup, m: int, offsets: tuple[int, int]) -> Names:

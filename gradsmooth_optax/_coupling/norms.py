@@ -3,9 +3,6 @@
 The square of 1e-30 is 0 in float32, that of 1e30 is infinite. So where a sum of squares
 may be wrong, all are summed again, each layer times a power of two that brings it into
 range. This hardly ever happens, and costs nothing where it does not.
-
-Numbers are cut before they are squared: no infinity is made, which `jax.debug_infs`
-would see and which would make derivatives NaN.
 """
 
 from __future__ import annotations
@@ -26,14 +23,11 @@ from gradsmooth_optax._coupling.layer_values import IsIn, LayerValues, masked
 # Factors of the layers, or none -> sums, of which the first ones are of squares.
 SumsOf: TypeAlias = Callable[[Sequence[LayerValues]], Sequence[LayerValues]]
 
-# Where numbers are cut: the squares of 2^32 of them are less than the largest number.
-_CUT = 2.0**47
-
-# Between these a sum of so many squares is right: below, squares that are flushed to 0
-# may be more than its rounding; above, numbers may have been cut.
+# Between these a sum is right: below, 2^32 squares that are flushed to 0 may be more
+# than its rounding; above, it may be infinite.
 _LOW, _HIGH = 2.0**-70, 2.0**94
 
-# What brings layers whose sums are below or above into that range.
+# What brings layers whose sums are below, or above, into that range.
 _UP, _DOWN = 2.0**90, 2.0**-80
 
 # What rounding may leave where all cancels, in units of eps.
@@ -41,27 +35,34 @@ _ULPS = 8
 
 
 class Squares(NamedTuple):
-    """Squared norms ‖factor · u‖², in range, and the factors, powers of two."""
+    """Squared norms of layers that are multiplied by a power of two: see `in_range`.
+
+    Attributes:
+      sums: the squared norms, in range.
+      first: those without the factor, by which it was chosen.
+    """
 
     sums: LayerValues
-    factors: LayerValues
+    first: LayerValues
 
+    def factors(self) -> LayerValues:
+        """The powers of two."""
+        return self.first.map(_factor)
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def inner_product(
-    x: jax.Array, y: jax.Array, axes: tuple[int, ...], keepdims: bool
-) -> jax.Array:
-    """Re⟨x, y⟩ over these axes; the largest number where that is too large."""
-    product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-    total = jnp.sum(product, axis=axes, keepdims=keepdims)
-    largest = jnp.finfo(total.dtype).max
-    return jnp.clip(total, -largest, largest)
+    def norms(self) -> LayerValues:
+        """‖u‖."""
+        return self.sums.map(lambda x, first: _root(x) * _unit(first), self.first)
+
+    def of_directions(self) -> Squares:
+        """Those of u/‖u‖: 1, and 0 where u is 0."""
+        sums = self.sums.map(lambda x: jnp.where(x == 0, 0.0, jnp.ones_like(x)))
+        return Squares(sums, sums.map(jnp.ones_like))
 
 
 def in_range(
     sums_of: SumsOf, count: int, is_in: IsIn | None, axis_names: Sequence[Hashable]
 ) -> tuple[Sequence[LayerValues], Sequence[LayerValues]]:
-    """Sums that are right over the whole range, and the factors that they are with.
+    """Sums that are right over the whole range, and the first ones of squares.
 
     Args:
       sums_of: called without factors, and again with them where a sum may be wrong.
@@ -69,21 +70,22 @@ def in_range(
       is_in: which layers are summed; the sums of others are 0.
       axis_names: of mesh axes over which `sums_of` communicates.
     """
-    sums = sums_of(())
-    squares = [masked(square, is_in, 1.0) for square in sums[:count]]
-    factors = [square.map(_factor) for square in squares]
-    arrays = [x for square in squares for row in square._arrays for x in row]
-    wrong = _some_wrong({id(x): x for x in arrays}.values())
+    with jax.debug_infs(False), jax.debug_nans(False):  # sums that are not used
+        sums = sums_of(())
+    first = [masked(square, is_in, 1.0) for square in sums[:count]]
+    arrays = [x for square in first for row in square._arrays for x in row]
+    wrong = _some_wrong(list({id(x): x for x in arrays}.values()))
     # All devices take the same branch, or those that communicate would wait forever.
-    wrong = summed_over(axis_names, wrong.astype(jnp.int32)) > 0
+    if axis_names:
+        wrong = summed_over(axis_names, wrong.astype(jnp.int32)) > 0
+
+    def again() -> Sequence[LayerValues]:
+        # Computed here: factors that are handed over are much to compile.
+        return sums_of([square.map(_factor) for square in first])
+
     if is_traced(wrong):
-        return lax.cond(wrong, lambda: sums_of(factors), lambda: sums), factors
-    return sums_of(factors) if wrong else sums, factors
-
-
-def _factor(square: jax.Array) -> jax.Array:
-    factor = jnp.where(square < _LOW, _UP, jnp.where(square > _HIGH, _DOWN, 1.0))
-    return factor.astype(square.dtype)
+        return lax.cond(wrong, again, lambda: sums), first
+    return again() if wrong else sums, first
 
 
 def _some_wrong(squares: Sequence[jax.Array]) -> jax.Array:
@@ -91,60 +93,62 @@ def _some_wrong(squares: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(operator.or_, wrong)
 
 
-def root(square: jax.Array, factor: jax.Array) -> jax.Array:
-    """‖u‖ from ‖factor · u‖²."""
-    zero, square = _without_zero(square)
-    return jnp.where(zero, 0.0, jnp.sqrt(square)) / factor
+def _chosen(first: jax.Array, up: float, down: float) -> jax.Array:
+    found = jnp.where(first < _LOW, up, jnp.where(first > _HIGH, down, 1.0))
+    return found.astype(first.dtype)  # 1 for a NaN
+
+
+def _factor(first: jax.Array) -> jax.Array:
+    return _chosen(first, _UP, _DOWN)
+
+
+def _unit(first: jax.Array) -> jax.Array:
+    return _chosen(first, 1 / _UP, 1 / _DOWN)
+
+
+# -- What follows from squares ---------------------------------------------------------
+#
+# Roots and no divisions: XLA:CPU makes a kernel of each, and copies all else into what
+# reads it. Zero is told by == and not by >, so that a NaN stays visible. It is replaced
+# before the root, whose derivative at 0 would make gradients NaN.
+
+
+def _root(square: jax.Array) -> jax.Array:
+    zero = square == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
 def inverse(square: jax.Array) -> jax.Array:
     """1/‖u‖ from ‖u‖², and 0 where that is 0."""
-    zero, square = _without_zero(square)
-    return jnp.where(zero, 0.0, 1.0) / jnp.sqrt(square)
+    zero = square == 0
+    return jnp.where(zero, 0.0, lax.rsqrt(jnp.where(zero, 1.0, square)))
 
 
 def cosine(dot: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:
     """⟨u, v⟩ / ‖u‖‖v‖ from the squared norms, and 0 where one of them is 0."""
-    zero, square = _without_zero(square)
-    other_zero, other = _without_zero(other)
-    dot = jnp.where(zero | other_zero, 0.0, dot)
-    return jnp.clip(dot / (jnp.sqrt(square) * jnp.sqrt(other)), -1.0, 1.0)
+    return jnp.clip(dot * inverse(square) * inverse(other), -1.0, 1.0)
 
 
 def ratios(
-    norms: Squares,
-    others: Squares,
-    rounding: LayerValues | None = None,
-    where_zero: float = 1.0,
+    squares: Squares, others: Squares, share: LayerValues | None = None
 ) -> LayerValues:
-    """‖u‖/‖v‖ of every layer, exactly 1 where they are equal.
+    """‖u‖/‖v‖ of every layer, exactly 1 where they are equal; -1 where one is 0.
 
     Args:
-      norms: of u.
+      squares: of u.
       others: of v.
-      rounding: what ‖v‖ may be by rounding alone, in eps: no more than 0 then.
-      where_zero: the ratio where one of them is 0.
+      share: ‖v‖ counts as 0 where rounding of this times ‖u‖ may leave as much.
     """
 
-    def ratio(x: Any, factor: Any, y: Any, other_factor: Any, size: Any = 0.0) -> Any:
-        noise = _ULPS * jnp.finfo(y.dtype).eps * jnp.asarray(size, y.dtype)
-        is_zero = (x == 0) | (y == 0) | (root(y, other_factor) <= noise)
-        x, y = (jnp.where(is_zero, 1.0, square) for square in (x, y))
-        found = jnp.sqrt(x) / jnp.sqrt(y)
-        # A compiler may divide by a product with an inverse, which is not exact.
+    def ratio(x: Any, first: Any, y: Any, other: Any, share: Any = 0.0) -> jax.Array:
+        zero = (x == 0) | (y == 0)
+        x, y = (jnp.where(zero, 1.0, square) for square in (x, y))
+        found = jnp.sqrt(x) * lax.rsqrt(y)
+        # No compiler need find that the two are inverse.
         exact = 1.0 + (found - lax.stop_gradient(found))
-        found = jnp.where(x == y, exact, found) * (other_factor / factor)
-        return jnp.where(is_zero, where_zero, found)
+        found = jnp.where(x == y, exact, found) * (_unit(first) * _factor(other))
+        noise = _ULPS * jnp.finfo(y.dtype).eps * share
+        return jnp.where(zero | (found * noise >= 1), -1.0, found)
 
-    sizes = () if rounding is None else (rounding,)
-    return norms.sums.map(ratio, norms.factors, *others, *sizes)
-
-
-def _without_zero(square: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where it is 0, and with a 1 there.
-
-    Zero is told by == and not by >, so that a NaN stays visible. Replaced before the
-    root, whose derivative at 0 would make gradients NaN.
-    """
-    zero = square == 0
-    return zero, jnp.where(zero, 1.0, square)
+    shares = () if share is None else (share,)
+    return squares.sums.map(ratio, squares.first, *others, *shares)

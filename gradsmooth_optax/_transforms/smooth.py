@@ -223,17 +223,17 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
         # A zero layer may receive its neighbors' update.
         smooth = couple(layers)
         before, after = layers.squares(None, [layers, smooth], lambda u: u, couple)
-        own = _shares(operator, layers, lambda matrix: matrix.diagonal())
-        rounding = own * before.sums.map(norms.root, before.factors)
-        return smooth.scaled(norms.ratios(before, after, rounding))
+        share = _shares(operator, layers, lambda matrix: matrix.diagonal())
+        ratios = norms.ratios(before, after, share)
+        return smooth.scaled(ratios.map(lambda r: jnp.where(r < 0, 1.0, r)))
     (before,) = layers.squares(None, [layers])
-    directions = layers.in_range(before.factors)
+    directions = layers.in_range(before.factors())
     directions = directions.scaled(before.sums.map(norms.inverse))
     smooth = couple(directions)
     (after,) = directions.squares(None, [smooth], couple)
-    rounding = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
-    ratios = norms.ratios(before, after, rounding, where_zero=-1.0)
-    return layers.where(ratios < 0, smooth.scaled(ratios))
+    share = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
+    ratios = norms.ratios(before.of_directions(), after, share)
+    return layers.where(ratios < 0, smooth.scaled(ratios * before.norms()))
 
 
 def _shares(
