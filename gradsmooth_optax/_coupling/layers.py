@@ -351,8 +351,9 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        (squares,) = self.squares(scope, [self])
-        return squares.norms()
+        return self.from_squares(
+            lambda squares, factors: squares[0].map(norms.root, *factors), [self], scope
+        )
 
     def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
         """‖u_l‖² of every layer, as far as the dtype can hold it: see `norms`."""
@@ -391,8 +392,11 @@ class Layers:
                 there = v._products(v)
             return [self._summed(x, other, scope) for x in (own, there, dots)]
 
-        (own, there, dots), _ = self._in_range(sums_of, 2, other, scope)
-        return dots.map(norms.cosine, own, there)
+        def finish(sums: Sequence[LayerValues], factors: Any) -> LayerValues:
+            own, there, dots = sums
+            return dots.map(norms.cosine, own, there)
+
+        return self._in_range(sums_of, finish, 2, other, scope)
 
     def with_norms_of(
         self,
@@ -406,42 +410,54 @@ class Layers:
           scope: as in `norms`.
         """
         make = other if is_function(other) else lambda _: other
-        own, wanted = self.squares(scope, [self, make(self)], lambda u: u, make)
-        ratios = norms.ratios(wanted, own)
+
+        def finish(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
+            own, wanted = squares
+            return wanted.map(norms.ratio, own, *factors[::-1])
+
+        every = [self, make(self)]
+        ratios = self.from_squares(finish, every, scope, lambda u: u, make)
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
-    def squares(
+    def from_squares(
         self,
+        finish: norms.Finish,
+        every: Sequence[Layers],
         scope: NormScope | None,
-        values: Sequence[Layers],
         *functions: Callable[[Layers], Layers],
-    ) -> list[norms.Squares]:
-        """‖u_l‖² of every layer in the range of the dtype.
+    ) -> Any:
+        """What follows from the squared norms of layers of any size: see `in_range`.
 
         Args:
+          finish: (squared norms of each, factors of each or none) -> what follows.
+          every: several of the same layers.
           scope: as in `norms`.
-          *functions: of these layers to those that are meant, which are applied again
-            where sums of squares leave the range; none for these layers themselves.
+          *functions: of these layers to each of them, which are applied again where
+            squares leave the range; none where they are given as they are.
         """
 
         def sums_of(factors: Sequence[LayerValues]) -> list[LayerValues]:
-            every = values
+            found = every
             if factors:
-                every = [function(self) for function in functions] or [self]
-                every = [x.scaled(f) for x, f in zip(every, factors, strict=True)]
-            return [self._summed(x._products(x), self, scope) for x in every]
+                found = [function(self) for function in functions] or every
+                found = [x.scaled(f) for x, f in zip(found, factors, strict=True)]
+            return [self._summed(x._products(x), self, scope) for x in found]
 
-        sums, first = self._in_range(sums_of, len(values), self, scope)
-        return list(map(norms.Squares, sums, first))
+        return self._in_range(sums_of, finish, len(every), self, scope)
 
     def _in_range(
-        self, sums_of: norms.SumsOf, count: int, other: Layers, scope: NormScope | None
-    ) -> tuple[Sequence[LayerValues], Sequence[LayerValues]]:
+        self,
+        sums_of: norms.SumsOf,
+        finish: norms.Finish,
+        num_squares: int,
+        other: Layers,
+        scope: NormScope | None,
+    ) -> Any:
         stages = {g.axis_name for g in self._groups if isinstance(g, Stage)}
-        return norms.in_range(
-            sums_of, count, self._is_in(other, scope), (*self._norm_axes, *stages)
-        )
+        axis_names = (*self._norm_axes, *stages)
+        is_in = self._is_in(other, scope)
+        return norms.in_range(sums_of, finish, num_squares, is_in, axis_names)
 
     def _products(self, other: Layers) -> LayerValues:
         """Re⟨u, v⟩ of every layer of every role."""

@@ -8,9 +8,8 @@ range. This hardly ever happens, and costs nothing where it does not.
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,132 +22,116 @@ from gradsmooth_optax._coupling.layer_values import IsIn, LayerValues, masked
 # Factors of the layers, or none -> sums, of which the first ones are of squares.
 SumsOf: TypeAlias = Callable[[Sequence[LayerValues]], Sequence[LayerValues]]
 
-# Between these a sum is right: below, 2^32 squares that are flushed to 0 may be more
-# than its rounding; above, it may be infinite.
-_LOW, _HIGH = 2.0**-70, 2.0**94
+# These sums, and the factors that they are with or none -> what follows from them.
+Finish: TypeAlias = Callable[[Sequence[LayerValues], Sequence[LayerValues]], Any]
 
-# What brings layers whose sums are below, or above, into that range.
-_UP, _DOWN = 2.0**90, 2.0**-80
+# Between these the plain sums are right, and so are their ratios: squares of 2^32 tiny
+# numbers that are flushed to 0 are less than the rounding of the lower one.
+_LOW, _HIGH = 2.0**-62, 2.0**62
+
+# What brings layers whose sums are below, or above, to sums from 2^-70 to 2^122.
+_UP, _DOWN = 2.0**90, 2.0**-66
 
 # What rounding may leave where all cancels, in units of eps.
 _ULPS = 8
 
 
-class Squares(NamedTuple):
-    """Squared norms of layers that are multiplied by a power of two: see `in_range`.
-
-    Attributes:
-      sums: the squared norms, in range.
-      first: those without the factor, by which it was chosen.
-    """
-
-    sums: LayerValues
-    first: LayerValues
-
-    def factors(self) -> LayerValues:
-        """The powers of two."""
-        return self.first.map(_factor)
-
-    def norms(self) -> LayerValues:
-        """‖u‖."""
-        return self.sums.map(lambda x, first: _root(x) * _unit(first), self.first)
-
-    def of_directions(self) -> Squares:
-        """Those of u/‖u‖: 1, and 0 where u is 0."""
-        sums = self.sums.map(lambda x: jnp.where(x == 0, 0.0, jnp.ones_like(x)))
-        return Squares(sums, sums.map(jnp.ones_like))
-
-
 def in_range(
-    sums_of: SumsOf, count: int, is_in: IsIn | None, axis_names: Sequence[Hashable]
-) -> tuple[Sequence[LayerValues], Sequence[LayerValues]]:
-    """Sums that are right over the whole range, and the first ones of squares.
+    sums_of: SumsOf,
+    finish: Finish,
+    num_squares: int,
+    is_in: IsIn | None,
+    axis_names: Sequence[Hashable],
+) -> Any:
+    """What follows from sums over layers of any size.
 
     Args:
       sums_of: called without factors, and again with them where a sum may be wrong.
-      count: how many of the sums are squares, each with factors of its own.
+      finish: what follows from the sums. Computed where they are: numbers of many
+        leaves that are handed over are much to compile.
+      num_squares: how many of the sums are of squares, each with factors of its own.
       is_in: which layers are summed; the sums of others are 0.
       axis_names: of mesh axes over which `sums_of` communicates.
     """
-    with jax.debug_infs(False), jax.debug_nans(False):  # sums that are not used
+    with jax.debug_infs(False), jax.debug_nans(False):  # of sums that are not used
         sums = sums_of(())
-    first = [masked(square, is_in, 1.0) for square in sums[:count]]
-    arrays = [x for square in first for row in square._arrays for x in row]
-    wrong = _some_wrong(list({id(x): x for x in arrays}.values()))
+    squares = [masked(square, is_in, 1.0) for square in sums[:num_squares]]
+    arrays = [x for square in squares for row in square._arrays for x in row]
+    wrong = _is_some_wrong({id(x): x for x in arrays}.values())
     # All devices take the same branch, or those that communicate would wait forever.
     if axis_names:
         wrong = summed_over(axis_names, wrong.astype(jnp.int32)) > 0
 
-    def again() -> Sequence[LayerValues]:
-        # Computed here: factors that are handed over are much to compile.
-        return sums_of([square.map(_factor) for square in first])
+    def again() -> Any:
+        factors = [square.map(_factor) for square in squares]
+        return finish(sums_of(factors), factors)
 
     if is_traced(wrong):
-        return lax.cond(wrong, again, lambda: sums), first
-    return again() if wrong else sums, first
+        return lax.cond(wrong, again, lambda: finish(sums, ()))
+    return again() if wrong else finish(sums, ())
 
 
-def _some_wrong(squares: Sequence[jax.Array]) -> jax.Array:
-    wrong = (jnp.any((square < _LOW) | (square > _HIGH)) for square in squares)
-    return functools.reduce(operator.or_, wrong)
+def _is_some_wrong(squares: Iterable[jax.Array]) -> jax.Array:
+    smallest = functools.reduce(jnp.minimum, map(jnp.min, squares))
+    largest = functools.reduce(jnp.maximum, map(jnp.max, squares))
+    return ~((smallest >= _LOW) & (largest <= _HIGH))  # also where one is a NaN
 
 
-def _chosen(first: jax.Array, up: float, down: float) -> jax.Array:
-    found = jnp.where(first < _LOW, up, jnp.where(first > _HIGH, down, 1.0))
-    return found.astype(first.dtype)  # 1 for a NaN
+def _factor(square: jax.Array) -> jax.Array:
+    down = jnp.where(square > _HIGH, _DOWN, jnp.ones_like(square))
+    return jnp.where(square < _LOW, _UP, down)  # 1 for a NaN
 
 
-def _factor(first: jax.Array) -> jax.Array:
-    return _chosen(first, _UP, _DOWN)
-
-
-def _unit(first: jax.Array) -> jax.Array:
-    return _chosen(first, 1 / _UP, 1 / _DOWN)
-
-
-# -- What follows from squares ---------------------------------------------------------
+# -- What follows from squared norms ---------------------------------------------------
 #
-# Roots and no divisions: XLA:CPU makes a kernel of each, and copies all else into what
-# reads it. Zero is told by == and not by >, so that a NaN stays visible. It is replaced
-# before the root, whose derivative at 0 would make gradients NaN.
+# Roots and divisions come last: XLA:CPU makes a kernel of each, and copies all else,
+# with all that it needs, into every kernel that reads it. Zero is told by == and not by
+# >, so that a NaN stays visible. It is replaced before the root, whose derivative at 0
+# would make gradients NaN.
 
 
-def _root(square: jax.Array) -> jax.Array:
+def root(square: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+    """‖u‖ from ‖factor · u‖²."""
     zero = square == 0
-    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
+    norm = jnp.sqrt(jnp.where(zero, 1.0, square))
+    return jnp.where(zero, 0.0, norm if factor is None else norm / factor)
 
 
 def inverse(square: jax.Array) -> jax.Array:
     """1/‖u‖ from ‖u‖², and 0 where that is 0."""
     zero = square == 0
-    return jnp.where(zero, 0.0, lax.rsqrt(jnp.where(zero, 1.0, square)))
+    return jnp.where(zero, 0.0, 1.0) / jnp.sqrt(jnp.where(zero, 1.0, square))
 
 
 def cosine(dot: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:
     """⟨u, v⟩ / ‖u‖‖v‖ from the squared norms, and 0 where one of them is 0."""
-    return jnp.clip(dot * inverse(square) * inverse(other), -1.0, 1.0)
+    zero = (square == 0) | (other == 0)
+    square, other = (jnp.where(zero, 1.0, x) for x in (square, other))
+    dot = jnp.where(zero, 0.0, dot)
+    return jnp.clip(dot / (jnp.sqrt(square) * jnp.sqrt(other)), -1.0, 1.0)
 
 
-def ratios(
-    squares: Squares, others: Squares, share: LayerValues | None = None
-) -> LayerValues:
-    """‖u‖/‖v‖ of every layer, exactly 1 where they are equal; -1 where one is 0.
+def ratio(square: jax.Array, other: jax.Array, *factors: jax.Array) -> jax.Array:
+    """‖u‖/‖v‖ from the squared norms, exactly 1 where equal, and -1 where one is 0.
 
     Args:
-      squares: of u.
-      others: of v.
-      share: ‖v‖ counts as 0 where rounding of this times ‖u‖ may leave as much.
+      square: ‖u‖², or ‖factor · u‖².
+      other: ‖v‖², or ‖other_factor · v‖².
+      *factors: none, or the two.
     """
+    zero = (square == 0) | (other == 0)
+    x, y = (jnp.where(zero, 1.0, x) for x in (square, other))
+    if not factors:
+        # Exact, which a ratio of roots is not where the compiler makes it a product
+        # with a reciprocal root.
+        return jnp.where(zero, -1.0, jnp.sqrt(x / y))
+    factor, other_factor = factors
+    found = jnp.sqrt(x) / jnp.sqrt(y)
+    exact = 1.0 + (found - lax.stop_gradient(found))
+    found = jnp.where(x == y, exact, found) * other_factor / factor
+    return jnp.where(zero, -1.0, found)
 
-    def ratio(x: Any, first: Any, y: Any, other: Any, share: Any = 0.0) -> jax.Array:
-        zero = (x == 0) | (y == 0)
-        x, y = (jnp.where(zero, 1.0, square) for square in (x, y))
-        found = jnp.sqrt(x) * lax.rsqrt(y)
-        # No compiler need find that the two are inverse.
-        exact = 1.0 + (found - lax.stop_gradient(found))
-        found = jnp.where(x == y, exact, found) * (_unit(first) * _factor(other))
-        noise = _ULPS * jnp.finfo(y.dtype).eps * share
-        return jnp.where(zero | (found * noise >= 1), -1.0, found)
 
-    shares = () if share is None else (share,)
-    return squares.sums.map(ratio, squares.first, *others, *shares)
+def is_noise(ratio: jax.Array, share: jax.Array) -> jax.Array:
+    """Whether there is no ‖u‖/‖v‖, or ‖v‖ is what rounding of share · ‖u‖ may leave."""
+    return (ratio < 0) | (ratio * (_ULPS * jnp.finfo(ratio.dtype).eps * share) >= 1)

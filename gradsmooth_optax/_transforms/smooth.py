@@ -218,32 +218,59 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
     """S u, S u at the norm of u, or S of u/‖u‖ at the norm of u."""
     if variant == "standard":
         return _couple(operator, layers)
-    couple = functools.partial(_couple, operator)
     if variant == "norm_preserving":
+        return _norm_preserving(operator, layers)
+    return _directional(operator, layers)
+
+
+def _norm_preserving(operator: Operator, layers: Layers) -> Layers:
+    couple = functools.partial(_couple, operator)
+    # A large neighbor's rounding is no reason to give up the norm of a small layer.
+    share = _shares(operator, layers, lambda matrix: matrix.diagonal())
+
+    def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
+        before, after = squares
+        ratios = before.map(norms.ratio, after, *factors)
         # A zero layer may receive its neighbors' update.
-        smooth = couple(layers)
-        before, after = layers.squares(None, [layers, smooth], lambda u: u, couple)
-        share = _shares(operator, layers, lambda matrix: matrix.diagonal())
-        ratios = norms.ratios(before, after, share)
-        return smooth.scaled(ratios.map(lambda r: jnp.where(r < 0, 1.0, r)))
-    (before,) = layers.squares(None, [layers])
-    directions = layers.in_range(before.factors())
-    directions = directions.scaled(before.sums.map(norms.inverse))
-    smooth = couple(directions)
-    (after,) = directions.squares(None, [smooth], couple)
+        return ratios.map(lambda r, s: jnp.where(norms.is_noise(r, s), 1.0, r), share)
+
+    smooth = couple(layers)
+    every, functions = [layers, smooth], [lambda u: u, couple]
+    return smooth.scaled(layers.from_squares(ratios_of, every, None, *functions))
+
+
+def _directional(operator: Operator, layers: Layers) -> Layers:
+    couple = functools.partial(_couple, operator)
     share = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
-    ratios = norms.ratios(before.of_directions(), after, share)
-    return layers.where(ratios < 0, smooth.scaled(ratios * before.norms()))
+
+    def in_range(squares: Sequence[LayerValues], factors: Any) -> tuple:
+        (square,) = squares
+        ones = [square.map(jnp.ones_like)]
+        return square.map(norms.root, *factors), square, *(factors or ones)
+
+    size, square, factor = layers.from_squares(in_range, [layers], None)
+    directions = layers.in_range(factor).scaled(square.map(norms.inverse))
+
+    def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
+        (after,) = squares
+        ones = after.map(jnp.ones_like)
+        return ones.map(norms.ratio, after, *(factors and (ones, *factors)))
+
+    smooth = couple(directions)
+    ratios = directions.from_squares(ratios_of, [smooth], None, couple)
+    ratios = size.map(_or_none, ratios, share)
+    return layers.where(ratios < 0, smooth.scaled(ratios))
+
+
+def _or_none(size: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
+    none = (size == 0) | norms.is_noise(ratio, share)
+    return jnp.where(none, -1.0, size * ratio)
 
 
 def _shares(
     operator: Operator, layers: Layers, share_of: Callable[[Matrix], Matrix]
 ) -> LayerValues:
-    """What rounding in S u is relative to: `share_of` |S|, per layer; 0 without an S.
-
-    For norm-preserving that of the layer itself: a large neighbor's rounding is no
-    reason to give up the norm of a small layer.
-    """
+    """What rounding in S u is relative to: `share_of` |S|, per layer; 0 without an S."""
     if not operator.has_matrix:
         return layers.values_of_runs(np.zeros)
     return layers.values_of_runs(lambda n: share_of(abs(operator.matrix(n))))
