@@ -263,16 +263,19 @@ class Layers:
         scales = [tuple(group_arrays) if wait else None for wait, group_arrays in pairs]
         return self._with(self._each(applied)._arrays, scales)
 
-    def in_range(self, factors: LayerValues) -> Layers:
+    def times_powers(self, powers: LayerValues) -> Layers:
         """Powers of two times u, still in u's own dtype, which is what crosses devices.
 
-        Applied before anything else, so that no derivative leaves the range.
+        Before anything else is done with u no derivative leaves the range.
+
+        Args:
+          powers: next to 1/‖u‖.
         """
 
-        def scaled(g: int, m: int) -> Any:
-            y, x = self._times(factors._arrays[g][m], g, m), self._arrays[g][m]
-            is_exact = jnp.finfo(self._groups[g].dtype).maxexp >= 128  # not in float16
-            return y.astype(x.dtype) if is_exact and y is not x else y
+        def scaled(g: int, m: int) -> jax.Array:
+            x = self._times(powers._arrays[g][m], g, m)
+            dtype = self._groups[g].dtype
+            return x.astype(dtype) if jnp.finfo(dtype).maxexp >= 128 else x
 
         return self._each(scaled)
 

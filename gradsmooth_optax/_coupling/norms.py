@@ -55,15 +55,18 @@ def in_range(
     """
     with jax.debug_infs(False), jax.debug_nans(False):  # of sums that are not used
         sums = sums_of(())
-    squares = [masked(square, is_in, 1.0) for square in sums[:num_squares]]
-    arrays = [x for square in squares for row in square._arrays for x in row]
-    wrong = _is_some_wrong({id(x): x for x in arrays}.values())
+        squares = [masked(square, is_in, 1.0) for square in sums[:num_squares]]
+        arrays = [x for square in squares for row in square._arrays for x in row]
+        wrong = _is_some_wrong({id(x): x for x in arrays}.values())
     # All devices take the same branch, or those that communicate would wait forever.
     if axis_names:
         wrong = summed_over(axis_names, wrong.astype(jnp.int32)) > 0
 
     def again() -> Any:
-        factors = [square.map(_factor) for square in squares]
+        with jax.debug_infs(False):
+            # Layers that are not summed must not leave the range either.
+            every = [masked(square, is_in, 2 * _HIGH) for square in squares]
+            factors = [square.map(_factor) for square in every]
         return finish(sums_of(factors), factors)
 
     if is_traced(wrong):
@@ -72,12 +75,14 @@ def in_range(
 
 
 def _is_some_wrong(squares: Iterable[jax.Array]) -> jax.Array:
+    squares = list(map(lax.stop_gradient, squares))
     smallest = functools.reduce(jnp.minimum, map(jnp.min, squares))
     largest = functools.reduce(jnp.maximum, map(jnp.max, squares))
     return ~((smallest >= _LOW) & (largest <= _HIGH))  # also where one is a NaN
 
 
 def _factor(square: jax.Array) -> jax.Array:
+    square = lax.stop_gradient(square)
     down = jnp.where(square > _HIGH, _DOWN, jnp.ones_like(square))
     return jnp.where(square < _LOW, _UP, down)  # 1 for a NaN
 
@@ -103,6 +108,14 @@ def inverse(square: jax.Array) -> jax.Array:
     return jnp.where(zero, 0.0, 1.0) / jnp.sqrt(jnp.where(zero, 1.0, square))
 
 
+def inverse_power(norm: jax.Array) -> jax.Array:
+    """The power of two next to 1/‖u‖, and 1 where ‖u‖ is 0."""
+    norm = lax.stop_gradient(jnp.where(norm == 0, 1.0, norm))
+    bits = jnp.finfo(norm.dtype).nexp
+    power = jnp.minimum(lax.reduce_precision(norm, bits, 0), 2.0**126)
+    return lax.reduce_precision(1 / power, bits, 0)
+
+
 def cosine(dot: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:
     """⟨u, v⟩ / ‖u‖‖v‖ from the squared norms, and 0 where one of them is 0."""
     zero = (square == 0) | (other == 0)
@@ -125,11 +138,12 @@ def ratio(square: jax.Array, other: jax.Array, *factors: jax.Array) -> jax.Array
         # Exact, which a ratio of roots is not where the compiler makes it a product
         # with a reciprocal root.
         return jnp.where(zero, -1.0, jnp.sqrt(x / y))
-    factor, other_factor = factors
+    factor, other_factor = (jnp.where(zero, 1.0, x) for x in factors)
     found = jnp.sqrt(x) / jnp.sqrt(y)
     exact = 1.0 + (found - lax.stop_gradient(found))
-    found = jnp.where(x == y, exact, found) * other_factor / factor
-    return jnp.where(zero, -1.0, found)
+    # In two steps, of which none leaves the range, nor its derivative.
+    step = jnp.sqrt(other_factor) / jnp.sqrt(factor)
+    return jnp.where(zero, -1.0, jnp.where(x == y, exact, found) * step * step)
 
 
 def is_noise(ratio: jax.Array, share: jax.Array) -> jax.Array:

@@ -243,13 +243,10 @@ def _directional(operator: Operator, layers: Layers) -> Layers:
     couple = functools.partial(_couple, operator)
     share = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
 
-    def in_range(squares: Sequence[LayerValues], factors: Any) -> tuple:
-        (square,) = squares
-        ones = [square.map(jnp.ones_like)]
-        return square.map(norms.root, *factors), square, *(factors or ones)
-
-    size, square, factor = layers.from_squares(in_range, [layers], None)
-    directions = layers.in_range(factor).scaled(square.map(norms.inverse))
+    norm = layers.norms()
+    power = norm.map(norms.inverse_power)
+    unit = (norm * power).map(lambda size: norms.inverse(size * size))
+    directions = layers.times_powers(power).scaled(unit)
 
     def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
         (after,) = squares
@@ -258,13 +255,13 @@ def _directional(operator: Operator, layers: Layers) -> Layers:
 
     smooth = couple(directions)
     ratios = directions.from_squares(ratios_of, [smooth], None, couple)
-    ratios = size.map(_or_none, ratios, share)
+    ratios = norm.map(_or_none, ratios, share)
     return layers.where(ratios < 0, smooth.scaled(ratios))
 
 
-def _or_none(size: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
-    none = (size == 0) | norms.is_noise(ratio, share)
-    return jnp.where(none, -1.0, size * ratio)
+def _or_none(norm: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
+    is_none = (norm == 0) | norms.is_noise(ratio, share)
+    return jnp.where(is_none, -1.0, norm * ratio)
 
 
 def _shares(
