@@ -471,26 +471,24 @@ def of_layers(layout, layers, operator, jit=True, **kwargs):
 
 
 NORMS = {
-    np.float32: (1e-35, 1e-30, 1e-16, 1.0, 1e15, 3e19, 1e25, 3e34),
-    jnp.bfloat16: (1e-30, 1e-16, 1e18, 1e34),
-    np.float64: (1e-300, 1e-160, 1e-30, 1e34, 1e160, 1e300),
+    np.float32: (1e-35, 1e-30, 1e-16, 1.0, 1e15, 1e25, 8e37),
+    jnp.bfloat16: (1e-30, 1e18, 1e34),
 }
 
 
 @pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_norms_are_right_over_the_whole_range_of_the_dtype(layout, variant, enable_x64):
+def test_norms_are_right_over_the_whole_range_of_float32(layout, variant):
     for dtype, norms in NORMS.items():
         rng, eps = np.random.default_rng(0), float(jnp.finfo(dtype).eps)
-        for shape in ((1, 1), (40, 3), (2, 512), (7, 509)):
+        for shape in ((1, 1), (7, 50)):
             directions = rng.normal(size=(4, *shape))
             directions /= np.linalg.norm(directions, axis=(1, 2), keepdims=True)
             for norm in norms:
                 layers = list((norm * directions).astype(dtype))
                 # At norm 1, for the oracle.
                 unit = [{"w": np.float64(np.longdouble(x) / norm)} for x in layers]
-                with enable_x64():
-                    out = of_layers(layout, layers, 0.5, variant=variant)
+                out = of_layers(layout, layers, 0.5, variant=variant)
                 for got, want in zip(
                     out, oracle.window(unit, 0.5, variant=variant), strict=True
                 ):
@@ -498,49 +496,41 @@ def test_norms_are_right_over_the_whole_range_of_the_dtype(layout, variant, enab
                     np.testing.assert_allclose(
                         np.float64(np.longdouble(got) / norm),
                         want["w"],
-                        atol=12 * eps + (0 if norm < 1e-38 else 1.2e-37 / norm),
+                        atol=12 * eps + 1.2e-37 / norm,
                     )
 
 
-@pytest.mark.parametrize("norm", [1e-32, 1e-16, 1e18, 1e34])
-def test_norms_of_a_million_numbers_are_right(norm):
-    u = np.random.default_rng(0).normal(size=(3, 1024, 1024))
-    u *= norm / np.linalg.norm(u, axis=(1, 2), keepdims=True)
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_norms_of_a_million_numbers_of_very_different_layers_are_right(layout):
+    u = np.random.default_rng(0).normal(size=(4, 1024, 1024))
+    u *= np.reshape([1e-16, 1e-32, 1.0, 1e34], (4, 1, 1)) / 1024
+    u[1:] = u[1:, ::-1]
     layers = list(u.astype(np.float32))
-    for layout in ("stacked", "unrolled", "stacked last"):
-        out = of_layers(layout, layers, 0.5, variant="norm_preserving")
+    for variant in ("norm_preserving", "directional"):
+        out = of_layers(layout, layers, 0.5, variant=variant)
         for got, layer in zip(out, layers, strict=True):
             found, want = (np.linalg.norm(x.astype(np.float64)) for x in (got, layer))
-            np.testing.assert_allclose(found, want, rtol=6e-7)
+            np.testing.assert_allclose(found, want, rtol=2e-6)
 
 
 @pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
-def test_a_block_of_roles_of_very_different_sizes_has_the_right_norm(
-    variant, enable_x64
-):
+def test_a_block_of_roles_of_very_different_sizes_has_the_right_norm(variant):
     for scales in ((1e-30, 1e-28), (1e-25, 1.0), (1e30, 1e28), (1e10, 1e-20)):
         blocks = oracle.random_blocks(3, np.float64, {"a": (5,), "b": (2, 3)})
         scale_of = dict(zip("ab", scales, strict=True))
-        with enable_x64():
-            for other in (np.float32, np.float64):
-                dtypes = {"a": np.float32, "b": other}
-                cast = [
-                    {r: (scale_of[r] * x).astype(dtypes[r]) for r, x in block.items()}
-                    for block in blocks
-                ]
-                kwargs = {"variant": variant, "norm_scope": "block"}
-                expected = oracle.window(cast, 0.3, **kwargs)
-                for out in (
-                    run_unrolled(cast, 0.3, **kwargs),
-                    run_scanned(cast, alpha=0.3, **kwargs),
-                ):
-                    for got, want in zip(out, expected, strict=True):
-                        for role, scale in scale_of.items():
-                            np.testing.assert_allclose(
-                                np.asarray(got[role], np.float64) / scale,
-                                want[role] / scale,
-                                atol=1e-5,
-                            )
+        cast = [
+            {r: (scale_of[r] * x).astype(np.float32) for r, x in block.items()}
+            for block in blocks
+        ]
+        exact = [{r: np.float64(x) for r, x in block.items()} for block in cast]
+        kwargs = {"variant": variant, "norm_scope": "block"}
+        expected = oracle.window(exact, 0.3, **kwargs)
+        for got, want in zip(
+            run_scanned(cast, alpha=0.3, **kwargs), expected, strict=True
+        ):
+            for role, scale in scale_of.items():
+                found = np.asarray(got[role], np.float64) / scale
+                np.testing.assert_allclose(found, want[role] / scale, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -549,13 +539,13 @@ def test_a_directional_layer_whose_directions_cancel_comes_back_unchanged(
     norm_scope, layout
 ):
     kwargs = {"variant": "directional", "norm_scope": norm_scope}
-    for seed in range(15):
+    for seed in range(8):
         rng = np.random.default_rng(seed)
         shape = rng.normal(size=[(1,), (7, 11)][seed % 2])
         for alpha, signs in ((0.5, (1, -1, 1)), (1.0, (1, 1, -1))):
             sizes = np.abs(rng.normal(size=3)) * signs
             layers = [(size * shape).astype(np.float32) for size in sizes]
-            out = of_layers(layout, layers, alpha, jit=seed < 12, **kwargs)
+            out = of_layers(layout, layers, alpha, jit=seed < 7, **kwargs)
             np.testing.assert_array_equal(out[1], layers[1])
 
 
@@ -587,13 +577,12 @@ def test_gradients_through_the_strength_and_the_updates_are_finite(scale, varian
         tx = gs.smooth_over_depth(gs.scanned("blocks"), alpha, variant=variant)
         return jnp.mean(tx.update({"blocks": u}, tx.init({}))[0]["blocks"])
 
-    for alpha in (0.0, 0.3, 1.0):
+    for alpha in (0.0, 0.3):
         by_alpha, by_updates = jax.grad(loss, (0, 1))(alpha, u)
         assert jnp.isfinite(by_alpha)
-        if variant != "directional" or scale == 1:  # where ‖u‖² is in range
-            # They are those of updates of another size.
-            want = jax.grad(loss, 1)(alpha, u / np.float32(scale))
-            np.testing.assert_allclose(by_updates, want, rtol=1e-4, atol=1e-6)
+        # They are those of updates of another size.
+        want = jax.grad(loss, 1)(alpha, u / np.float32(scale))
+        np.testing.assert_allclose(by_updates, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
