@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-# Of `python -m benchmarks.cost`; all others are of `python -m benchmarks.evidence`.
-COST = RESULTS / "cost"
+COST = RESULTS / "cost"  # of `python -m benchmarks.cost`
+TRIALS = RESULTS / "trials"  # of `python -m benchmarks.evidence`
 
 
 def write_json(value: Any, path: Path) -> None:

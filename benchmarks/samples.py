@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+import gradsmooth_optax as gs
 from benchmarks.evidence import presets
-from benchmarks.evidence.arms import BASE, WINDOW, Arm
 from benchmarks.evidence.tasks import diffusion
 from benchmarks.evidence.tasks.digits import split_digits
-from benchmarks.evidence.trials import at_rate, build_optimizer
+from benchmarks.evidence.training import optimizer_of
 from benchmarks.json_files import RESULTS
 from benchmarks.optimizers import DEFAULT_LEARNING_RATES
 from benchmarks.report.comparisons import base_of, best_pair, window_of
@@ -31,6 +31,7 @@ from benchmarks.report.records import read_source
 from benchmarks.training import TrainState, init_params, train_steps
 
 COLUMNS = 20
+ALPHA = 0.2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     path = given.results / "diffusion" / f"{given.optimizer}.json"
     if not path.exists():
-        parser.error(
-            f"there is no {path}. To fix: run `python -m benchmarks.evidence --task "
-            f"diffusion --optimizer {given.optimizer}`"
-        )
+        parser.error(f"there is no {path}: name another directory with --results")
     try:
         images = images_of(path, given.optimizer)
     except Unfinished as error:
@@ -74,23 +72,19 @@ def images_of(path: Path, optimizer: str) -> dict[str, np.ndarray]:
       optimizer: its base.
     """
     *_, setting = read_source(path).settings
-    of_arms = zip(
-        (WINDOW, BASE),
-        best_pair(setting, window_of(setting, WINDOW.alpha), base_of(setting)),
-        strict=True,
+    found_of_window, found_of_base = best_pair(
+        setting, window_of(setting, ALPHA), base_of(setting)
     )
+    arms = {"base": found_of_base, f"window({ALPHA:g})": found_of_window}
     config = json.loads(path.read_text("utf-8"))["config"]
     _, held_out = split_digits(config["eval_images"])
     images = {"held out": 2 * held_out.images[:COLUMNS] - 1}
-    for arm, found in sorted(of_arms, key=lambda pair: pair[0] is not BASE):
+    for name, found in arms.items():
         if found is None:
-            raise Unfinished(
-                f"{path} has not confirmed {arm.name} yet. To fix: run `python -m "
-                f"benchmarks.evidence --task diffusion --optimizer {optimizer}`"
-            )
-        name = f"{arm.name}, rate {found.learning_rate:g}"
-        images[name] = generated(
-            optimizer, config, arm, found.learning_rate, found.seeds[0]
+            raise Unfinished(f"{path} has not confirmed {name}: take another file")
+        alpha = 0.0 if name == "base" else ALPHA
+        images[f"{name}, rate {found.learning_rate:g}"] = generated(
+            optimizer, config, alpha, found.learning_rate, found.seeds[0]
         )
     return images
 
@@ -98,7 +92,7 @@ def images_of(path: Path, optimizer: str) -> dict[str, np.ndarray]:
 def generated(
     optimizer: str,
     config: presets.Options,
-    arm: Arm,
+    alpha: float,
     learning_rate: float,
     seed: int,
 ) -> np.ndarray:
@@ -106,10 +100,11 @@ def generated(
     job, options = presets.job_of(optimizer, config), presets.task_options(config)
     layers = max(config["depths"])
     task = diffusion.build(layers, **options)
-    tx = build_optimizer(job, task, arm)
+    smoothing = gs.smooth_over_depth(task.depth, alpha)
+    tx = optimizer_of(job, task)(smoothing, learning_rate).whole
     seeds = jnp.array([seed])
     params = init_params(task.init, seeds)
-    state = TrainState(params, at_rate(jax.vmap(tx.init)(params), learning_rate))
+    state = TrainState(params, jax.vmap(tx.init)(params))
     train = train_steps(task.loss, tx, task.draw, job.steps)
     state, _ = train(state, seeds, task.data, np.int32(0), np.int32(job.steps))
     of_sampler = ("width", "heads", "sampler_steps", "patch")

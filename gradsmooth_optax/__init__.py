@@ -86,6 +86,9 @@ from gradsmooth_optax import plots as plots
 from gradsmooth_optax._transforms.recipes import adamw as adamw
 from gradsmooth_optax._transforms.recipes import muon as muon
 
+# Does it help on your own model?
+from gradsmooth_optax import trial as trial
+
 # What no evidence speaks for yet.
 from gradsmooth_optax import contrib as contrib
 

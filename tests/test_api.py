@@ -44,6 +44,7 @@ def test_the_public_modules_are_these():
         "gradsmooth_optax",
         "layouts",
         "plots",
+        "trial",
     ]
 
 

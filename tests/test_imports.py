@@ -16,6 +16,7 @@ ROWS = [
     {"contrib"},
     {"diagnostics"},
     {"plots"},
+    {"trial"},
     {"__init__.py"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

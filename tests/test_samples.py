@@ -103,15 +103,12 @@ def drawn(tmp_path_factory):
     return runs
 
 
-def test_without_a_result_file_the_error_names_the_command_that_makes_it(
-    tmp_path, capsys
-):
+def test_without_a_result_file_the_error_names_it(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         samples.main(["--results", str(tmp_path), "--optimizer", "sgd"])
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert str(tmp_path / "diffusion" / "sgd.json") in message
-    assert "benchmarks.evidence --task diffusion --optimizer sgd" in message
 
 
 def test_an_arm_that_is_not_confirmed_yet_is_named_with_what_to_do(tmp_path, capsys):
@@ -123,8 +120,7 @@ def test_an_arm_that_is_not_confirmed_yet_is_named_with_what_to_do(tmp_path, cap
     with pytest.raises(SystemExit):
         samples.main(["--results", str(tmp_path)])
     message = capsys.readouterr().err
-    assert "has not confirmed" in message
-    assert "benchmarks.evidence --task diffusion --optimizer adamw" in message
+    assert "has not confirmed base: take another file" in message
 
 
 def test_rows_are_real_images_and_both_arms_at_the_rates_that_confirmed_best(drawn):

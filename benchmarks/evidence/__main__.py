@@ -1,53 +1,31 @@
-"""Does smoothing over depth help? Tuned arms, paired seeds and controls, one task.
+"""Does coupling over depth help? One task by `gradsmooth_optax.trial`.
 
     python -m benchmarks.evidence --task lm --optimizer adamw
     python -m benchmarks.evidence --task reverse --preset quick
     python -m benchmarks.evidence --task lm --optimizer muon --minutes 10
-    python -m benchmarks.evidence --task lm --option depths=[48] --out deep.json
+    python -m benchmarks.evidence --task vit --scope mlp
+    python -m benchmarks.evidence --task lm --option depths=[48] --out deep
 
-First a screen: every arm on a few seeds, over learning rates by factors of two until
-the best of them has a worse one on both sides. Then what the screen chose is confirmed
-on other seeds: the base, the main arms, the best arm and the controls, at every rate
-that is the best of one of them. All arms share initialization and data, seed by seed.
-Every finished trial is in the result file at once, and the same command goes on after
-the last of them. `python -m benchmarks.report` makes tables and figures of the files.
+For every depth of the preset a comparison with all arms and controls of `trial`, in a
+file of its own. The same command goes on after the last finished run.
 """
 
 import argparse
-import functools
 import json
-import math
+import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 from benchmarks.corpus import CorpusError
 from benchmarks.evidence import placement, presets
-from benchmarks.evidence.arms import Arm
-from benchmarks.evidence.results import (
-    ResultsMismatch,
-    arm_result,
-    locked,
-    read_finished,
-    write_results,
-)
-from benchmarks.evidence.search import NoOptimum, Stage, Trial, next_trial
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
-from benchmarks.evidence.trials import (
-    Measures,
-    RunTrial,
-    build_measures,
-    build_trial,
-)
-from benchmarks.json_files import RESULTS
+from benchmarks.evidence.training import optimizer_of, train_of
+from benchmarks.json_files import TRIALS
 from benchmarks.optimizers import DEFAULT_LEARNING_RATES
-from benchmarks.provenance import provenance
+from gradsmooth_optax import trial
 
 # What a shell reports for a program that Ctrl-C ended.
 _INTERRUPTED = 130
@@ -57,22 +35,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark with the options `argv` and returns the exit status."""
     parser = build_parser()
     given = parser.parse_args(argv)
-    cell = given.task, given.optimizer, given.preset
     try:
-        options = presets.options_of(*cell, dict(given.option))
+        options = presets.options_of(
+            given.task, given.optimizer, given.preset, dict(given.option)
+        )
         if given.out is None and dict(given.option).keys() - {"depths"}:
             raise presets.OptionError(
-                "the default result files are of the presets as they are: name another "
-                "one with --out"
+                "the default files are of the presets as they are: name another "
+                "directory with --out"
             )
-        path = given.out or result_path(*cell)
-        with locked(path):
-            run(cell, options, path, given.minutes)
-    except (presets.OptionError, ResultsMismatch, CorpusError, NoOptimum) as error:
+        if given.minutes is not None:
+            # As Ctrl-C: the run at hand is ended where Python comes to it.
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_REAL, 60 * given.minutes)
+        for layers in options["depths"]:
+            result = compared(
+                given.task, given.optimizer, layers, options, given.scope, files(given)
+            )
+            print(f"\n{given.task}, {given.optimizer}, {layers} layers\n\n{result}\n")
+            if not result.is_complete:
+                return _INTERRUPTED
+    except (presets.OptionError, trial.OtherSettings, CorpusError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished trials are kept, the same command goes on")
-        return _INTERRUPTED
     return 0
 
 
@@ -94,8 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--preset",
         choices=presets.NAMES,
         default="full",
-        help="how large: quick takes minutes, full makes the committed results, tpu "
+        help="how large: quick takes minutes, full is for the committed results, tpu "
         "has the sizes of the paper (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scope",
+        default="full",
+        help='what is coupled: "full", "proj", or one of the task, such as "mlp" '
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--option",
@@ -107,107 +97,65 @@ def build_parser() -> argparse.ArgumentParser:
         "value is JSON or a word; may be repeated",
     )
     parser.add_argument(
-        "--minutes",
-        type=float,
-        default=math.inf,
-        help="begin no trial after this time (default: all are run)",
+        "--minutes", type=float, help="stop after this time (default: run to the end)"
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="result file (default: benchmarks/results/TASK/OPTIMIZER.json, of presets "
-        "but full OPTIMIZER-PRESET.json, of quick and tpu under runs/evidence)",
+        help="directory of the files (default: benchmarks/results/trials, of the "
+        "presets quick and tpu runs/evidence)",
     )
     return parser
 
 
-def result_path(task: str, optimizer: str, preset: str) -> Path:
-    """Returns where the results of a task, an optimizer and a preset belong."""
-    root = Path("runs/evidence") if preset in presets.NOT_COMMITTED else RESULTS
-    name = optimizer if preset == "full" else f"{optimizer}-{preset}"
-    return root / task / f"{name}.json"
+def files(given: argparse.Namespace) -> str:
+    """Returns the path of the result files, with `{layers}` in it."""
+    is_kept = given.preset not in presets.NOT_COMMITTED
+    out = given.out or (TRIALS if is_kept else Path("runs/evidence"))
+    parts = [given.task, given.optimizer, "{layers}"]
+    parts += [given.preset] if given.preset != "full" else []
+    parts += [given.scope] if given.scope != "full" else []
+    return str(out / f"{'-'.join(parts)}.json")
 
 
-def run(
-    cell: tuple[str, str, str], options: presets.Options, path: Path, minutes: float
-) -> None:
-    """Runs all trials that are not in the result file yet, and adds them to it.
+def compared(
+    name: str,
+    optimizer: str,
+    layers: int,
+    options: presets.Options,
+    scope: str,
+    path: str,
+) -> trial.Result:
+    """Returns the comparison of a task at one depth, as far as it comes."""
+    module, job = TASKS[name], presets.job_of(optimizer, options)
+    task = module.build(layers, **presets.task_options(options))
+    task = placement.with_split_batches(task)
+    metric, rate = module.METRICS[0], options["learning_rate"]
+    return trial.compare(
+        trial.many_seeds(train_of(job, task), at_once=job.lanes),
+        optimizer_of(job, task),
+        scope_of(task, scope),
+        rates=[rate / 2, rate, 2 * rate],
+        seeds=options["confirm_seeds"],
+        screen_seeds=options["screen_seeds"],
+        metric=metric.name,
+        better="lower" if metric.lower_is_better else "higher",
+        path=path.format(layers=layers),
+    )
 
-    Args:
-      cell: names of task, optimizer and preset.
-      options: of the run.
-      path: of the result file.
-      minutes: after which no trial is begun.
+
+def scope_of(task: Task, scope: str) -> Any:
+    """Returns the depth spec of what is coupled.
+
+    Raises:
+      OptionError: for a scope that the task does not have.
     """
-    name, optimizer, preset = cell
-    job, module = presets.job_of(optimizer, options), TASKS[name]
-    metric, *others = module.METRICS
-    seeds = seeds_of(options)
-    header = {
-        "task": name,
-        "optimizer": optimizer,
-        "preset": preset,
-        "metric": metric._asdict(),
-        "other_metrics": [other._asdict() for other in others],
-        "config": options,
-        **(sitting := provenance()),
-    }
-    arms, sittings = read_finished(path, header)
-    sitting = {key: sitting[key] for key in ("date", "commit", "versions")}
-    header["sittings"] = [*sittings, {**sitting, "first_trial": len(arms)}]
-    depths = {*options["depths"], *(arm["layers"] for arm in arms)}
-    header["config"] = {**options, "depths": sorted(depths)}
-
-    @functools.cache
-    def at_depth(layers: int) -> tuple[Task, Measures]:
-        task = module.build(layers, **presets.task_options(options))
-        task = placement.with_split_batches(task)
-        return task, build_measures(job, task)
-
-    @functools.cache
-    def trainer(layers: int, arm: Arm) -> RunTrial:
-        task, measures = at_depth(layers)
-        return build_trial(job, task, arm, measures)
-
-    def following() -> Trial | None:
-        return next_trial(
-            arms,
-            options["depths"],
-            options["learning_rate"],
-            metric.lower_is_better,
-            presets.confirmed_anyway(*cell),
-            presets.plan_of(name, preset),
+    scopes = {"full": task.depth, "proj": task.depth.only_projections(), **task.scopes}
+    if scope not in scopes:
+        raise presets.OptionError(
+            f"there is no scope {scope!r} of this task; there are {', '.join(scopes)}"
         )
-
-    began = time.perf_counter()
-    if arms:
-        print(f"{path} has {len(arms)} trials")
-    while trial := following():
-        if time.perf_counter() - began > 60 * minutes:
-            print(f"{minutes:g} minutes are over: the same command goes on")
-            return
-        of_stage = seeds[trial.stage]
-        about = (
-            f"{trial.stage} {trial.layers} layers, {trial.arm.name} at "
-            f"{trial.learning_rate:g}"
-        )
-        total = job.steps * len(of_stage) // job.lanes
-        with tqdm(total=total, desc=about, unit="step", leave=False) as bar:
-            measured = trainer(trial.layers, trial.arm)(
-                trial.learning_rate, of_stage, bar.update
-            )
-        names = [of.name for of in module.METRICS]
-        arms.append(arm_result(trial, of_stage, job, measured, names))
-        write_results(header, arms, path)
-        means = (f"{of} {np.mean(measured.metrics[of]):.4f}" for of in names)
-        print(f"{about}: {', '.join(means)}", flush=True)
-    print(f"all {len(arms)} trials are in {path}")
-
-
-def seeds_of(options: presets.Options) -> dict[Stage, list[int]]:
-    """Returns the seeds of every stage: others to confirm than to screen."""
-    first, others = options["screen_seeds"], options["confirm_seeds"]
-    return {"screen": [*range(first)], "confirm": [*range(first, first + others)]}
+    return scopes[scope]
 
 
 def _option(text: str) -> tuple[str, Any]:

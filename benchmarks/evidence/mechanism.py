@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.evidence.arms import Coupled
 from benchmarks.evidence.task import Task
 from benchmarks.training import data_key
 from gradsmooth_optax import diagnostics
@@ -52,23 +51,6 @@ def model_probe(
         }
 
     return probe
-
-
-def before_and_after(coupled: Coupled) -> Callable[[Any, Any, Any], dict[str, Any]]:
-    """Returns what computes an arm's update before and after coupling.
-
-    Args:
-      coupled: of the arm.
-
-    Returns:
-      A function `(gradient, state, params) -> {"before": updates, "after": updates}`.
-    """
-
-    def updates(gradient: Any, state: Any, params: Any) -> dict[str, Any]:
-        after, _ = coupled.transformation.update(gradient, state, params)
-        return {"before": coupled.inner(gradient, state, params), "after": after}
-
-    return updates
 
 
 def update_statistics(task: Task, updates: Any) -> Measures:

@@ -31,6 +31,13 @@ def shardings(state: Any) -> Any:
     return jax.tree.map(of_leaf, state)
 
 
+def placed(tree: Any) -> Any:
+    """Returns traced arrays of a state with these shardings asked for."""
+    if _mesh().size == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings(tree))
+
+
 def with_split_batches(task: Task) -> Task:
     """Returns the task with every batch split by its examples, where they divide."""
     mesh = _mesh()

@@ -14,18 +14,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.evidence.arms import (
-    BASE,
-    FULL,
-    PROJECTIONS,
-    WITH_GROUPINGS,
-    Arm,
-    Plan,
-    plan_of_parts,
-)
 from benchmarks.evidence.tasks.arithmetic import split_problems
 from benchmarks.evidence.tasks.digits import CLASSES, IMAGES, SIZE
-from benchmarks.evidence.trials import Job
+from benchmarks.evidence.training import Job
 
 Options = Mapping[str, Any]
 
@@ -75,8 +66,6 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "small-batch": _LM | {"depths": [12], "batch": 2, "micro_batches": 2},
         "long": _LM | {"depths": [12], "steps": 600, "warmup": 60},
         "deep": _LM | {"depths": [48]},
-        # Which parameters to couple, see `plan_of`.
-        "parts": _LM | {"depths": [12]},
         "tpu": _LM_ON_TPU | {"depths": [24], "width": 2048, "heads": 16},
         "tpu-deep": _LM_ON_TPU | {"depths": [30], "width": 2560, "heads": 20},
     },
@@ -90,7 +79,6 @@ _PRESETS: dict[str, dict[str, Options]] = {
     "vit": {
         "full": _VIT,
         "quick": _VIT | _QUICK | {"depths": [4], "warmup": 4},
-        "parts": _VIT,
         # As deep and wide as the paper's ViT-B, on the same images.
         "tpu": _VIT
         | {"width": 768, "heads": 12, "patch": [1, 1], "batch": 1024, "lanes": 1}
@@ -100,7 +88,6 @@ _PRESETS: dict[str, dict[str, Options]] = {
         "full": _DIFFUSION,
         # In stacks of fewer than four layers shuffling leaves neighbors.
         "quick": _DIFFUSION | _QUICK | {"warmup": 4, "samples": 32},
-        "parts": _DIFFUSION,
         "tpu": _DIFFUSION
         | {"depths": [17], "width": 512, "heads": 8, "batch": 1024, "lanes": 1}
         | {"steps": 20_000, "warmup": 500, "samples": 10_000, "sampler_steps": 50},
@@ -108,7 +95,6 @@ _PRESETS: dict[str, dict[str, Options]] = {
     "rl": {
         "full": _RL,
         "quick": _RL | _QUICK | {"steps": 10},
-        "parts": _RL,
         # The start is part of the compiled programs, which bounds its size.
         "tpu": _RL
         | {"depths": [12], "width": 256, "heads": 8, "batch": 512, "lanes": 1}
@@ -150,14 +136,6 @@ _ON_TPU: dict[str, Options] = {
     "muon": {"learning_rate": 2e-3},
 }
 _ON_TPU_PRESETS = ("tpu", "tpu-deep")
-
-# What blocks have that can be coupled alone, see `parts_of`.
-_PARTS = {
-    "lm": ("attention", "mlp", "norms"),
-    "vit": ("attention", "mlp", "norms", "biases"),
-    "diffusion": ("attention", "mlp", "norms", "biases"),
-    "rl": ("attention", "mlp", "norms"),
-}
 
 NAMES = tuple(dict.fromkeys(name for of_task in _PRESETS.values() for name in of_task))
 # Those whose results are no evidence, and so are not committed.
@@ -305,19 +283,3 @@ def task_options(options: Options) -> dict[str, Any]:
     others = {field.name for field in dataclasses.fields(Job)}
     others |= {"depths", "learning_rate", "screen_seeds", "confirm_seeds"}
     return {name: value for name, value in options.items() if name not in others}
-
-
-def plan_of(task: str, preset: str) -> Plan:
-    """Returns which arms a run has."""
-    if preset == "parts":
-        return plan_of_parts(_PARTS[task])
-    return WITH_GROUPINGS if task == "diffusion" else FULL
-
-
-def confirmed_anyway(
-    task: str, optimizer: str, preset: str
-) -> tuple[tuple[Arm, float], ...]:
-    """Returns arms and learning rates to confirm whatever the screen says."""
-    if (task, optimizer, preset) == ("reverse", "adamw", "full"):
-        return (BASE, 2e-3), (PROJECTIONS, 2e-3)  # the replication's own
-    return ()

@@ -1,4 +1,8 @@
-"""Result files read into records whose metric is lower where it is better."""
+"""Result files read into records whose metric is lower where it is better.
+
+They are of the commits that their own headers name, from before `benchmarks.evidence`
+used `gradsmooth_optax.trial`.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.json_files import COST
+from benchmarks.json_files import COST, TRIALS
 
 # The paper's regimes in its order, then the one replication.
 _TASKS = ("lm", "vit", "diffusion", "rl", "reverse")
@@ -100,7 +104,7 @@ def read_sources(results: Path) -> list[Source]:
     sources = [
         read_source(path)
         for path in results.glob("*/*.json")
-        if path.parent.name != COST.name  # a cost is no task
+        if path.parent.name not in (COST.name, TRIALS.name)
     ]
     return sorted(sources, key=_place)
 

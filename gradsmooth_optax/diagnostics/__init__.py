@@ -16,6 +16,11 @@ from gradsmooth_optax.diagnostics._gradient_noise import (
     gradient_noise as gradient_noise,
 )
 
+from gradsmooth_optax.diagnostics._depth_signal import DepthSignal as DepthSignal
+from gradsmooth_optax.diagnostics._depth_signal import LayerSignal as LayerSignal
+from gradsmooth_optax.diagnostics._depth_signal import Share as Share
+from gradsmooth_optax.diagnostics._depth_signal import depth_signal as depth_signal
+
 # Of the states that the layers pass on.
 from gradsmooth_optax.diagnostics._residual_stream import (
     line_shape_score as line_shape_score,

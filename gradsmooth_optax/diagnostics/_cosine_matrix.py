@@ -70,7 +70,7 @@ def cosine_matrix(
 
 def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
     """The (L, L) cosines of one stack."""
-    layers_of = [np.array(g.layers)[g.run_lengths > 1].tolist() for g in groups]
+    layers_of = [coupled_layers(group) for group in groups]
     layers = sorted(set().union(*layers_of))
     dtype = max(
         (widened(jnp.empty(0, g.dtype)).real.dtype for g in groups), key=num_bits
@@ -84,15 +84,21 @@ def _cosines(groups: Sequence[Group], leaves: Sequence[Any]) -> jax.Array:
         index = np.array([place.get(layer, 0) for layer in layers])
         has = np.isin(layers, group_layers)
         both = np.outer(has, has)
-        gram = _products(group, leaves).astype(dtype)[np.ix_(index, index)]
+        rows = rows_of(group, leaves)
+        gram = layer_products(rows, rows).astype(dtype)[np.ix_(index, index)]
         products += jnp.where(both, gram, jnp.zeros_like(gram))
         layer_squares = jnp.broadcast_to(jnp.diagonal(gram)[:, None], shape)
         squares += jnp.where(both, layer_squares, jnp.zeros_like(gram))
     return cosine(products, squares, squares.T)
 
 
-def _products(group: Group, leaves: Sequence[Any]) -> jax.Array:
-    """Re⟨u_l, u_k⟩ of all layers with a neighbor, in depth order."""
+def coupled_layers(group: Group) -> list[int]:
+    """The numbers of the layers that have a neighbor, in depth order."""
+    return np.array(group.layers)[group.run_lengths > 1].tolist()
+
+
+def rows_of(group: Group, leaves: Any) -> jax.Array:
+    """All layers of a group with a neighbor, in depth order: (L, ...), widened."""
     slots = []
     for member in group.members:
         x = widened(jnp.asarray(leaves[member.leaf]))
@@ -103,6 +109,14 @@ def _products(group: Group, leaves: Sequence[Any]) -> jax.Array:
     u = jnp.concatenate(slots)
     ranks = np.concatenate([ranks.ravel() for ranks in group.ranks])
     order = np.argsort(ranks)[group.run_lengths > 1]
+    if np.array_equal(order, np.arange(len(u))):
+        return u
+    return u[order]
+
+
+def layer_products(u: jax.Array, other: jax.Array) -> jax.Array:
+    """Re⟨u_l, v_k⟩ of the layers of two arrays (L, ...)."""
     axes = tuple(range(1, u.ndim))
-    gram = jnp.tensordot(u.conj(), u, (axes, axes), precision=lax.Precision.HIGHEST)
-    return gram.real[np.ix_(order, order)]
+    return jnp.tensordot(
+        u.conj(), other, (axes, axes), precision=lax.Precision.HIGHEST
+    ).real

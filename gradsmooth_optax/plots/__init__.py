@@ -10,6 +10,9 @@ of a black-and-white print.
 from gradsmooth_optax.plots._layers import operator_matrix as operator_matrix
 from gradsmooth_optax.plots._layers import cosine_matrix as cosine_matrix
 
+# Is there anything to couple?
+from gradsmooth_optax.plots._signal import depth_signal as depth_signal
+
 # Before and after smoothing.
 from gradsmooth_optax.plots._records import (
     roughness_over_training as roughness_over_training,

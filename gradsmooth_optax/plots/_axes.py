@@ -78,6 +78,7 @@ def title_and_legend(
     title: str,
     handles: Sequence[Any],
     labels: Sequence[str] = ("before smoothing", "after smoothing"),
+    columns: int = 2,
 ) -> None:
     """A title, and under it, above all data, the legend in one row."""
     ax.set_title(title, size="medium", pad=24)
@@ -87,7 +88,7 @@ def title_and_legend(
         loc="lower center",
         bbox_to_anchor=(0.5, 1),
         borderaxespad=0.2,
-        ncols=2,
+        ncols=columns,
         frameon=False,
         fontsize="small",
         handlelength=3,

@@ -16,8 +16,8 @@ from benchmarks.cost.cpu.options import PRESETS, SECTIONS
 from benchmarks.cost.cpu.peers import has_torch, peer_costs
 from benchmarks.cost.cpu.report import failures, tables
 from benchmarks.cost.cpu.steps import (
+    Job,
     chains,
-    default_config,
     optimizer_steps,
     training_steps,
 )
@@ -41,7 +41,7 @@ def sections(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         ),
         "chains": lambda: chains(megabytes, layers, rounds, most_seconds),
         "steps": lambda: optimizer_steps(megabytes, layers, rounds, most_seconds),
-        "training": lambda: training_steps(default_config(), max(30, rounds)),
+        "training": lambda: training_steps(Job(), max(30, rounds)),
         "compile": lambda: compile_times(
             options.depths or preset["depths"], options.repetitions, optimizers()
         ),

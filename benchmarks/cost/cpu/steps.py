@@ -6,7 +6,7 @@ compiled copy, is the noise.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,31 @@ import numpy as np
 import optax
 
 import gradsmooth_optax as gs
-from benchmarks.corpus import sample_windows
+from benchmarks.corpus import VOCABULARY, sample_windows
 from benchmarks.cost.cpu.timing import compiled, in_turns, relative_to, temporaries
 from benchmarks.cost.cpu.updates import LAYOUTS, depth_of, updates_of
-from benchmarks.gpt import init_gpt
+from benchmarks.gpt import GPT, init_gpt
 from benchmarks.next_token import next_token_loss
 from benchmarks.optimizers import smoothed_optimizer
-from benchmarks.pretrain import build_model
-from benchmarks.pretrain_options import Config, build_parser, parse_options
 from benchmarks.training import init_params, init_state, train_steps
 
 BASE, AGAIN = "base", "base again"
 _RATE = 1e-3
+
+
+class Job(NamedTuple):
+    """The GPT of a training step, and what it is trained on."""
+
+    layers: int = 12
+    width: int = 48
+    heads: int = 2
+    context: int = 64
+    seeds: int = 4
+    batch: int = 4
+
+    @property
+    def model(self) -> GPT:
+        return GPT(VOCABULARY, self.layers, self.width, self.heads, self.context)
 
 
 def chains(
@@ -104,11 +117,10 @@ def optimizer_steps(
 
     The trees are the parameters of the default GPT, and one stacked leaf of this size.
     """
-    config = default_config()
     trees = {
         "default GPT": jax.tree.map(
             lambda leaf: leaf[0],
-            init_params(init_gpt(build_model(config)), jnp.arange(1)),
+            init_params(init_gpt(Job().model), jnp.arange(1)),
         ),
         f"{megabytes:g} MB": updates_of(megabytes, layers, "stacked"),
     }
@@ -148,15 +160,15 @@ def _step_costs(
 
 
 def training_steps(
-    config: Config,
+    job: Job,
     rounds: int,
     steps_per_turn: int = 1,
     arms: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Returns {arm: time} of whole training steps of `benchmarks.pretrain`.
+    """Returns {arm: time} of whole training steps.
 
     Args:
-      config: of the job.
+      job: model and batch.
       rounds: turns of every arm.
       steps_per_turn: in one compiled call, all seeds at once.
       arms: options of `smoothed_optimizer` by name, besides the base and its copy.
@@ -166,21 +178,16 @@ def training_steps(
             "window": {"alpha": 0.2},
             "norm_preserving": {"alpha": 0.2, "variant": "norm_preserving"},
         }
-    model, seeds = build_model(config), jnp.arange(config.seeds)
+    model, seeds = job.model, jnp.arange(job.seeds)
     params = init_params(init_gpt(model), seeds)
     text = jnp.asarray(np.random.default_rng(0).integers(0, 256, 2**20, np.uint8))
 
-    draw = partial(sample_windows, batch=config.batch, context=config.context)
+    draw = partial(sample_windows, batch=job.batch, context=job.context)
     loss = partial(next_token_loss, model)
 
     def call(alpha: float = 0.0, **options: Any) -> Callable[[], Any]:
         tx = smoothed_optimizer(
-            config.optimizer,
-            config.learning_rate,
-            alpha,
-            weight_decay=config.weight_decay,
-            clip=config.clip or None,
-            **options,
+            "adamw", 8e-3, alpha, weight_decay=0.1, clip=1.0, **options
         )
         state = init_state(tx, params)
         counts = np.int32(0), np.int32(steps_per_turn)
@@ -197,8 +204,3 @@ def training_steps(
     calls = {BASE: call(), AGAIN: call()}
     calls |= {name: call(**options) for name, options in arms.items()}
     return relative_to(BASE, in_turns(calls, rounds, "training"))
-
-
-def default_config() -> Config:
-    """Returns the options of `python -m benchmarks.pretrain` without any."""
-    return parse_options(build_parser(""), [])[0]

@@ -1,0 +1,143 @@
+"""Is there anything along depth to couple in the tasks of the evidence?
+
+    python -m benchmarks.signals
+    python -m benchmarks.signals --tasks lm --optimizers adamw --steps 20 --out FILE
+
+`diagnostics.depth_signal` of raw gradients, at the initial parameters, in the middle and
+at the end of a training of each task of `benchmarks.evidence`, seed 0, by the base
+optimizer at the rate its search begins with. Writes `benchmarks/results/signals.json`
+after every training, goes on where it stopped, and prints the table.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from benchmarks.comparison import format_table
+from benchmarks.evidence import presets
+from benchmarks.evidence.task import Task
+from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.training import optimizer_of
+from benchmarks.json_files import RESULTS, write_json
+from benchmarks.provenance import provenance
+from benchmarks.training import TrainState, data_key, init_params, train_steps
+from gradsmooth_optax.diagnostics import LayerSignal, depth_signal
+
+BATCHES = 64
+MOMENTS = {"start": 0.0, "middle": 0.5, "end": 1.0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command with the options `argv` and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.signals",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS], default=[*TASKS])
+    parser.add_argument(
+        "--optimizers", nargs="+", default=["adamw", "muon"], choices=["adamw", "muon"]
+    )
+    parser.add_argument("--steps", type=int, help="of a training, if not the task's")
+    parser.add_argument("--batches", type=int, default=BATCHES, help="of a signal")
+    parser.add_argument("--out", type=Path, default=RESULTS / "signals.json")
+    given = parser.parse_args(argv)
+
+    report = {"batches": given.batches, **provenance(), "signals": []}
+    if given.out.exists():
+        report["signals"] = json.loads(given.out.read_text("utf-8"))["signals"]
+    for name in given.tasks:
+        for optimizer in given.optimizers:
+            wanted = {"task": name, "optimizer": optimizer}
+            if any(wanted.items() <= of.items() for of in report["signals"]):
+                continue
+            of_task = signals(name, optimizer, given.steps, given.batches)
+            report["signals"] += [wanted | signal for signal in of_task]
+            write_json(report, given.out)
+    print(table(report))
+    return 0
+
+
+def signals(
+    name: str, optimizer: str, steps: int | None, batches: int
+) -> Iterator[dict[str, Any]]:
+    """Yields what is along depth at each moment of a training, as JSON values."""
+    changes = {} if steps is None else {"steps": steps}
+    kind = "muon" if (name, optimizer) == ("reverse", "muon") else optimizer
+    options = presets.options_of(name, kind, "full", changes)
+    job, layers = presets.job_of(optimizer, options), options["depths"]
+    layers = 12 if 12 in layers else layers[0]
+    task = TASKS[name].build(layers, **presets.task_options(options))
+    tx = optimizer_of(job, task)(optax.identity(), options["learning_rate"]).whole
+    seeds = jnp.array([0])
+    params = init_params(task.init, seeds)
+    state = TrainState(params, jax.vmap(tx.init)(params))
+    train = train_steps(task.loss, tx, task.draw, job.steps, task.rollout)
+    done = 0
+    for moment, share in tqdm(MOMENTS.items(), desc=f"{name}, {optimizer}"):
+        until = round(share * job.steps)
+        if until > done:
+            counts = jnp.int32(done), jnp.int32(until - done)
+            state, _ = train(state, seeds, task.data, *counts)
+            done = until
+        one = jax.tree.map(lambda leaf: leaf[0], state.params)
+        found = depth_signal(gradients(task, one, batches), task.depth)
+        for stack, block in found.blocks.items():
+            roles = found.roles[stack]
+            yield {
+                **{"layers": layers, "moment": moment, "step": done, "stack": stack},
+                "block": as_json(block),
+                "roles": {role: as_json(of) for role, of in roles.items()},
+            }
+
+
+def gradients(task: Task, params: Any, batches: int) -> Iterator[Any]:
+    """Yields gradients of batches that no training of this seed draws."""
+    key = data_key(jnp.int32(10**6))
+
+    @jax.jit
+    def gradient(params: Any, step: jax.Array) -> Any:
+        batch = task.draw(task.data, key, step)
+        if task.rollout is not None:
+            batch = jax.tree.map(lambda leaf: leaf[0], task.rollout(params, batch))
+        return jax.grad(task.loss)(params, batch)
+
+    for step in range(batches):
+        yield gradient(params, jnp.int32(step))
+
+
+def as_json(of: LayerSignal) -> dict[str, Any]:
+    """Returns shares with their intervals, and the cosines of neighbors."""
+    return {
+        "left": {name: list(share) for name, share in of.left.items()},
+        "left_raw": {name: list(share) for name, share in of.left_raw.items()},
+        "cosines": of.cosines.tolist(),
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Returns the Markdown table: a row for every training and stack."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for of in report["signals"]:
+        about = of["task"], of["optimizer"], str(of["layers"]), of["stack"]
+        left, raw = (of["block"][key]["best filter"] for key in ("left", "left_raw"))
+        cosines = [x for x in of["block"]["cosines"] if x is not None]
+        cosine = f"{sum(cosines) / len(cosines):+.2f}" if cosines else ""
+        text = "unknown" if left[0] is None else f"{left[0]:.3f} ({raw[0]:.3f})"
+        rows.setdefault(about, []).extend([text, cosine])
+    header = ["task", "optimizer", "layers", "stack"]
+    for moment in MOMENTS:
+        header += [f"left at the {moment} (raw)", "cosine"]
+    return format_table(header, [[*about, *cells] for about, cells in rows.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
