@@ -51,7 +51,7 @@ def in_range(
         leaves that are handed over are much to compile.
       num_squares: how many of the sums are of squares, each with factors of its own.
       is_in: which layers are summed; the sums of others are 0.
-      axis_names: of mesh axes over which `sums_of` communicates.
+      axis_names: of mesh axes over which `sums_of` communicates and sums differ.
     """
     with jax.debug_infs(False), jax.debug_nans(False):  # of sums that are not used
         sums = sums_of(())
