@@ -412,7 +412,7 @@ class Layers:
           other: v, or a function of these layers to v, which is then not kept.
           scope: as in `norms`.
         """
-        make = other if is_function(other) else lambda _: other
+        make = (lambda _: other) if isinstance(other, Layers) else other
 
         def finish(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
             own, wanted = squares

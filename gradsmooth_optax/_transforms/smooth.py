@@ -103,16 +103,18 @@ def smooth_over_depth(
     Place it after the preconditioner, before weight decay and learning rate:
     `chain(scale_by_adam(), smooth_over_depth(...), add_decayed_weights(wd),
     scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
-    mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
-    float64 leaves).
+    mask. Keeps each leaf's dtype and sharding (but where layers of an unrolled stack
+    are laid out differently over Auto mesh axes, which only `out_shardings` of `jit`
+    keeps); arithmetic is in float32 (float64 for float64 leaves).
 
     A band of up to three neighbors on each side, of six where several leaves hold a
     stack, is applied as shifted copies, with memory for one more copy of the role that
     is being smoothed; a wider one as one matmul over all layers, which gathers a leaf
     whose layer axis is sharded. A non-finite update of one layer spreads to its
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
-    `optax.zero_nans`. Norms are sums of squares in float32 and hold for updates of
-    about 1e-16 to 1e18.
+    `optax.zero_nans`. Norms hold over the whole range of float32: where some layer's is
+    0, below 5e-10 or above 2e9, sums of squares are made once more. Where layers
+    cancel, what rounding alone may leave counts as 0.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
@@ -267,7 +269,7 @@ def _or_none(norm: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
 def _shares(
     operator: Operator, layers: Layers, share_of: Callable[[Matrix], Matrix]
 ) -> LayerValues:
-    """What rounding in S u is relative to: `share_of` |S|, per layer; 0 without an S."""
+    """What rounding in S u is relative to: `share_of` |S|; 0 where there is no S."""
     if not operator.has_matrix:
         return layers.values_of_runs(np.zeros)
     return layers.values_of_runs(lambda n: share_of(abs(operator.matrix(n))))
