@@ -263,22 +263,6 @@ class Layers:
         scales = [tuple(group_arrays) if wait else None for wait, group_arrays in pairs]
         return self._with(self._each(applied)._arrays, scales)
 
-    def times_powers(self, powers: LayerValues) -> Layers:
-        """Powers of two times u, still in u's own dtype, which is what crosses devices.
-
-        Before anything else is done with u no derivative leaves the range.
-
-        Args:
-          powers: next to 1/‖u‖.
-        """
-
-        def scaled(g: int, m: int) -> jax.Array:
-            x = self._times(powers._arrays[g][m], g, m)
-            dtype = self._groups[g].dtype
-            return x.astype(dtype) if jnp.finfo(dtype).maxexp >= 128 else x
-
-        return self._each(scaled)
-
     def _times(self, weight: Any, g: int, m: int) -> Any:
         x = self._arrays[g][m]
         if isinstance(x, _Zero):

@@ -102,18 +102,10 @@ def root(square: jax.Array, factor: jax.Array | None = None) -> jax.Array:
     return jnp.where(zero, 0.0, norm if factor is None else norm / factor)
 
 
-def inverse(square: jax.Array) -> jax.Array:
-    """1/‖u‖ from ‖u‖², and 0 where that is 0."""
-    zero = square == 0
-    return jnp.where(zero, 0.0, 1.0) / jnp.sqrt(jnp.where(zero, 1.0, square))
-
-
-def inverse_power(norm: jax.Array) -> jax.Array:
-    """The power of two next to 1/‖u‖, and 1 where ‖u‖ is 0."""
-    norm = lax.stop_gradient(jnp.where(norm == 0, 1.0, norm))
-    bits = jnp.finfo(norm.dtype).nexp
-    power = jnp.minimum(lax.reduce_precision(norm, bits, 0), 2.0**126)
-    return lax.reduce_precision(1 / power, bits, 0)
+def inverse(norm: jax.Array) -> jax.Array:
+    """1/‖u‖, and 0 where ‖u‖ is 0."""
+    zero = norm == 0
+    return jnp.where(zero, 0.0, 1.0) / jnp.where(zero, 1.0, norm)
 
 
 def cosine(dot: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:

@@ -114,7 +114,8 @@ def smooth_over_depth(
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
     `optax.zero_nans`. Norms hold over the whole range of float32: where some layer's is
     0, below 5e-10 or above 2e9, sums of squares are made once more. Where layers
-    cancel, what rounding alone may leave counts as 0.
+    cancel, what rounding alone may leave counts as 0. Derivatives by updates hold
+    there too, but of "directional" for those of about 1e-16 to 1e18.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
@@ -246,9 +247,7 @@ def _directional(operator: Operator, layers: Layers) -> Layers:
     share = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
 
     norm = layers.norms()
-    power = norm.map(norms.inverse_power)
-    unit = (norm * power).map(lambda size: norms.inverse(size * size))
-    directions = layers.times_powers(power).scaled(unit)
+    directions = layers.scaled(norm.map(norms.inverse))
 
     def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
         (after,) = squares

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradsmooth_optax._arrays import widened
 from gradsmooth_optax._checks import shown
-from gradsmooth_optax._coupling.norms import cosine, inverse
+from gradsmooth_optax._coupling.norms import cosine, inverse, root
 
 
 def line_shape_score(
@@ -57,7 +57,7 @@ def line_shape_score(
     """
     increments = _increments("line_shape_score", states, at_least=2)
     squares = _inner_product(increments, increments)
-    inverses = inverse(squares)[..., None].astype(increments.dtype)
+    inverses = inverse(root(squares))[..., None].astype(increments.dtype)
     directions = increments * inverses
     total = jnp.sum(directions, axis=0)
     square = _inner_product(total, total)
