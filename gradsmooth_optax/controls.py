@@ -67,7 +67,7 @@ class NormMatched(Operator):
     operator: Operator
 
     def couple(self, layers: Layers) -> Layers:
-        return layers.with_norms_of(self.operator.couple(layers))
+        return layers.with_norms_of(self.operator.couple)
 
     def radius(self, num_layers: int) -> int:
         return self.operator.radius(num_layers)

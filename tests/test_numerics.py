@@ -1,6 +1,7 @@
 """The numbers: every result equals the plain-loop oracle's."""
 
 import contextlib
+import functools
 
 import chex
 import jax
@@ -426,3 +427,182 @@ def test_numpy_leaves_are_accepted_and_keep_their_dtype():
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
     out = [out[f"layers_{layer}"] for layer in range(3)]
     oracle.assert_blocks_close(out, oracle.window(blocks, 0.3))
+
+
+# The whole range of the dtype, what cancels, and gradients.
+
+
+LAYOUTS = {
+    "unrolled": (UNROLLED, lambda u: {f"layers_{i}": x for i, x in enumerate(u)}),
+    "stacked": (gs.scanned("blocks"), lambda u: {"blocks": jnp.stack(u)}),
+    "stacked last": (
+        gs.scanned("blocks", axis=-1),
+        lambda u: {"blocks": jnp.stack(u, axis=-1)},
+    ),
+    "first apart": (
+        gs.first_match(
+            gs.unrolled(r"first_(\d+)", stack="s"),
+            gs.scanned("rest", start=1, stack="s"),
+        ),
+        lambda u: {"first_0": u[0], "rest": jnp.stack(u[1:])},
+    ),
+}
+
+
+@functools.cache
+def made(layout, operator, **kwargs):
+    tx = gs.smooth_over_depth(LAYOUTS[layout][0], operator, **kwargs)
+    return tx, jax.jit(tx.update)
+
+
+def of_layers(layout, layers, operator, jit=True, **kwargs):
+    """The layers after one update, in the dtype that they have."""
+    tree = LAYOUTS[layout][1]([jnp.asarray(x) for x in layers])
+    tx, update = made(layout, operator, **kwargs)
+    out = (update if jit else tx.update)(tree, tx.init(tree))[0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
+    if layout == "unrolled":
+        return [np.asarray(out[f"layers_{i}"]) for i in range(len(layers))]
+    if layout == "first apart":
+        return [np.asarray(out["first_0"]), *np.asarray(out["rest"])]
+    return list(
+        np.moveaxis(np.asarray(out["blocks"]), -1 if "last" in layout else 0, 0)
+    )
+
+
+NORMS = {
+    np.float32: (1e-35, 1e-30, 1e-16, 1.0, 1e15, 1e25, 8e37),
+    jnp.bfloat16: (1e-30, 1e18, 1e34),
+}
+
+
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norms_are_right_over_the_whole_range_of_float32(layout, variant):
+    for dtype, norms in NORMS.items():
+        rng, eps = np.random.default_rng(0), float(jnp.finfo(dtype).eps)
+        for shape in ((1, 1), (7, 50)):
+            directions = rng.normal(size=(4, *shape))
+            directions /= np.linalg.norm(directions, axis=(1, 2), keepdims=True)
+            for norm in norms:
+                layers = list((norm * directions).astype(dtype))
+                # At norm 1, for the oracle.
+                unit = [{"w": np.float64(np.longdouble(x) / norm)} for x in layers]
+                out = of_layers(layout, layers, 0.5, variant=variant)
+                for got, want in zip(
+                    out, oracle.window(unit, 0.5, variant=variant), strict=True
+                ):
+                    # Below 1.2e-38 numbers are flushed to 0, shares of them too.
+                    np.testing.assert_allclose(
+                        np.float64(np.longdouble(got) / norm),
+                        want["w"],
+                        atol=12 * eps + 1.2e-37 / norm,
+                    )
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_norms_of_a_million_numbers_of_very_different_layers_are_right(layout):
+    u = np.random.default_rng(0).normal(size=(4, 1024, 1024))
+    u *= np.reshape([1e-16, 1e-32, 1.0, 1e34], (4, 1, 1)) / 1024
+    u[1:] = u[1:, ::-1]
+    layers = list(u.astype(np.float32))
+    for variant in ("norm_preserving", "directional"):
+        out = of_layers(layout, layers, 0.5, variant=variant)
+        for got, layer in zip(out, layers, strict=True):
+            found, want = (np.linalg.norm(x.astype(np.float64)) for x in (got, layer))
+            np.testing.assert_allclose(found, want, rtol=2e-6)
+
+
+@pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
+def test_a_block_of_roles_of_very_different_sizes_has_the_right_norm(variant):
+    for scales in ((1e-30, 1e-28), (1e-25, 1.0), (1e30, 1e28), (1e10, 1e-20)):
+        blocks = oracle.random_blocks(3, np.float64, {"a": (5,), "b": (2, 3)})
+        scale_of = dict(zip("ab", scales, strict=True))
+        cast = [
+            {r: (scale_of[r] * x).astype(np.float32) for r, x in block.items()}
+            for block in blocks
+        ]
+        exact = [{r: np.float64(x) for r, x in block.items()} for block in cast]
+        kwargs = {"variant": variant, "norm_scope": "block"}
+        expected = oracle.window(exact, 0.3, **kwargs)
+        for got, want in zip(
+            run_scanned(cast, alpha=0.3, **kwargs), expected, strict=True
+        ):
+            for role, scale in scale_of.items():
+                found = np.asarray(got[role], np.float64) / scale
+                np.testing.assert_allclose(found, want[role] / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm_scope", NORM_SCOPES)
+def test_a_directional_layer_whose_directions_cancel_comes_back_unchanged(
+    norm_scope, layout
+):
+    kwargs = {"variant": "directional", "norm_scope": norm_scope}
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        shape = rng.normal(size=[(1,), (7, 11)][seed % 2])
+        for alpha, signs in ((0.5, (1, -1, 1)), (1.0, (1, 1, -1))):
+            sizes = np.abs(rng.normal(size=3)) * signs
+            layers = [(size * shape).astype(np.float32) for size in sizes]
+            out = of_layers(layout, layers, alpha, jit=seed < 7, **kwargs)
+            np.testing.assert_array_equal(out[1], layers[1])
+
+
+def test_what_rounding_leaves_of_a_layer_is_not_scaled_up_to_its_norm():
+    u = np.float32(np.random.default_rng(0).normal(size=5))
+    layers = [u, np.float32(-0.3 / 0.7) * u, u]  # 0.7 of it, 0.15 of each neighbor
+    for layout in LAYOUTS:
+        out = of_layers(layout, layers, 0.3, variant="norm_preserving")
+        assert np.abs(out[1]).max() <= 1e-6 * np.abs(u).max()
+
+
+def test_small_weights_and_small_neighbors_are_not_taken_for_what_rounding_leaves():
+    layers = [np.float32([3.0, 4.0]), np.float32([0.0, 2e-9])]
+    tiny = gs.dense(1e-12 * np.array([[0.0, 1.0], [1.0, 0.0]]))
+    swapped = [np.float32([0.0, 5.0]), np.float32([1.2e-9, 1.6e-9])]
+    for variant in ("norm_preserving", "directional"):
+        for layout in ("stacked", "unrolled"):
+            out = of_layers(layout, layers, tiny, variant=variant)
+            np.testing.assert_allclose(out, swapped, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_gradients_through_the_strength_and_the_updates_are_finite(scale, variant):
+    u = scale * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    u[2] = 0  # a layer of norm 0
+
+    def loss(alpha, u):
+        tx = gs.smooth_over_depth(gs.scanned("blocks"), alpha, variant=variant)
+        return jnp.mean(tx.update({"blocks": u}, tx.init({}))[0]["blocks"])
+
+    for alpha in (0.0, 0.3):
+        by_alpha, by_updates = jax.grad(loss, (0, 1))(alpha, u)
+        assert jnp.isfinite(by_alpha)
+        if variant == "directional" and scale != 1:  # ‖u‖² is out of range
+            continue
+        # They are those of updates of another size.
+        want = jax.grad(loss, 1)(alpha, u / np.float32(scale))
+        np.testing.assert_allclose(by_updates, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "operator",
+    [
+        gs.window(0.2),
+        gs.gaussian(1.0),
+        gs.similarity_window(0.2),
+        gs.controls.norm_matched(gs.window(0.2)),
+    ],
+    ids=["window", "gaussian", "similarity_window", "norm_matched"],
+)
+def test_no_infinity_is_made_on_the_way(operator, variant):
+    for scale in (1e-30, 1.0, 1e30):
+        u = [
+            np.float32(scale) * np.float32(x) for x in ([1.0, 2.0], [0, 0], [3.0, 4.0])
+        ]
+        for layout in ("stacked", "unrolled"):
+            with jax.debug_infs(True), jax.debug_nans(True):
+                of_layers(layout, u, operator, jit=False, variant=variant)

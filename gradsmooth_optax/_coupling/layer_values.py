@@ -19,6 +19,7 @@ from gradsmooth_optax._coupling.neighbors import at_offset
 from gradsmooth_optax._depth.stages import DepthGroup
 
 Arrays: TypeAlias = Sequence[Sequence[Any]]  # one per member, per group
+IsIn: TypeAlias = Callable[[DepthGroup, int], Any]  # a mask over the slots of a member
 Names: TypeAlias = tuple[Hashable | None, ...]  # one per slot of a member, in order
 
 
@@ -180,15 +181,16 @@ def slot_values(
     return values_of(groups, along)
 
 
-def masked(values: LayerValues, is_in: Callable[[DepthGroup, int], Any]) -> LayerValues:
-    """The values, with 0 for the layers that are not in."""
+def masked(values: LayerValues, is_in: IsIn | None, other: float = 0.0) -> LayerValues:
+    """The values, with another number for the layers that are not in; None for all."""
     arrays = dict(zip(values._groups, values._arrays, strict=True))
 
     def chosen(group: DepthGroup, m: int) -> Any:
-        mask, array = is_in(group, m), arrays[group][m]
-        if not isinstance(mask, jax.Array) and mask.all():
+        mask, array = True if is_in is None else is_in(group, m), arrays[group][m]
+        if not isinstance(mask, jax.Array) and np.all(mask):
             return array
-        return jnp.where(along_depth(group, m, mask), array, jnp.zeros_like(array))
+        fill = jnp.full_like(array, other)
+        return jnp.where(along_depth(group, m, mask), array, fill)
 
     return values_of(values._groups, chosen)
 

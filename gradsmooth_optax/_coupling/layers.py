@@ -19,8 +19,10 @@ from gradsmooth_optax._checks import (
     check_one_number,
     is_function,
 )
+from gradsmooth_optax._coupling import norms
 from gradsmooth_optax._coupling.halos import width_of, with_halos
 from gradsmooth_optax._coupling.layer_values import (
+    IsIn,
     LayerValues,
     Names,
     along_depth,
@@ -37,7 +39,6 @@ from gradsmooth_optax._coupling.matmul import (
     widest_shifted_band,
 )
 from gradsmooth_optax._coupling.neighbors import neighbor
-from gradsmooth_optax._coupling.norms import inverse_norm, marked_norm_ratio
 from gradsmooth_optax._depth.groups import Group
 from gradsmooth_optax._depth.stages import DepthGroup, Stage
 
@@ -239,11 +240,7 @@ class Layers:
         if isinstance(weights, LayerValues):
             return self._scaled_by_values(weights)
         if is_function(weights):
-
-            def of_layers(group: DepthGroup, m: int) -> Any:
-                return along_depth(group, m, weights_per_layer(group, m, weights))
-
-            return self._scaled_by_values(values_of(self._groups, of_layers))
+            return self._scaled_by_values(self.values_of_runs(weights))
         check_one_number("weights", weights)
         return self._each(lambda g, m: self._times(weights, g, m))
 
@@ -322,6 +319,18 @@ class Layers:
 
     # -- Numbers per layer -------------------------------------------------------------
 
+    def values_of_runs(self, of_run: Callable[[int], Any]) -> LayerValues:
+        """Numbers that follow from where in its run a layer is.
+
+        Args:
+          of_run: num_layers of a run -> (L,), one for each of its layers.
+        """
+
+        def along(group: DepthGroup, m: int) -> Any:
+            return along_depth(group, m, weights_per_layer(group, m, of_run))
+
+        return values_of(self._groups, along)
+
     def norms(self, scope: NormScope | None = None) -> LayerValues:
         """‖u_l‖ of every layer.
 
@@ -329,13 +338,19 @@ class Layers:
           scope: of one "param", or of the "block": all roles of the stack that the
             layer has. None for the `norm_scope` of the transformation.
         """
-        return self.squared_norms(scope).map(jnp.sqrt)
+        return self.from_squares(
+            lambda squares, factors: squares[0].map(norms.root, *factors), [self], scope
+        )
+
+    def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
+        """‖u_l‖² of every layer, as far as the dtype can hold it: see `norms`."""
+        return self.norms(scope) ** 2
 
     def inner(self, other: Layers, scope: NormScope | None = None) -> LayerValues:
         """Re⟨u_l, v_l⟩ of every layer.
 
         Where one of the two is `shifted`, over the roles in which both layers are: 0
-        where there is none.
+        where there is none. It holds for updates of about 1e-16 to 1e14.
 
         Args:
           other: v.
@@ -352,39 +367,84 @@ class Layers:
           other: v, such as `layers.shifted(1)`.
           scope: as in `norms`.
         """
-        own = self._products(self)
-        if other._of is self and self._of is None:
-            there = own.shifted(other._offset)  # without looking at the layers again
-        else:
-            there = other._products(other)
-        dots, own, there = (
-            self._summed(products, other, scope)
-            for products in (self._products(other), own, there)
-        )
-        return dots.map(
-            lambda dot, x, y: jnp.clip(
-                dot * inverse_norm(x) * inverse_norm(y), -1.0, 1.0
-            ),
-            own,
-            there,
-        )
 
-    def with_norms_of(self, other: Layers, scope: NormScope | None = None) -> Layers:
+        def sums_of(factors: Sequence[LayerValues]) -> list[LayerValues]:
+            u, v = self, other
+            if factors:
+                u, v = (x.scaled(f) for x, f in zip((u, v), factors, strict=True))
+            own, dots = u._products(u), u._products(v)
+            if other._of is self and self._of is None:
+                there = own.shifted(other._offset)  # without looking at them again
+            else:
+                there = v._products(v)
+            return [self._summed(x, other, scope) for x in (own, there, dots)]
+
+        def finish(sums: Sequence[LayerValues], factors: Any) -> LayerValues:
+            own, there, dots = sums
+            return dots.map(norms.cosine, own, there)
+
+        return self._in_range(sums_of, finish, 2, other, scope)
+
+    def with_norms_of(
+        self,
+        other: Layers | Callable[[Layers], Layers],
+        scope: NormScope | None = None,
+    ) -> Layers:
         """u_l ‖v_l‖ / ‖u_l‖: these layers at the norms of others, 0 where one is 0.
 
         Args:
-          other: v.
+          other: v, or a function of these layers to v, which is then not kept.
           scope: as in `norms`.
         """
-        ratios = other.squared_norms(scope).map(
-            marked_norm_ratio, self.squared_norms(scope)
-        )
+        make = (lambda _: other) if isinstance(other, Layers) else other
+
+        def finish(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
+            own, wanted = squares
+            return wanted.map(norms.ratio, own, *factors[::-1])
+
+        every = [self, make(self)]
+        ratios = self.from_squares(finish, every, scope, lambda u: u, make)
         zero = self - self
         return zero.where(ratios < 0, self.scaled(ratios))
 
-    def squared_norms(self, scope: NormScope | None = None) -> LayerValues:
-        """‖u_l‖² of every layer: see `norms`."""
-        return self._summed(self._products(self), self, scope)
+    def from_squares(
+        self,
+        finish: norms.Finish,
+        every: Sequence[Layers],
+        scope: NormScope | None,
+        *functions: Callable[[Layers], Layers],
+    ) -> Any:
+        """What follows from the squared norms of layers of any size: see `in_range`.
+
+        Args:
+          finish: (squared norms of each, factors of each or none) -> what follows.
+          every: several of the same layers.
+          scope: as in `norms`.
+          *functions: of these layers to each of them, which are applied again where
+            squares leave the range; none where they are given as they are.
+        """
+
+        def sums_of(factors: Sequence[LayerValues]) -> list[LayerValues]:
+            found = every
+            if factors:
+                found = [function(self) for function in functions] or every
+                found = [x.scaled(f) for x, f in zip(found, factors, strict=True)]
+            return [self._summed(x._products(x), self, scope) for x in found]
+
+        return self._in_range(sums_of, finish, len(every), self, scope)
+
+    def _in_range(
+        self,
+        sums_of: norms.SumsOf,
+        finish: norms.Finish,
+        num_squares: int,
+        other: Layers,
+        scope: NormScope | None,
+    ) -> Any:
+        # Over `_norm_axes` sums are the same on all devices, and so is what follows.
+        stages = {g.axis_name: None for g in self._groups if isinstance(g, Stage)}
+        is_in = self._is_in(other, scope)
+        return norms.in_range(sums_of, finish, num_squares, is_in, tuple(stages))
 
     def _products(self, other: Layers) -> LayerValues:
         """Re⟨u, v⟩ of every layer of every role."""
@@ -392,8 +452,9 @@ class Layers:
 
         def product(group: DepthGroup, m: int) -> jax.Array:
             x, y = (of._value(place[group], m) for of in (self, other))
-            axes = group.members[m].axes
-            sums = _inner_product(x, y, axes, keepdims=group.is_stacked)
+            depth_axes = group.members[m].axes
+            axes = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
+            sums = _inner_product(x, y, axes, group.is_stacked)
             return summed_over(self._norm_axes, sums)
 
         return values_of(self._groups, product)
@@ -402,19 +463,22 @@ class Layers:
         self, products: LayerValues, other: Layers, scope: NormScope | None
     ) -> LayerValues:
         """Sums over the roles of a block, of what is there at both offsets."""
+        products = masked(products, self._is_in(other, scope))
+        if (self.norm_scope if scope is None else scope) == "param":
+            return products
+        offsets = self._offset, other._offset
+        return summed_by_name(products, lambda g, m: _names(g, m, offsets))
+
+    def _is_in(self, other: Layers, scope: NormScope | None) -> IsIn | None:
+        """Which slots are in such sums; None for all."""
         scope = self.norm_scope if scope is None else scope
         check_choice("scope", scope, ("param", "block"))
         first, second = self._offset, other._offset
         if first or second:
-            products = masked(
-                products,
-                lambda g, m: g.has_neighbor(m, first) & g.has_neighbor(m, second),
-            )
-        elif scope == "block":  # a layer without neighbors is in no block
-            products = masked(products, lambda g, m: g.positions(m)[1] >= self._fewest)
-        if scope == "param":
-            return products
-        return summed_by_name(products, lambda g, m: _names(g, m, (first, second)))
+            return lambda g, m: g.has_neighbor(m, first) & g.has_neighbor(m, second)
+        if scope == "block":  # a layer without neighbors is in no block
+            return lambda g, m: g.positions(m)[1] >= self._fewest
+        return None
 
     # -- Arrays ------------------------------------------------------------------------
 
@@ -480,12 +544,11 @@ def _zero_like(x: Any) -> _Zero:
 
 
 def _inner_product(
-    x: jax.Array, y: jax.Array, depth_axes: Sequence[int], keepdims: bool
+    x: jax.Array, y: jax.Array, axes: tuple[int, ...], keepdims: bool
 ) -> jax.Array:
-    """Re⟨x, y⟩ of every slot, with size 1 on all axes but those over depth."""
+    """Re⟨x, y⟩ over these axes."""
     product = x.real * y.real + x.imag * y.imag if jnp.iscomplexobj(x) else x * y
-    other = tuple(axis for axis in range(x.ndim) if axis not in depth_axes)
-    return jnp.sum(product, axis=other, keepdims=keepdims)
+    return jnp.sum(product, axis=axes, keepdims=keepdims)
 
 
 def _names(group: DepthGroup, m: int, offsets: tuple[int, int]) -> Names:

@@ -90,9 +90,12 @@ def weights_per_layer(
       weights_of: num_layers of a run -> (L,).
     """
     lengths = set(group.whole.run_lengths.tolist())
-    rows = {
-        n: jnp.asarray(_checked_weights(group.whole, n, weights_of)) for n in lengths
-    }
+    rows = {n: _checked_weights(group.whole, n, weights_of) for n in lengths}
+    # Numbers that are known stay constants of NumPy.
+    known = all(isinstance(row, np.ndarray) for row in rows.values())
+    where = np.where if known else jnp.where
+    if not known:
+        rows = {n: jnp.asarray(row) for n, row in rows.items()}
 
     def weights(whole: Group, i: int) -> Matrix:
         position, length = whole.positions(i)
@@ -100,7 +103,7 @@ def weights_per_layer(
         for n, row in rows.items():
             has_length = length == n
             taken = row[np.where(has_length, position, 0)]
-            found.append(jnp.where(has_length, taken, jnp.zeros_like(taken)))
+            found.append(where(has_length, taken, 0))
         return sum(found[1:], found[0])  # each slot is in one run
 
     return group.per_slot(m, weights)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradsmooth_optax._arrays import axis_size
 from gradsmooth_optax._checks import (
+    Matrix,
     NormScope,
     axis_names,
     check_axis_name,
@@ -18,12 +21,9 @@ from gradsmooth_optax._checks import (
     check_flag,
     transformation,
 )
+from gradsmooth_optax._coupling import norms
+from gradsmooth_optax._coupling.layer_values import LayerValues
 from gradsmooth_optax._coupling.layers import Layers, layers_of, leaves_of
-from gradsmooth_optax._coupling.norms import (
-    inverse_norm,
-    marked_ratio_to_directions,
-    norm_ratio,
-)
 from gradsmooth_optax._depth.checked_groups import check_structure, coupled_groups
 from gradsmooth_optax._depth.groups import Grouping, group_by_depth
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
@@ -103,16 +103,19 @@ def smooth_over_depth(
     Place it after the preconditioner, before weight decay and learning rate:
     `chain(scale_by_adam(), smooth_over_depth(...), add_decayed_weights(wd),
     scale_by_learning_rate(lr))`. With frozen parameters, put it inside the trainable
-    mask. Keeps each leaf's dtype and sharding; arithmetic is in float32 (float64 for
-    float64 leaves).
+    mask. Keeps each leaf's dtype and sharding (but where layers of an unrolled stack
+    are laid out differently over Auto mesh axes, which only `out_shardings` of `jit`
+    keeps); arithmetic is in float32 (float64 for float64 leaves).
 
     A band of up to three neighbors on each side, of six where several leaves hold a
     stack, is applied as shifted copies, with memory for one more copy of the role that
     is being smoothed; a wider one as one matmul over all layers, which gathers a leaf
     whose layer axis is sharded. A non-finite update of one layer spreads to its
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
-    `optax.zero_nans`. Norms are sums of squares in float32 and hold for updates of
-    about 1e-16 to 1e18.
+    `optax.zero_nans`. Norms hold over the whole range of float32: where some layer's is
+    0, below 5e-10 or above 2e9, sums of squares are made once more. Where layers
+    cancel, what rounding alone may leave counts as 0. Derivatives by updates hold
+    there too, but of "directional" for those of about 1e-16 to 1e18.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
@@ -218,14 +221,57 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
     """S u, S u at the norm of u, or S of u/‖u‖ at the norm of u."""
     if variant == "standard":
         return _couple(operator, layers)
-    before = layers.squared_norms()
     if variant == "norm_preserving":
+        return _norm_preserving(operator, layers)
+    return _directional(operator, layers)
+
+
+def _norm_preserving(operator: Operator, layers: Layers) -> Layers:
+    couple = functools.partial(_couple, operator)
+    # A large neighbor's rounding is no reason to give up the norm of a small layer.
+    share = _shares(operator, layers, lambda matrix: matrix.diagonal())
+
+    def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
+        before, after = squares
+        ratios = before.map(norms.ratio, after, *factors)
         # A zero layer may receive its neighbors' update.
-        smooth = _couple(operator, layers)
-        return smooth.scaled(before.map(norm_ratio, smooth.squared_norms()))
-    smooth = _couple(operator, layers.scaled(before.map(inverse_norm)))
-    ratios = before.map(marked_ratio_to_directions, smooth.squared_norms())
+        return ratios.map(lambda r, s: jnp.where(norms.is_noise(r, s), 1.0, r), share)
+
+    smooth = couple(layers)
+    every, functions = [layers, smooth], [lambda u: u, couple]
+    return smooth.scaled(layers.from_squares(ratios_of, every, None, *functions))
+
+
+def _directional(operator: Operator, layers: Layers) -> Layers:
+    couple = functools.partial(_couple, operator)
+    share = _shares(operator, layers, lambda matrix: matrix.sum(axis=1))
+
+    norm = layers.norms()
+    directions = layers.scaled(norm.map(norms.inverse))
+
+    def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
+        (after,) = squares
+        ones = after.map(jnp.ones_like)
+        return ones.map(norms.ratio, after, *(factors and (ones, *factors)))
+
+    smooth = couple(directions)
+    ratios = directions.from_squares(ratios_of, [smooth], None, couple)
+    ratios = norm.map(_or_none, ratios, share)
     return layers.where(ratios < 0, smooth.scaled(ratios))
+
+
+def _or_none(norm: jax.Array, ratio: jax.Array, share: jax.Array) -> jax.Array:
+    is_none = (norm == 0) | norms.is_noise(ratio, share)
+    return jnp.where(is_none, -1.0, norm * ratio)
+
+
+def _shares(
+    operator: Operator, layers: Layers, share_of: Callable[[Matrix], Matrix]
+) -> LayerValues:
+    """What rounding in S u is relative to: `share_of` |S|; 0 where there is no S."""
+    if not operator.has_matrix:
+        return layers.values_of_runs(np.zeros)
+    return layers.values_of_runs(lambda n: share_of(abs(operator.matrix(n))))
 
 
 def _couple(operator: Operator, layers: Layers) -> Layers:

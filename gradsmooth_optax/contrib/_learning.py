@@ -181,15 +181,17 @@ def _cosine(products: Products, signal: Signal) -> _Cosine:
     """cos(g, v), for the signal "coupling" of the part of v orthogonal to y."""
     gv, vv, vy, gg, yy, gy = products
     if signal == "coupling":
-        share = vy / jnp.where(yy == 0, jnp.inf, yy)  # 0 where y is 0
+        zero = yy == 0
+        share = jnp.where(zero, 0.0, vy) / jnp.where(zero, 1.0, yy)
         left = vv - share * vy
         # Where v lies along y, what rounding leaves of it is no direction.
         vv = jnp.where(left <= 1e-6 * vv, jnp.zeros_like(left), left)
         gv = gv - share * gy
     known = (gg > 0) & (vv > 0) & jnp.isfinite(gg) & jnp.isfinite(vv)
-    # A division comes last: see `_coupling.norms`. Not by NaN where nothing is known,
-    # which would stop `jax.debug_nans`.
-    cosine = gv / jnp.where(known, jnp.sqrt(gg) * jnp.sqrt(vv), jnp.inf)
+    # A division comes last: see `_coupling.norms`. Nothing is divided where nothing is
+    # known, which would stop `jax.debug_nans`.
+    norms = jnp.where(known, jnp.sqrt(gg) * jnp.sqrt(vv), 1.0)
+    cosine = jnp.where(known, gv, 0.0) / norms
     return _Cosine(cosine, known & jnp.isfinite(cosine))
 
 

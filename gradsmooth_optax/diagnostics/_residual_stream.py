@@ -11,7 +11,7 @@ import numpy as np
 
 from gradsmooth_optax._arrays import widened
 from gradsmooth_optax._checks import shown
-from gradsmooth_optax._coupling.norms import cosine, inverse_norm
+from gradsmooth_optax._coupling.norms import cosine, inverse, root
 
 
 def line_shape_score(
@@ -57,8 +57,8 @@ def line_shape_score(
     """
     increments = _increments("line_shape_score", states, at_least=2)
     squares = _inner_product(increments, increments)
-    inverse = inverse_norm(squares)[..., None].astype(increments.dtype)
-    directions = increments * inverse
+    inverses = inverse(root(squares))[..., None].astype(increments.dtype)
+    directions = increments * inverses
     total = jnp.sum(directions, axis=0)
     square = _inner_product(total, total)
     num_moves = jnp.sum(squares != 0, axis=0).astype(square.dtype)
