@@ -718,6 +718,10 @@ SILENT = {
             ]
         },
     ),
+    "stacked adapters alone, of which `b` is no bias": (
+        gs.scanned("blocks/"),
+        {"blocks": {"q": {"a": jnp.ones((7, 16, 4)), "b": jnp.ones((7, 4, 16))}}},
+    ),
     "a function that counts from the last layer": (
         lambda path, leaf: gs.Depth("m", path[1:], 3 - int(path[0][-1])),
         many("layers_{}", 4),

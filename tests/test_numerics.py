@@ -557,6 +557,14 @@ def test_what_rounding_leaves_of_a_layer_is_not_scaled_up_to_its_norm():
         assert np.abs(out[1]).max() <= 1e-6 * np.abs(u).max()
 
 
+def test_a_large_layer_that_gives_all_to_small_neighbors_is_not_noise_of_its_norm():
+    u = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    layers = list(u * np.float32([[1e-9], [1.0], [1e-9]]))
+    for layout in LAYOUTS:
+        out = of_layers(layout, layers, 1.0, variant="norm_preserving")
+        assert np.abs(out[1]).max() <= 1e-6
+
+
 def test_small_weights_and_small_neighbors_are_not_taken_for_what_rounding_leaves():
     layers = [np.float32([3.0, 4.0]), np.float32([0.0, 2e-9])]
     tiny = gs.dense(1e-12 * np.array([[0.0, 1.0], [1.0, 0.0]]))

@@ -170,7 +170,9 @@ def _stacked_by_shapes(
     is_on_axis = is_one and (has_vectors or is_told) and not may_be_last
     # The other axes have sizes that are seen elsewhere, as the model's width is.
     is_on_axis |= (least == 2 or is_named) and len(own_axes(axes, leaves, tree)) == 1
-    num_axes = least - 1 if has_vectors else 1
+    # Where all have as many axes, those called `b` are no vectors: LoRA's `a` and `b`.
+    are_vectors = has_vectors and max(map(len, shapes)) > least
+    num_axes = least - 1 if are_vectors else 1
     return replace(stack, num_axes=num_axes, is_on_axis=is_on_axis)
 
 

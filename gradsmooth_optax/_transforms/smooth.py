@@ -228,8 +228,13 @@ def _coupled(operator: Operator, layers: Layers, variant: Variant) -> Layers:
 
 def _norm_preserving(operator: Operator, layers: Layers) -> Layers:
     couple = functools.partial(_couple, operator)
-    # A large neighbor's rounding is no reason to give up the norm of a small layer.
-    share = _shares(operator, layers, lambda matrix: matrix.diagonal())
+    # A large neighbor's rounding is no reason to give up the norm of a small layer. A
+    # window is u and differences, so that the whole of u is rounded.
+    by_matrix = type(operator).couple is Operator.couple
+    fewest = 0.0 if by_matrix else 1.0
+    share = _shares(
+        operator, layers, lambda matrix: np.maximum(matrix.diagonal(), fewest)
+    )
 
     def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
         before, after = squares
