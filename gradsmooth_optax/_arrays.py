@@ -141,6 +141,11 @@ def axis_size(axis_name: Hashable, argument: str) -> int:
         ) from None
 
 
+def manual_axes() -> tuple[Hashable, ...]:
+    """The mesh axes that `jax.shard_map` has split the program over."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def may_vary(x: Any, axis_name: Hashable) -> bool:
     """Whether `x` may differ along a mesh axis: False where it is known not to."""
     # `shard_map` knows of everything, or, with `check_vma=False`, of nothing.

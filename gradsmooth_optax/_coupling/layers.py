@@ -441,10 +441,10 @@ class Layers:
         other: Layers,
         scope: NormScope | None,
     ) -> Any:
-        # Over `_norm_axes` sums are the same on all devices, and so is what follows.
-        stages = {g.axis_name: None for g in self._groups if isinstance(g, Stage)}
+        names = {g.axis_name for g in self._groups if isinstance(g, Stage)}
+        names |= set(self._norm_axes)
         is_in = self._is_in(other, scope)
-        return norms.in_range(sums_of, finish, num_squares, is_in, tuple(stages))
+        return norms.in_range(sums_of, finish, num_squares, is_in, names)
 
     def _products(self, other: Layers) -> LayerValues:
         """Re⟨u, v⟩ of every layer of every role."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradsmooth_optax._arrays import summed_over
+from gradsmooth_optax._arrays import manual_axes, summed_over
 from gradsmooth_optax._checks import is_traced
 from gradsmooth_optax._coupling.layer_values import IsIn, LayerValues, masked
 
@@ -41,7 +41,7 @@ def in_range(
     finish: Finish,
     num_squares: int,
     is_in: IsIn | None,
-    axis_names: Sequence[Hashable],
+    axis_names: Iterable[Hashable],
 ) -> Any:
     """What follows from sums over layers of any size.
 
@@ -51,16 +51,18 @@ def in_range(
         leaves that are handed over are much to compile.
       num_squares: how many of the sums are of squares, each with factors of its own.
       is_in: which layers are summed; the sums of others are 0.
-      axis_names: of mesh axes over which `sums_of` communicates and sums differ.
+      axis_names: of mesh axes over which `sums_of` communicates.
     """
     with jax.debug_infs(False), jax.debug_nans(False):  # of sums that are not used
         sums = sums_of(())
         squares = [masked(square, is_in, 1.0) for square in sums[:num_squares]]
         arrays = [x for square in squares for row in square._arrays for x in row]
         wrong = _is_some_wrong({id(x): x for x in arrays}.values())
-    # All devices take the same branch, or those that communicate would wait forever.
+    # All devices take the same branch, or those that communicate would wait forever,
+    # also for devices that they have nothing to do with.
     if axis_names:
-        wrong = summed_over(axis_names, wrong.astype(jnp.int32)) > 0
+        every = {*axis_names, *manual_axes()}
+        wrong = summed_over(sorted(every, key=repr), wrong.astype(jnp.int32)) > 0
 
     def again() -> Any:
         with jax.debug_infs(False):

@@ -114,7 +114,8 @@ def smooth_over_depth(
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
     `optax.zero_nans`. Norms hold over the whole range of float32: where some layer's is
     0, below 5e-10 or above 2e9, sums of squares are made once more. Where layers
-    cancel, what rounding alone may leave counts as 0. Derivatives by updates hold
+    cancel, what rounding alone may leave counts as 0; a layer that is 1e-38 of what it
+    receives becomes 0 in "norm_preserving" and "directional". Derivatives by updates hold
     there too, but of "directional" for those of about 1e-16 to 1e18.
 
     Args:

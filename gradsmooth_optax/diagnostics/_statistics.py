@@ -182,7 +182,7 @@ def _statistics(sums: _Sums) -> RoleStatistics:
         norms=jnp.sqrt(sums.squares),
         cosines=cosine(dots, squares, next_squares),
         roughness=roughness,
-        relative_roughness=roughness / jnp.where(total == 0, jnp.inf, total),
+        relative_roughness=roughness / jnp.where(total == 0, 1.0, total),
     )
 
 
