@@ -1045,7 +1045,9 @@ def compiled():
     tx = gs.smooth_over_depth(
         scanned, 0.3, axis_name="stage", variant="norm_preserving"
     )
-    count("local norms", {"collective-permute": 2}, tx, one, by_hand=True)
+    # And whether all sum again, with the halos of that.
+    norms = {"all-reduce": 1, "collective-permute": 4}
+    count("local norms", norms, tx, one, by_hand=True)
     return wrong
 
 

@@ -45,14 +45,18 @@ def related_blocks(num_layers=5):
 @pytest.mark.parametrize("norm_scope", SCOPES)
 def test_it_is_the_plain_loops_at_any_strength_and_sharpness(norm_scope):
     blocks = related_blocks()
-    stacked = {"blocks": oracle.stacked_tree(blocks)}
 
     @jax.jit
     def apply(scanned, unrolled, alpha, sharpness):
         operator = gs.similarity_window(alpha, norm_scope, sharpness)
         return step(operator, scanned), step(operator, unrolled, UNROLLED)
 
-    for alpha, sharpness in ((0.4, 1.0), (1.0, 0.0), (0.7, 0.5), (0.4, 3.0)):
+    every = [(0.4, 1.0, 1.0), (1.0, 0.0, 1.0), (0.7, 0.5, 1.0), (0.4, 3.0, 1.0)]
+    # With a layer of norm 0, or too small for its squares, all sums are made again.
+    for alpha, sharpness, size in (*every, (0.4, 1.0, 1e-25), (0.4, 1.0, 0.0)):
+        first = {role: np.float32(size) * x for role, x in blocks[0].items()}
+        blocks = [first, *blocks[1:]]
+        stacked = {"blocks": oracle.stacked_tree(blocks)}
         expected = oracle.similarity_window(blocks, alpha, norm_scope, sharpness)
         outs = apply(stacked, unrolled(blocks), alpha, sharpness)
         oracle.assert_blocks_close(oracle.unstacked(outs[0]["blocks"]), expected)

@@ -373,7 +373,7 @@ class Layers:
             if factors:
                 u, v = (x.scaled(f) for x, f in zip((u, v), factors, strict=True))
             own, dots = u._products(u), u._products(v)
-            if other._of is self and self._of is None:
+            if not factors and other._of is self and self._of is None:
                 there = own.shifted(other._offset)  # without looking at them again
             else:
                 there = v._products(v)
