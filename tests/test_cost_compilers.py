@@ -70,6 +70,19 @@ def test_every_kernel_counts_its_unique_operands_and_its_results_once():
     assert hlo.traffic(PROGRAM) == fused + start + sync + second + call
 
 
+def test_a_choice_counts_as_the_branch_that_reads_least():
+    text = """ENTRY %main (i: s32[], u: f32[3,4], s: f32[3]) -> f32[3] {
+  %i = s32[] parameter(0)
+  %u = f32[3,4]{1,0} parameter(1)
+  %s = f32[3]{0} parameter(2)
+  %little = (f32[3]{0}) tuple(%s)
+  %much = (f32[3]{0}, f32[3,4]{1,0}) tuple(%s, %u)
+  ROOT %found = f32[3]{0} conditional(%i, %little, %much), branch_computations={%a, %b}
+}
+"""
+    assert (hlo.traffic(text), hlo.seldom(text)) == (12 + 12, 48)
+
+
 def test_collectives_count_as_pairs_and_in_the_bodies_of_loops_too():
     assert hlo.collectives(PROGRAM) == {"all-reduce": 1, "collective-permute": 2}
 

@@ -86,7 +86,8 @@ def traffic(text: str) -> int:
     """Returns the bytes of every kernel's unique operands and of its results.
 
     Only in main memory: what the TPU compiler keeps on the chip costs nothing there. A
-    loop or a call counts as one kernel that reads its operands once.
+    loop or a call counts as one kernel that reads its operands once, a choice of
+    branches as the branch that reads least.
     """
     steps = {step.name: step for step in entry(text)}
 
@@ -96,11 +97,28 @@ def traffic(text: str) -> int:
     total = 0
     for step in kernels(text):
         read = sizes({_buffer(steps, name) for name in step.operands})
+        if step.opcode == "conditional":
+            read = min(_branches(steps, step))
         written = num_bytes(step.result)
         if step.opcode.endswith("-start") and step.opcode != "all-reduce-start":
             written -= sizes(step.operands)  # it repeats them before its results
         total += read + written
     return total
+
+
+def seldom(text: str) -> int:
+    """Returns the bytes that only branches read of which another one reads less.
+
+    Norms are summed again where one is out of range, which hardly ever happens.
+    """
+    steps = {step.name: step for step in entry(text)}
+    read = [_branches(steps, s) for s in steps.values() if s.opcode == "conditional"]
+    return sum(max(branches) - min(branches) for branches in read)
+
+
+def _branches(steps: dict[str, Instruction], step: Instruction) -> list[int]:
+    """What each branch of a conditional is handed, in bytes."""
+    return [num_bytes(steps[name].result) for name in step.operands[1:]]
 
 
 def collectives(text: str) -> dict[str, int]:

@@ -30,7 +30,8 @@ def measure(compiled: Any, case: Any) -> dict[str, float]:
     text = compiled.as_text()
     collectives = hlo.collectives(text)
     return {
-        "bytes": compiled.cost_analysis()["bytes accessed"] / case.unit,
+        "bytes": (compiled.cost_analysis()["bytes accessed"] - hlo.seldom(text))
+        / case.unit,
         "traffic": hlo.traffic(text) / case.unit,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes / case.unit,
         "collectives": sum(collectives.values()),
