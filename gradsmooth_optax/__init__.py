@@ -92,4 +92,4 @@ from gradsmooth_optax import trial as trial
 # What no evidence speaks for yet.
 from gradsmooth_optax import contrib as contrib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
