@@ -15,7 +15,7 @@ import gradsmooth_optax as gs
 _LAYERS, _ALPHA = 12, 0.5
 _BEFORE, _AFTER = "#767676", "#0072B2"
 # Of a panel: its size, and where its first one begins.
-_WIDTH, _HEIGHT, _LEFT, _TOP = 300, 120, 20, 76
+_WIDTH, _HEIGHT, _LEFT, _TOP = 245, 110, 16, 72
 
 
 def window_svg() -> str:
@@ -24,15 +24,16 @@ def window_svg() -> str:
     alone[4] = 1.0
     rng = np.random.default_rng(0)
     noisy = 0.3 + 0.4 * np.linspace(0, 1, _LAYERS) + rng.uniform(-0.35, 0.35, _LAYERS)
-    second = _LEFT + _WIDTH + 40
+    second = _LEFT + _WIDTH + 38
     return "\n".join(
         [
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 225" '
-            'font-family="sans-serif" font-size="13" fill="#222">',
-            '<rect width="680" height="225" rx="6" fill="#fff"/>',
+            '<svg xmlns="http://www.w3.org/2000/svg" width="560" height="212" '
+            'viewBox="0 0 560 212" font-family="sans-serif" font-size="13" '
+            'fill="#222">',
+            '<rect width="560" height="212" rx="6" fill="#fff"/>',
             *_legend(),
-            *_panel(_LEFT, alone, "A layer alone: its neighbors take a share"),
-            *_panel(second, noisy, "What layers share stays, the rest shrinks"),
+            *_panel(_LEFT, alone, "One layer's update is shared"),
+            *_panel(second, noisy, "What layers share stays"),
             "</svg>",
             "",
         ]
@@ -48,11 +49,11 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _legend() -> Iterator[str]:
-    yield '<text x="20" y="26">One entry of the update, layer by layer:</text>'
-    yield f'<circle cx="300" cy="22" r="4.5" fill="none" stroke="{_BEFORE}"/>'
-    yield '<text x="312" y="26">from the optimizer</text>'
-    yield f'<circle cx="452" cy="22" r="4.5" fill="{_AFTER}"/>'
-    yield f'<text x="464" y="26">after gs.window({_ALPHA})</text>'
+    yield '<text x="16" y="26">One entry of the update:</text>'
+    yield f'<circle cx="186" cy="22" r="4.5" fill="none" stroke="{_BEFORE}"/>'
+    yield '<text x="198" y="26">from the optimizer</text>'
+    yield f'<circle cx="345" cy="22" r="4.5" fill="{_AFTER}"/>'
+    yield f'<text x="357" y="26">after gs.window({_ALPHA})</text>'
 
 
 def _panel(left: float, values: np.ndarray, title: str) -> Iterator[str]:
