@@ -101,6 +101,8 @@ def test_every_call_that_a_page_names_can_be_made_as_shown(page):
     names = {**STAND_INS, "gs": gs, "optax": optax}
     for call in set(re.findall(r"`((?:gs|optax)\.[\w.]+\(.*?\))`", text)):
         eval(call.replace(r"\|", "|"), dict(names))
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def test_the_numbers_and_the_picture_of_the_pages_are_those_of_the_results():
