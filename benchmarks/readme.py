@@ -28,6 +28,7 @@ from benchmarks.report.comparisons import (
     base_of,
     best_against_best,
     control_of,
+    has_diverged,
     is_better,
     is_worse,
     window_of,
@@ -156,14 +157,19 @@ def evidence_text(sources: Sequence[Source]) -> str:
         for setting in source.settings
         if not setting.is_of_parts and setting.preset == "full"
     ]
+    tasks = dict.fromkeys(setting.task for setting in settings)
     rows = [
-        (f"`{task}`, {what}", _window, [s for s in settings if s.task == task])
-        for task, what in _TASKS.items()
+        (f"`{task}`, {_TASKS[task]}", _window, [s for s in settings if s.task == task])
+        for task in tasks
     ]
     rows += [(what, kind, settings) for what, kind in _OVER_ALL.items()]
+    columns = ("better", "no difference", "worse", "not finished, or diverged")
+    cells = [[what, *_counts(kind, of)] for what, kind, of in rows]
+    # A column that only a gap in the results needs.
+    shown = 5 if any(row[-1] != "0" for row in cells) else 4
     table = format_table(
-        ["against the plain optimizer", "better", "no difference", "worse"],
-        [[what, *_counts(kind, of)] for what, kind, of in rows],
+        ["against the plain optimizer", *columns][:shown],
+        [row[:shown] for row in cells],
     )
     verdicts = [verdict_of(setting, _window(setting)) for setting in settings]
     return (
@@ -199,9 +205,10 @@ def _counts(
     kind: Callable[[Setting], Kind | None], settings: Sequence[Setting]
 ) -> list[str]:
     found = [best_against_best(s, kind(s), base_of(s)) for s in settings]
-    done = [of for of in found if of is not None]
-    better, worse = sum(map(is_better, done)), sum(map(is_worse, done))
-    return [str(count) for count in (better, len(done) - better - worse, worse)]
+    better, worse = sum(map(is_better, found)), sum(map(is_worse, found))
+    open_ = sum(of is None or has_diverged(of) for of in found)
+    counts = (better, len(found) - better - worse - open_, worse, open_)
+    return list(map(str, counts))
 
 
 def speed_text(reports: Mapping[str, Mapping[str, Any]]) -> str:
