@@ -344,42 +344,28 @@ def test_the_committed_report_is_of_what_is_measured_and_prints():
         assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]
 
 
-def test_what_was_not_measured_is_said_to_be_so(monkeypatch):
-    monkeypatch.setattr(readme, "evidence_text", lambda sources: "")
+def test_what_was_not_measured_is_said_to_be_so():
     reports = readme.read_reports()
-    text = """
+    costs = readme.costs(reports["cpu"])
+    table = """
 | `gs.window(alpha)` | the paper's | 0.1× / 0.1× | start here |
-| `gs.tikhonov(strength)` | smooth | not measured | |
+| `gs.tikhonov(strength)` | smooth | 0.1× / 0.1× | |
 | `gs.dense(matrix)` | S u | as `tikhonov` | |
-<!-- speed -->
-<!-- end of speed -->
 """
-    window, tikhonov = (
-        readme.costs(reports["cpu"])[name] for name in (WINDOW, "tikhonov(1.0)")
+    del costs["tikhonov(1.0)"]
+    found = readme.with_costs(table, costs)
+    assert (
+        f"| `gs.window(alpha)` | the paper's | {costs[WINDOW]} | start here |" in found
     )
-    written = readme.written(text, reports, [])
-    assert f"| `gs.window(alpha)` | the paper's | {window} | start here |" in written
-    assert f"| `gs.tikhonov(strength)` | smooth | {tikhonov} | |" in written
-    assert "| `gs.dense(matrix)` | S u | as `tikhonov` | |" in written
-    assert "not measured" not in written
+    assert "| `gs.tikhonov(strength)` | smooth | not measured | |" in found
+    assert "| `gs.dense(matrix)` | S u | as `tikhonov` | |" in found
 
     older = copy.deepcopy(reports)
-    for layout in older["cpu"]["operators"]["64 MB float32"].values():
-        del layout["tikhonov(1.0)"]
     del older["cpu"]["training"]
     del older["tpu"]["topologies"]["v5e:2x2"]["cases"]["tikhonov(1.0)"]
     older["gpu"]["topologies"]["1x1x4"]["cases"]["tikhonov(1.0)"]["measures"] = {}
-    written = readme.written(text, older, [])
-    assert "| `gs.tikhonov(strength)` | smooth | not measured | |" in written
-    (row,) = (line for line in written.splitlines() if "any matmul" in line)
+    found = readme.speed_text(older)
+    (row,) = (line for line in found.splitlines() if "any matmul" in line)
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     assert cells == ["not measured", "", "", "refused", "", ""]
-    assert "not measured (not measured)" in written  # the training step
-    # Measured, it is what it was.
-    again = readme.written(written, reports, [])
-    assert again == readme.written(text, reports, [])
-
-
-def test_a_text_without_the_table_of_operators_is_an_error():
-    with pytest.raises(ValueError, match="no table of operators"):
-        readme.written("no table", readme.read_reports(), [])
+    assert "not measured (not measured)" in found  # the training step
