@@ -194,6 +194,11 @@ def test_the_error_names_both_settings():
             ("`with_depth_smoothing`", "(ScaleByAdamState, EmptyState)", "`state[0]`"),
         ),
         (
+            AROUND["constant"],
+            gs.per_layer(adam(), DEPTH).init(PARAMS),
+            ("`state.count` is dict", "an array", "`init(params).count`"),
+        ),
+        (
             RECIPES["adamw, scheduled"],
             RECIPES["adamw"].init(PARAMS),
             ("`adamw`", "WithDepthSmoothingState(state[0], smoothing.init(params))"),

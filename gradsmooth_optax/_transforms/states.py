@@ -106,12 +106,16 @@ def _differences(
         # Nothing is as good as any other nothing.
         if jax.tree.leaves(found):
             yield at, found, expected
-    elif isinstance(expected, dict):
+    elif isinstance(expected, dict) and not _is_leaf(found):
         if isinstance(found, dict):
             for key in expected.keys() & found.keys():
                 yield from _differences(
                     found[key], expected[key], of_tree, f"{at}[{key!r}]"
                 )
+    elif _is_leaf(expected) or _is_leaf(found):
+        # `per_layer` has a dict of counts where others have one count.
+        if _is_leaf(found) != _is_leaf(expected):
+            yield at, found, expected
     elif isinstance(expected, tuple) and expected:
         kind = _kind(expected)
         same = _kind(found) == kind if kind else _is_plain(found)
@@ -121,6 +125,10 @@ def _differences(
         for i, parts in enumerate(zip(found, expected, strict=True)):
             step = f".{kind[1][i]}" if kind else f"[{i}]"
             yield from _differences(*parts, of_tree, at + step)
+
+
+def _is_leaf(node: Any) -> bool:
+    return jax.tree_util.all_leaves([node])
 
 
 def _is_plain(node: Any) -> bool:
@@ -148,6 +156,8 @@ def _shown(state: Any) -> str:
 
 
 def _called(state: Any) -> str:
+    if _is_leaf(state):
+        return "an array"
     if _is_plain(state):
         return f"({', '.join(map(_called, state))})"
     parts = ", ".join(
