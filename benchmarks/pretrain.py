@@ -23,9 +23,13 @@ import matplotlib.pyplot as plt
 import optax
 
 import gradsmooth_optax as gs
-from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import mean_loss, next_token_loss
+from benchmarks.data.corpus import (
+    VOCABULARY,
+    load_corpus,
+    sample_windows,
+    spread_windows,
+)
+from benchmarks.models.gpt import GPT, init_gpt, mean_loss, next_token_loss
 from benchmarks.optimizers import matrices, warmup_cosine
 
 DEPTH = gs.scanned("blocks/")

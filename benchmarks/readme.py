@@ -25,9 +25,8 @@ from benchmarks.cost.cpu.peers import HOOK, OURS
 from benchmarks.cost.cpu.updates import LAYOUTS
 from benchmarks.json_files import COST, RESULTS
 from benchmarks.on_gpu.report import page
-from benchmarks.report.grid import LEGEND, grid
-from benchmarks.report.headline import in_short
 from benchmarks.report.records import Source, read_sources
+from benchmarks.report.summary import LEGEND, grid, in_short
 from benchmarks.report.verdicts import outcomes
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +150,7 @@ def costs(report: Mapping[str, Any]) -> dict[str, str]:
 def evidence_text(sources: Sequence[Source]) -> str:
     """Returns the verdict of the report in short, and the whole grid."""
     settings = [setting for source in sources for setting in source.settings]
-    of_all = outcomes([setting for setting in settings if not setting.is_of_parts])
+    of_all = outcomes(settings)
     return f"{in_short(of_all)}\n\n{LEGEND}\n\n{grid(of_all)}"
 
 

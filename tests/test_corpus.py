@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import corpus
+from benchmarks.data import corpus
 
 FILES = [
     b"import this\n" * 40,

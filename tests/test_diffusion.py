@@ -15,16 +15,16 @@ pytest.importorskip("sklearn")
 import scipy.linalg
 
 import gradsmooth_optax as gs
+from benchmarks.data.digits import split_digits
 from benchmarks.evidence.task import parts_of
 from benchmarks.evidence.tasks import diffusion
-from benchmarks.evidence.tasks.digits import split_digits
 from benchmarks.evidence.tasks.frechet import (
     Moments,
     frechet_distance,
     moments,
     trained_classifier,
 )
-from benchmarks.evidence.tasks.uvit import UViT
+from benchmarks.models.uvit import UViT
 
 LAYERS, HALF = 5, 2
 MODEL = {"width": 8, "heads": 2}

@@ -21,8 +21,8 @@ import gradsmooth_optax as gs
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import presets, training
 from benchmarks.evidence.tasks import TASKS, rl
-from benchmarks.gpt import init_gpt
 from benchmarks.json_files import COST, RESULTS, TRIALS
+from benchmarks.models.gpt import init_gpt
 from benchmarks.report.records import read_source
 from benchmarks.training import TrainState, data_key, init_params, train_steps
 

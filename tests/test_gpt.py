@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gradsmooth_optax as gs
-from benchmarks.gpt import GPT, rotate
+from benchmarks.models.gpt import GPT, rotate
 
 LAYERS, WIDTH, CONTEXT = 3, 8, 6
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, CONTEXT))

@@ -8,9 +8,8 @@ import pytest
 from optax import contrib
 
 from benchmarks import training
-from benchmarks.corpus import sample_windows, spread_windows
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import mean_loss, next_token_loss
+from benchmarks.data.corpus import sample_windows, spread_windows
+from benchmarks.models.gpt import GPT, init_gpt, mean_loss, next_token_loss
 from benchmarks.optimizers import (
     hidden_matrices,
     matrices,

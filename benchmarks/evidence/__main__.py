@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.corpus import CorpusError
+from benchmarks.data.corpus import CorpusError
 from benchmarks.evidence import placement, presets
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS

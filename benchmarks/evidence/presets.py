@@ -14,8 +14,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.evidence.tasks.arithmetic import split_problems
-from benchmarks.evidence.tasks.digits import CLASSES, IMAGES, SIZE
+from benchmarks.data.arithmetic import split_problems
+from benchmarks.data.digits import CLASSES, IMAGES, SIZE
 from benchmarks.evidence.training import Job
 
 Options = Mapping[str, Any]

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradsmooth_optax as gs
 from benchmarks.cost.operators import operators
-from benchmarks.gpt import GPT
+from benchmarks.models.gpt import GPT
 
 # The least and the most that a measure may be.
 Bar = tuple[float, float]

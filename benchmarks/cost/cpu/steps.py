@@ -14,11 +14,10 @@ import numpy as np
 import optax
 
 import gradsmooth_optax as gs
-from benchmarks.corpus import VOCABULARY, sample_windows
 from benchmarks.cost.cpu.timing import compiled, in_turns, relative_to, temporaries
 from benchmarks.cost.cpu.updates import LAYOUTS, depth_of, updates_of
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import next_token_loss
+from benchmarks.data.corpus import VOCABULARY, sample_windows
+from benchmarks.models.gpt import GPT, init_gpt, next_token_loss
 from benchmarks.optimizers import smoothed_optimizer
 from benchmarks.training import init_params, init_state, train_steps
 

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 import gradsmooth_optax as gs
+from benchmarks.data.digits import SIZE, split_digits
 from benchmarks.evidence.task import Metric, Task, leaves_matching, parts_of
-from benchmarks.evidence.tasks.digits import SIZE, split_digits
 from benchmarks.evidence.tasks.frechet import (
     frechet_distance,
     moments,
     trained_classifier,
 )
-from benchmarks.evidence.tasks.uvit import UViT, half_of
+from benchmarks.models.uvit import UViT, half_of
 
 METRICS = (
     Metric("denoising loss", "per pixel", lower_is_better=True),

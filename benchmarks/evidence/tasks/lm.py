@@ -11,11 +11,20 @@ import jax
 import jax.numpy as jnp
 
 import gradsmooth_optax as gs
-from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
+from benchmarks.data.corpus import (
+    VOCABULARY,
+    load_corpus,
+    sample_windows,
+    spread_windows,
+)
 from benchmarks.evidence.task import Metric, Task, parts_of
-from benchmarks.evidence.tasks.scanned_states import scanned_states
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import mean_loss, next_token_loss
+from benchmarks.models.gpt import (
+    GPT,
+    init_gpt,
+    mean_loss,
+    next_token_loss,
+    scanned_states,
+)
 from benchmarks.optimizers import hidden_matrices, matrices
 
 METRICS = (Metric("validation loss", "nats/byte", lower_is_better=True),)
