@@ -76,9 +76,11 @@ def build(
     classifier = trained_classifier(eval_images)
     wanted = moments(classifier(jnp.asarray(2 * held_out.images - 1))[0])
     denoised = _evaluation_batch(jnp.asarray(2 * held_out.images - 1), eval_times)
-    draw_images = build_sampler(
-        layers, width=width, heads=heads, sampler_steps=sampler_steps, patch=patch
+    # Always the same, the first ones for every number of samples.
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        _evaluation_key(0), jnp.arange(samples)
     )
+    start = jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE)))(keys)
 
     def draw(data: jax.Array, key: jax.Array, step: jax.Array) -> Batch:
         of_image, of_noise, of_time = jax.random.split(jax.random.fold_in(key, step), 3)
@@ -92,7 +94,8 @@ def build(
         return jnp.mean(jnp.square(predicted - drawn.noise))
 
     def evaluate(params: Any) -> dict[str, jax.Array]:
-        features, _ = classifier(draw_images(params, samples))
+        images = denoise(predictor(model, params), start, sampler_steps)
+        features, _ = classifier(images)
         distance = frechet_distance(wanted, moments(features))
         names = (metric.name for metric in METRICS)
         return dict(zip(names, (loss(params, denoised), distance), strict=True))
@@ -126,30 +129,6 @@ def build(
             "joined with mid_block": _joined_with_mid_block(half),
         },
     )
-
-
-def build_sampler(
-    layers: int, *, width: int, heads: int, sampler_steps: int, patch: int = 2
-) -> Callable[[Any, int], jax.Array]:
-    """Returns what makes images in [-1, 1] from parameters of a seed.
-
-    Args:
-      layers: as all others, those of `build`.
-
-    Returns:
-      A function `(params, number) -> images` of shape `(number, 8, 8)`: always from
-      the same noise, the first images the same for every `number`.
-    """
-    model = UViT(layers, width, heads, patch)
-
-    def draw_images(params: Any, number: int) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-            _evaluation_key(0), jnp.arange(number)
-        )
-        noise = jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE)))(keys)
-        return denoise(predictor(model, params), noise, sampler_steps)
-
-    return draw_images
 
 
 def predictor(model: UViT, params: Any) -> Predict:
