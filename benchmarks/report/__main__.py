@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     given = parser.parse_args(argv)
     sources = read_sources(RESULTS)
-    figures = drawings(sources)
+    figures = {name: draw() for name, draw in drawings(sources).items()}
     measured = json.loads((RESULTS / "signals.json").read_text("utf-8"))
     text = page(sources, figures, signals.table(measured)) + "\n"
     if given.check:

@@ -8,7 +8,8 @@ and a marker, all else is gray.
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -66,25 +67,26 @@ _RC = {
 _WIDE = 7.0
 
 
-def drawings(sources: Sequence[Source]) -> dict[str, str]:
-    """Returns all figures by their file names, as SVG."""
+def drawings(sources: Sequence[Source]) -> dict[str, Callable[[], str]]:
+    """Returns what draws each figure as SVG, by their file names."""
     settings = [setting for source in sources for setting in source.settings]
-    # What users set for their own figures has no say in these.
-    with matplotlib.style.context(["default", _RC]):
-        found = {
-            "differences.svg": differences(outcomes(settings)),
-            "parts.svg": parts([of for of in settings if of.is_of_parts]),
-        }
-        for source in sources:
-            found[f"{source.stem}-rates.svg"] = rates(source.settings)
-            found[f"{source.stem}-mechanism.svg"] = mechanism(source.settings[-1])
-        return {name: _svg(figure) for name, figure in found.items()}
+    of_parts = [setting for setting in settings if setting.is_of_parts]
+    found: dict[str, Callable[[], Figure]] = {
+        "differences.svg": lambda: differences(outcomes(settings)),
+        "parts.svg": lambda: parts(of_parts),
+    }
+    for source in sources:
+        found[f"{source.stem}-rates.svg"] = partial(rates, source.settings)
+        found[f"{source.stem}-mechanism.svg"] = partial(mechanism, source.settings[-1])
+    return {name: partial(_svg, draw) for name, draw in found.items()}
 
 
-def _svg(figure: Figure) -> str:
+def _svg(draw: Callable[[], Figure]) -> str:
     """A figure as SVG that says nothing of when it was drawn."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    # What users set for their own figures has no say in these.
+    with matplotlib.style.context(["default", _RC]):
+        draw().savefig(text, format="svg", metadata={"Date": None})
     # Editors and git strip what matplotlib leaves at the ends of lines.
     return re.sub(r"[ \t]+$", "", text.getvalue(), flags=re.MULTILINE)
 
@@ -176,7 +178,7 @@ def rates(settings: Sequence[Setting]) -> Figure:
             _rate_axis(ax, setting)
         minus_base.set_xlabel("learning rate")
     pairs[0][0].set_ylabel(f"{metric.label}\n({metric.better})")
-    pairs[0][1].set_ylabel("minus base at the same rate")
+    pairs[0][1].set_ylabel("minus base\nat the same rate")
     figure.suptitle(f"{settings[0].run}: the screen", fontsize=10)
     _legend(figure, grid[0, 0], "other arms")
     return figure

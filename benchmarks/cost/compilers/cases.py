@@ -164,7 +164,8 @@ def updates(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
         )
     )
     preserving = Bars(gpu={"traffic": (0, 4.2), "custom calls": _NOTHING})
-    for variant, bars in (("norm_preserving", preserving), ("directional", _NO_BARS)):
+    variants: dict[Any, Bars] = {"norm_preserving": preserving, "directional": _NO_BARS}
+    for variant, bars in variants.items():
         tx = gs.smooth_over_depth(STACKED, 0.2, variant=variant)
         for dtype in dtypes:
             name = f"{variant}, {jnp.dtype(dtype).name}"

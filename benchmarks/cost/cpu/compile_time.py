@@ -32,7 +32,7 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
     }
 
 
-def learning_optimizers() -> dict[str, optax.GradientTransformation]:
+def learning_optimizers() -> Mapping[str, optax.GradientTransformation]:
     """Returns AdamW alone and inside the wrappers that learn the coupling."""
     rest = optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3)
     return {BASE: optax.adamw(1e-3)} | {
