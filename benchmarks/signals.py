@@ -68,8 +68,7 @@ def signals(
 ) -> Iterator[dict[str, Any]]:
     """Yields what is along depth at each moment of a training, as JSON values."""
     changes = {} if steps is None else {"steps": steps}
-    kind = "muon" if (name, optimizer) == ("reverse", "muon") else optimizer
-    options = presets.options_of(name, kind, "full", changes)
+    options = presets.options_of(name, optimizer, "full", changes)
     job, layers = presets.job_of(optimizer, options), options["depths"]
     layers = 12 if 12 in layers else layers[0]
     task = TASKS[name].build(layers, **presets.task_options(options))
@@ -80,11 +79,11 @@ def signals(
     train = train_steps(task.loss, tx, task.draw, job.steps, task.rollout)
     done = 0
     for moment, share in tqdm(MOMENTS.items(), desc=f"{name}, {optimizer}"):
-        until = round(share * job.steps)
-        if until > done:
-            counts = jnp.int32(done), jnp.int32(until - done)
+        more = round(share * job.steps) - done
+        if more:
+            counts = jnp.int32(done), jnp.int32(more)
             state, _ = train(state, seeds, task.data, *counts)
-            done = until
+            done += more
         one = jax.tree.map(lambda leaf: leaf[0], state.params)
         found = depth_signal(gradients(task, one, batches), task.depth)
         for stack, block in found.blocks.items():

@@ -77,8 +77,5 @@ def test_a_case_that_fails_takes_no_other_with_it(tmp_path):
     assert skipped == {"group": "group", "case": "fails", "why": "division by zero"}
 
 
-def test_the_tables_and_the_page_are_of_the_report(report):
-    shown = on_gpu_report.tables(report)
-    assert "window(0.2)" in shown
-    assert "exploratory: rates untuned" in shown
-    assert shown in on_gpu_report.page(report)
+def test_the_page_is_of_the_report(report):
+    assert on_gpu_report.tables(report) in on_gpu_report.page(report)

@@ -13,13 +13,13 @@ from benchmarks.evidence import presets
 def test_a_table_is_made_of_a_training_and_again_of_the_file(
     tmp_path, monkeypatch, capsys
 ):
-    small = {"depths": [3], "width": 8, "heads": 2, "batch": 4, "micro_batches": 2}
+    small = {"depths": [3], "width": 4, "heads": 2, "batch": 4, "length": 2}
     options = presets.options_of
     monkeypatch.setattr(
         presets, "options_of", lambda *cell: options(*cell[:3], small | cell[3])
     )
     out = tmp_path / "signals.json"
-    arguments = ["--tasks", "reverse", "--optimizers", "adamw", "--steps", "2"]
+    arguments = ["--task", "reverse", "--optimizer", "adamw", "--steps", "2"]
     arguments += ["--batches", "16", "--out", str(out)]
     assert signals.main(arguments) == 0
     table = capsys.readouterr().out

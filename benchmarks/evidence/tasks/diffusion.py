@@ -76,11 +76,6 @@ def build(
     classifier = trained_classifier(eval_images)
     wanted = moments(classifier(jnp.asarray(2 * held_out.images - 1))[0])
     denoised = _evaluation_batch(jnp.asarray(2 * held_out.images - 1), eval_times)
-    # Always the same, the first ones for every number of samples.
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-        _evaluation_key(0), jnp.arange(samples)
-    )
-    start = jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE)))(keys)
 
     def draw(data: jax.Array, key: jax.Array, step: jax.Array) -> Batch:
         of_image, of_noise, of_time = jax.random.split(jax.random.fold_in(key, step), 3)
@@ -94,7 +89,7 @@ def build(
         return jnp.mean(jnp.square(predicted - drawn.noise))
 
     def evaluate(params: Any) -> dict[str, jax.Array]:
-        images = denoise(predictor(model, params), start, sampler_steps)
+        images = denoise(predictor(model, params), starts(samples), sampler_steps)
         features, _ = classifier(images)
         distance = frechet_distance(wanted, moments(features))
         names = (metric.name for metric in METRICS)
@@ -129,6 +124,14 @@ def build(
             "joined with mid_block": _joined_with_mid_block(half),
         },
     )
+
+
+def starts(samples: int) -> jax.Array:
+    """Returns the noise, always the same, that samples are made of."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        _evaluation_key(0), jnp.arange(samples)
+    )
+    return jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE)))(keys)
 
 
 def predictor(model: UViT, params: Any) -> Predict:
