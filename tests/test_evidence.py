@@ -1,7 +1,7 @@
 """The evidence: tasks are trained as `trial` asks, and their options fit together."""
 
+import dataclasses
 import functools
-import json
 import os
 import re
 import subprocess
@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("flax")
 
+import tiny_task
+
 import gradsmooth_optax as gs
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import presets, training
@@ -26,19 +28,13 @@ from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.training import data_key, init_params
 
 ROOT = Path(__file__).parent.parent
-TINY = {
-    **{"depths": [3], "width": 4, "heads": 1, "context": 4, "batch": 4},
-    **{"steps": 4, "warmup": 1, "eval_windows": 2, "micro_batches": 2, "lanes": 2},
-    **{"screen_seeds": 2, "confirm_seeds": 2, "corpus": [str(ROOT / "LICENSE")]},
-}
 RATE, SEEDS = 0.1, (3, 5)
 
 
 @functools.cache
 def tiny():
-    options = presets.options_of("lm", "adamw", "full", TINY)
-    task = TASKS["lm"].build(3, **presets.task_options(options))
-    return task, presets.job_of("adamw", options)
+    job = training.Job("adamw", steps=4, warmup=1, weight_decay=0.1, clip=1.0)
+    return tiny_task.build(3), dataclasses.replace(job, micro_batches=2)
 
 
 @functools.cache
@@ -71,8 +67,7 @@ def by_hand(seed):
 
 
 def test_a_training_is_what_a_loop_over_seeds_and_steps_gives():
-    task, job = tiny()
-    assert (job.weight_decay, job.clip, job.warmup, job.steps) == (0.1, 1.0, 1, 4)
+    task, _ = tiny()
     _, values = trained()
     for lane, seed in enumerate(SEEDS):
         params, _ = by_hand(seed)
@@ -97,17 +92,9 @@ def test_updates_are_measured_before_and_after_smoothing_on_the_next_batch():
             assert found == pytest.approx(roughness, rel=1e-3)
 
 
-def options(path, **changes):
-    given = {**TINY, "depths": [2], **changes}
-    return [
-        *("--task", "lm", "--out", str(path)),
-        *(f"--option={name}={json.dumps(value)}" for name, value in given.items()),
-    ]
-
-
 def quick(made, seeds):
     smoothing, rate = made
-    updates = {"blocks": {"kernel": jnp.ones((2, 3, 3))}}
+    updates = {"blocks": {"kernel": jnp.ones((6, 3, 3))}}
     smoothing.update(updates, smoothing.init(updates))
     noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s)))(seeds)
     return {"validation loss": jnp.log(rate / RATE) ** 2 + noise, "roughness": noise}
@@ -121,15 +108,17 @@ def test_a_run_leaves_a_finished_trial_and_trains_nothing_again(
     # The trainings themselves are tested above.
     monkeypatch.setattr(command, "optimizer_of", lambda *_: lambda *made: made)
     monkeypatch.setattr(command, "train_of", lambda *_: quick)
-    assert command.main(options(tmp_path)) == 0
-    assert "lm, adamw, 2 layers" in capsys.readouterr().out
-    result = gs.trial.read_result(tmp_path / "lm-adamw-2.json")
+    monkeypatch.setitem(command.TASKS, "reverse", tiny_task)
+    options = ["--task", "reverse", "--preset", "quick", "--out", str(tmp_path)]
+    assert command.main(options) == 0
+    assert "reverse, adamw, 6 layers" in capsys.readouterr().out
+    result = gs.trial.read_result(tmp_path / "reverse-adamw-6-quick.json")
     assert result.is_complete
     assert result.settings.metric == "validation loss"
     (finding,) = result.findings
     assert finding.word == "exploratory"
     monkeypatch.setattr(command, "train_of", lambda *_: len)
-    assert command.main(options(tmp_path)) == 0
+    assert command.main(options) == 0
 
 
 @pytest.mark.parametrize(

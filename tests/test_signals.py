@@ -6,18 +6,15 @@ import pytest
 
 pytest.importorskip("flax")
 
+import tiny_task
+
 from benchmarks import signals
-from benchmarks.evidence import presets
 
 
 def test_a_table_is_made_of_a_training_and_again_of_the_file(
     tmp_path, monkeypatch, capsys
 ):
-    small = {"depths": [3], "width": 4, "heads": 2, "batch": 4, "length": 2}
-    options = presets.options_of
-    monkeypatch.setattr(
-        presets, "options_of", lambda *cell: options(*cell[:3], small | cell[3])
-    )
+    monkeypatch.setitem(signals.TASKS, "reverse", tiny_task)
     out = tmp_path / "signals.json"
     arguments = ["--task", "reverse", "--optimizer", "adamw", "--steps", "2"]
     arguments += ["--batches", "16", "--out", str(out)]

@@ -20,9 +20,9 @@ from benchmarks.report.verdicts import Outcome, outcomes
 
 THE_PICTURE = """\
 Every row is a model trained by one optimizer, every point what coupling neighboring
-layers by window(0.2) changes in the metric, with a 95 % interval over 16 paired runs.
-**Left**: against the same optimizer without it (*base*). **Middle**: against updates
-made as small as the window makes them, without any coupling (*norm-matched*).
+layers by window(0.2) changes in the metric, with a 95 % interval over {seeds} paired
+runs. **Left**: against the same optimizer without it (*base*). **Middle**: against
+updates made as small as the window makes them, without any coupling (*norm-matched*).
 **Right**: against the same coupling of layers in random order (*shuffled*). Blue is
 better, orange worse, gray not told apart from 0. If coupling *neighbors* helped, the
 points of a row were blue in all three."""
@@ -35,7 +35,7 @@ THE_WORDS = """\
   random numbers). **Base**: the arm without smoothing. Every difference is an arm minus
   another over these seeds, with a 95 % t-interval and the seeds in which it is better.
 - **Screen**: every arm at several learning rates (factors of two), with a few seeds of
-  its own, to find its best. **Confirmed**: run again with 16 fresh seeds, at all rates
+  its own, to find its best. **Confirmed**: run again with fresh seeds, at all rates
   that are best for one of the arms.
 - **Best against best**: two arms are compared over the rates that both were confirmed
   at, each at its better one. (The mean over depth, which needs higher rates, and what
@@ -76,6 +76,12 @@ WHAT_IS_TRAINED = """\
   first version with a plain start, it gained nothing at the rates tried by hand.
 - `reverse`: the encoder of the paper's one replication, scanned, which reverses random
   symbols; loss on fixed sequences."""
+
+EVERY_SETTING = """\
+## Every setting
+
+The numbers of the picture: window(0.2) minus each, in the metric of the task, with the
+seeds in which the window is better."""
 
 PARTS = """\
 ## Which parameters to couple
@@ -126,10 +132,12 @@ def page(sources: Sequence[Source], figures: Collection[str], signals: str) -> s
             "<!-- Written by `python -m benchmarks.report`. -->",
             "# Does depth smoothing help?",
             "![What window(0.2) changes](figures/differences.svg)",
-            f"{THE_PICTURE}\n\n{by_task(of_all)}\n\n{in_short(of_all)}",
+            THE_PICTURE.format(seeds=_seeds(sources, "confirm")),
+            by_task(of_all),
+            in_short(of_all),
             THE_WORDS,
             WHAT_IS_TRAINED,
-            f"## Every setting\n\n{window_table(of_all)}",
+            f"{EVERY_SETTING}\n\n{window_table(of_all)}",
             _paper(sources),
             _replication(settings),
             f"{PARTS}\n\n![What coupling a part does](figures/parts.svg)",
