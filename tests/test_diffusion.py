@@ -300,7 +300,7 @@ def test_the_sampler_makes_of_noise_the_gaussian_that_the_images_are():
         return sin * (noised - cos * mean) / variance
 
     noise = jax.random.normal(jax.random.key(0), (50, 8, 8))
-    found = jax.jit(lambda x: diffusion.denoise(predict, x, 300))(noise)
+    found = jax.jit(lambda x: diffusion.denoise(predict, x, 500))(noise)
     # Where the sampler starts, the images still have a little part.
     angle = np.pi / 2 * diffusion.LATEST
     at_start = np.hypot(np.cos(angle) * deviation, np.sin(angle))

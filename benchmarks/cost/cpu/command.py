@@ -34,7 +34,7 @@ class Plan(NamedTuple):
       rounds: of every comparison,
       training_rounds: and of training steps,
       most_seconds: and about the longest that a comparison may take.
-      job: the GPT of the training steps.
+      job: the GPT of steps and training steps.
     """
 
     cases: tuple[tuple[float, str], ...]
@@ -85,7 +85,7 @@ def sections(plan: Plan) -> dict[str, Callable[[], Any]]:
             plan.megabytes, (max(2, layers // 4), layers, 2 * layers), plan.rounds
         ),
         "chains": lambda: chains(plan.megabytes, *how),
-        "steps": lambda: optimizer_steps(plan.megabytes, *how),
+        "steps": lambda: optimizer_steps(plan.job, plan.megabytes, *how),
         "training": lambda: training_steps(plan.job, plan.training_rounds),
         "compile": lambda: compile_times(plan.depths, optimizers()),
         "learning": lambda: compile_times(plan.learning, learning_optimizers()),

@@ -96,13 +96,13 @@ def chains_of(depth: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def optimizer_steps(
-    megabytes: float, layers: int, rounds: int, most_seconds: float
+    job: Job, megabytes: float, layers: int, rounds: int, most_seconds: float
 ) -> dict[str, Any]:
     """Returns {tree: {optimizer: {arm: time}}} of one update, applied.
 
-    The trees are the parameters of the default GPT, and one stacked leaf of this size.
+    The trees are the parameters of the GPT, and one stacked leaf of this size.
     """
-    of_gpt = init_params(init_gpt(Job().model), jnp.arange(1))
+    of_gpt = init_params(init_gpt(job.model), jnp.arange(1))
     trees = {
         "default GPT": jax.tree.map(lambda leaf: leaf[0], of_gpt),
         f"{megabytes:g} MB": updates_of(megabytes, layers, "stacked"),
