@@ -101,8 +101,11 @@ def load_corpus(paths: Sequence[Path] | None, shortest: int) -> Corpus:
                 "Give more or longer files, or a shorter context"
             )
     digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + validation)
-    both = (np.frombuffer(part, np.uint8) for part in (train, validation))
-    return Corpus(*both, digest.hexdigest())
+    return Corpus(
+        train=np.frombuffer(train, np.uint8),
+        validation=np.frombuffer(validation, np.uint8),
+        sha256=digest.hexdigest(),
+    )
 
 
 def sample_windows(

@@ -57,13 +57,11 @@ def build(
     sampler_steps: int,
     patch: int = 2,
 ) -> Task:
-    """Returns the task at a depth.
+    """Returns the task.
 
     Args:
-      layers: number of all blocks, the middle one too; odd.
-      width: of the residual stream; even.
-      heads: of attention, in every block.
-      batch: images per step.
+      layers, width, heads, batch: of every task; `layers`, which counts the middle one,
+        is odd, and `width` even.
       eval_images: images held out.
       eval_times: times at which each of them is denoised.
       samples: images made for the Fréchet distance.

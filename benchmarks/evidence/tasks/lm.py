@@ -42,14 +42,11 @@ def build(
     remat: bool = False,
     corpus: list[str] | None = None,
 ) -> Task:
-    """Returns the task at a depth.
+    """Returns the task.
 
     Args:
-      layers: L.
-      width: of the residual stream.
-      heads: of attention, in every layer.
-      context: bytes per window.
-      batch: windows per step.
+      layers, width, heads, batch: of every task.
+      context: bytes per window, of which a step has `batch`.
       eval_windows: windows of the held-out text.
       dtype: of activations.
       remat: whether to recompute activations in the backward pass.

@@ -31,15 +31,12 @@ def build(
     batch: int,
     eval_sequences: int,
 ) -> Task:
-    """Returns the task at a depth.
+    """Returns the task.
 
     Args:
-      layers: L.
-      width: of the residual stream; the MLP is twice as wide.
-      heads: of attention, in every layer.
+      layers, width, heads, batch: of every task.
       length: symbols in a sequence.
       vocabulary: number of symbols.
-      batch: sequences per step.
       eval_sequences: sequences of the evaluation.
     """
     model = Encoder(vocabulary, layers, width, heads, length)

@@ -70,13 +70,10 @@ def build(
     start_learning_rate: float,
     eval_problems: int,
 ) -> Task:
-    """Returns the task at a depth, after training its start.
+    """Returns the task, after training its start.
 
     Args:
-      layers: L.
-      width: of the residual stream.
-      heads: of attention, in every layer.
-      batch: problems per step.
+      layers, width, heads, batch: of every task.
       group: answers sampled to each of them.
       updates: K, the parts that a step's problems are cut into, each for one update;
         it divides `batch`.

@@ -45,14 +45,11 @@ def build(
     batch: int,
     eval_images: int,
 ) -> Task:
-    """Returns the task at a depth.
+    """Returns the task.
 
     Args:
-      layers: L.
-      width: of the residual stream; the MLP is twice as wide.
-      heads: of attention, in every layer.
+      layers, width, heads, batch: of every task.
       patch: height and width of a patch, divisors of 8.
-      batch: images per step.
       eval_images: held-out images.
     """
 
