@@ -176,7 +176,8 @@ def rates(settings: Sequence[Setting]) -> Figure:
         levels.set_title(f"{setting.layers} layers")
         for ax in (levels, minus_base):
             _rate_axis(ax, setting)
-        minus_base.set_xlabel("learning rate")
+    for ax in grid[-1]:
+        ax.set_xlabel("learning rate")
     pairs[0][0].set_ylabel(f"{metric.label}\n({metric.better})")
     pairs[0][1].set_ylabel("minus base\nat the same rate")
     figure.suptitle(f"{settings[0].run}: the screen", fontsize=10)
