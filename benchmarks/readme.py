@@ -1,21 +1,19 @@
-"""Writes what README and docs say of speed and evidence, from the committed results.
+"""Writes the numbers and the picture of README and guides, from committed results.
 
     python -m benchmarks.readme
     python -m benchmarks.readme --check
 
-Replaces the costs in the table of operators, and what is between
-`<!-- speed -->` and `<!-- end of speed -->`, and between the same marks of evidence.
-Where there is a result of `python -m benchmarks.on_gpu`, docs/on_gpu.md shows it. The
-guide docs/guides/evidence.md gets its tables between marks of signals and of rules.
-With `--check` nothing is written, and the exit status is 1 if one says something else
-than the results.
+A page gets its tables between marks such as `<!-- evidence -->` and
+`<!-- end of evidence -->`, and the table of operators its costs. Where there is a
+result of `python -m benchmarks.on_gpu`, docs/on_gpu.md shows it. With `--check` nothing
+is written, and the exit status is 1 if a file is not what the results say.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,17 @@ from benchmarks.cost.cpu.peers import HOOK, OURS
 from benchmarks.cost.cpu.updates import LAYOUTS
 from benchmarks.json_files import COST, RESULTS
 from benchmarks.on_gpu.report import page
-from benchmarks.report.records import Source, read_sources
-from benchmarks.report.summary import LEGEND, grid, in_short
-from benchmarks.report.verdicts import outcomes
+from benchmarks.picture import window_svg
+from benchmarks.report.comparisons import (
+    base_of,
+    best_against_best,
+    control_of,
+    is_better,
+    is_worse,
+    window_of,
+)
+from benchmarks.report.records import Kind, Setting, Source, read_sources
+from benchmarks.report.verdicts import Verdict, verdict_of
 
 ROOT = Path(__file__).parent.parent
 # Of `python -m benchmarks.on_gpu`, where somebody had a card.
@@ -37,12 +43,9 @@ NOT_MEASURED = "not measured"
 # A row of the table of operators, `| `gs.window(alpha)` | … | 1.3× / 1.2× | … |`.
 _ROW = re.compile(r"^\| `gs\.([\w.]+)\(.*$", re.MULTILINE)
 _COST = re.compile(rf"\d+\.\d× / \d+\.\d×|{NOT_MEASURED}")
-_PARTS = {
-    part: re.compile(f"(<!-- {part} -->\n).*?(<!-- end of {part} -->)", re.DOTALL)
-    for part in ("speed", "evidence", "signals", "rules")
-}
+_PART = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
-# (case of the compile benchmarks, how the README calls it).
+# (case of the compile benchmarks, how the guide calls it).
 _COMPILED = (
     ("window, axis 0, float32", "window, stacked, f32 or bf16, layer axis 0, 1 or 2"),
     ("norm_preserving, float32", "norm-preserving window"),
@@ -67,23 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    new = {path: written(path.read_text(), read_reports(), read_sources(RESULTS))}
-    guide = ROOT / "docs" / "guides" / "evidence.md"
-    new[guide] = with_texts(guide.read_text(), guide_texts())
-    if ON_GPU.exists():
-        new[ROOT / "docs" / "on_gpu.md"] = page(json.loads(ON_GPU.read_text()))
+    new = written()
     differs = False
     for path, text in new.items():
         if path.exists() and path.read_text() == text:
-            print(f"{path.name} says what the results say")
+            print(f"{path.relative_to(ROOT)} says what the results say")
             continue
         differs = True
         if not options.check:
             path.write_text(text)
-        print(
-            f"{path.name} {'differs from the results' if options.check else 'is new'}"
-        )
+        says = "differs from the results" if options.check else "is new"
+        print(f"{path.relative_to(ROOT)} {says}")
     return 1 if options.check and differs else 0
 
 
@@ -95,45 +92,49 @@ def read_reports() -> dict[str, Any]:
     }
 
 
-def written(
-    readme: str, reports: Mapping[str, Mapping[str, Any]], sources: Sequence[Source]
-) -> str:
-    """Returns the README with what the reports and sources say in its places.
+def written() -> dict[Path, str]:
+    """Returns what the files have to be, by their paths."""
+    reports = read_reports()
+    of_tasks, of_rules = (
+        json.loads((RESULTS / name).read_text())
+        for name in ("signals.json", "trial_rules.json")
+    )
+    texts = {
+        "evidence": evidence_text(read_sources(RESULTS)),
+        "speed": speed_text(reports),
+        "signals": f"\n{signals.table(of_tasks)}\n",
+        "rules": f"\n{trial_rules.table(of_rules)}\n",
+    }
+    guides = ROOT / "docs" / "guides"
+    pages = (ROOT / "README.md", guides / "cost.md", guides / "evidence.md")
+    new = {page: with_texts(page.read_text(), texts) for page in pages}
+    operators = guides / "operators.md"
+    new[operators] = with_costs(operators.read_text(), costs(reports["cpu"]))
+    new[ROOT / "docs" / "window.svg"] = window_svg()
+    if ON_GPU.exists():
+        new[ROOT / "docs" / "on_gpu.md"] = page(json.loads(ON_GPU.read_text()))
+    return new
 
-    A row of the table of operators gets the first cost of an operator of that name, or
-    what says that there is none yet.
+
+def with_texts(page: str, texts: Mapping[str, str]) -> str:
+    """Returns the page with each part's text between its marks."""
+    return _PART.sub(lambda part: f"{part[1]}{texts[part[2]]}\n{part[3]}", page)
+
+
+def with_costs(page: str, costs: Mapping[str, str]) -> str:
+    """Returns the page with a cost in every row of its table of operators.
+
+    A row gets the first cost of an operator of that name, or what says that there is
+    none yet.
     """
     found: dict[str, str] = {}
-    for name, cost in costs(reports["cpu"]).items():
+    for name, cost in costs.items():
         found.setdefault(name.partition("(")[0], cost)
 
     def with_cost(row: re.Match) -> str:
         return _COST.sub(found.get(row[1], NOT_MEASURED), row[0], count=1)
 
-    if not any(_COST.search(row[0]) for row in _ROW.finditer(readme)):
-        raise ValueError("README.md has no table of operators with their cost")
-    readme = _ROW.sub(with_cost, readme)
-    texts = {"speed": speed_text(reports), "evidence": evidence_text(sources)}
-    return with_texts(readme, texts)
-
-
-def with_texts(page: str, texts: Mapping[str, str]) -> str:
-    """Returns the page with texts between the marks of their parts."""
-    for part, text in texts.items():
-        page = _PARTS[part].sub(lambda at, text=text: f"{at[1]}{text}\n{at[2]}", page)
-    return page
-
-
-def guide_texts() -> dict[str, str]:
-    """Returns the tables of the guide, of what was measured and simulated."""
-    of_tasks, of_rules = (
-        json.loads((RESULTS / name).read_text())
-        for name in ("signals.json", "trial_rules.json")
-    )
-    return {
-        "signals": f"\n{signals.table(of_tasks)}\n",
-        "rules": f"\n{trial_rules.table(of_rules)}\n",
-    }
+    return _ROW.sub(with_cost, page)
 
 
 def costs(report: Mapping[str, Any]) -> dict[str, str]:
@@ -148,10 +149,67 @@ def costs(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def evidence_text(sources: Sequence[Source]) -> str:
-    """Returns the verdict of the report in short, and the whole grid."""
-    settings = [setting for source in sources for setting in source.settings]
-    of_all = outcomes(settings)
-    return f"{in_short(of_all)}\n\n{LEGEND}\n\n{grid(of_all)}"
+    """Returns in how many settings something beats the base optimizer."""
+    settings = [
+        setting
+        for source in sources
+        for setting in source.settings
+        if not setting.is_of_parts and setting.preset == "full"
+    ]
+    tasks = dict.fromkeys(setting.task for setting in settings)
+    rows = [
+        (f"`{task}`, {_TASKS[task]}", _window, [s for s in settings if s.task == task])
+        for task in tasks
+    ]
+    rows += [(what, kind, settings) for what, kind in _OVER_ALL.items()]
+    columns = ("better", "no difference", "worse", "not finished")
+    cells = [[what, *_counts(kind, of)] for what, kind, of in rows]
+    # A column that only a gap in the results needs.
+    shown = 5 if any(row[-1] != "0" for row in cells) else 4
+    table = format_table(
+        ["against the plain optimizer", *columns][:shown],
+        [row[:shown] for row in cells],
+    )
+    verdicts = [verdict_of(setting, _window(setting)) for setting in settings]
+    return (
+        f"{table}\n\nThe window beats the plain optimizer *and* both of the last two "
+        f"rows, as it would if neighbors were why it helps, in "
+        f"{verdicts.count(Verdict.NEIGHBORS)} of {len(verdicts)} settings."
+    )
+
+
+def _window(setting: Setting) -> Kind:
+    window = window_of(setting, 0.2)
+    assert window is not None
+    return window
+
+
+def _control(name: str) -> Callable[[Setting], Kind | None]:
+    return lambda setting: control_of(setting, _window(setting), name)
+
+
+_TASKS = {
+    "lm": "GPTs on source text",
+    "vit": "a Vision Transformer on digits",
+    "diffusion": "a U-ViT on digits",
+    "rl": "GRPO on sums",
+    "reverse": "an encoder that reverses symbols",
+}
+_OVER_ALL = {
+    "`gs.window(0.2)` in **all of these**": _window,
+    "updates as small, without coupling": _control("norm_matched"),
+    "as much coupling, layers in random order": _control("shuffled_depth"),
+}
+
+
+def _counts(
+    kind: Callable[[Setting], Kind | None], settings: Sequence[Setting]
+) -> list[str]:
+    found = [best_against_best(s, kind(s), base_of(s)) for s in settings]
+    better, worse = sum(map(is_better, found)), sum(map(is_worse, found))
+    open_ = sum(of is None for of in found)
+    counts = (better, len(found) - better - worse - open_, worse, open_)
+    return list(map(str, counts))
 
 
 def speed_text(reports: Mapping[str, Mapping[str, Any]]) -> str:

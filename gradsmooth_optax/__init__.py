@@ -1,7 +1,7 @@
-"""Gradient Smoothing for JAX: couple per-layer optimizer updates along depth.
+"""Depth as an axis for optax: which leaf is which layer, and what to do about it.
 
-An optax transformation after arXiv 2606.30813. Say where depth is, then chain
-`smooth_over_depth` after the preconditioner of any optimizer:
+Say where depth is, then chain what acts along it. Gradient Smoothing (arXiv 2606.30813)
+couples the updates of neighboring layers, after the preconditioner of any optimizer:
 
 >>> import gradsmooth_optax as gs
 >>> import optax
@@ -12,6 +12,72 @@ An optax transformation after arXiv 2606.30813. Say where depth is, then chain
 ...     optax.add_decayed_weights(1e-4),
 ...     optax.scale_by_learning_rate(1e-3),
 ... )
+
+Where depth is:
+
+- `unrolled`: one leaf per layer, with the layer's number in its path
+- `scanned`: layers stacked along an axis of a leaf
+- `first_match`: several specs, the first that fits a leaf wins
+- `ranked`: layers in their order, across gaps in their numbers
+- `depth_fn`: a spec by a function of path and leaf
+- `Depth`: which layers of which stack one leaf holds
+- `DepthSpec`: what the functions above return
+- `layouts`: ready specs for common stacks
+
+What a spec does to a tree:
+
+- `describe`: shows what is coupled and what is left alone
+- `DepthSummary`: what `describe` returns
+- `detect`: proposes a spec
+- `Detection`: what `detect` returns
+- `DepthWarning`: a grouping that is allowed, but probably not meant
+
+Transformations:
+
+- `smooth_over_depth`: couples the updates of neighboring layers
+- `with_depth_smoothing`: the same around a preconditioner, whose state it keeps
+- `adamw`: AdamW with the smoothing in its place
+- `muon`: Muon and Adam with the smoothing in its place
+- `DepthSmoothingState`: the state where a strength is a schedule
+- `WithDepthSmoothingState`: the same of `with_depth_smoothing`
+
+Every layer by itself:
+
+- `per_layer`: any transformation, on each layer as if it were the whole tree
+- `scale_over_depth`: a factor for each layer's update, such as a rate
+- `layer_wise_decay`: factors that fall from the last layer to the first
+- `factors_fn`: factors by a function of the number of layers
+- `LayerFactors`: what these two return
+- `stack`: the tree of an unrolled model as that of the scanned one
+- `unstack`: and back
+- `PerLayerState`: the state of `per_layer` and of the rest
+- `StatesByStack`: the state where it does not say what is like the parameters
+
+Operators along depth:
+
+- `window`: the paper's: a share of the weight goes to the neighbors
+- `gaussian`: a kernel with a width in layers
+- `tikhonov`: smoothing with a long reach
+- `ema`: a one-sided average from layer to layer
+- `laplacian`: the negative-neighbor operator
+- `mean_over_depth`: one update for all layers
+- `similarity_window`: couples neighbors only as far as their updates agree
+- `layer_scale`: a factor for each layer, to compose with others
+- `compose`: one operator after another
+- `repeat`: the same operator several times
+- `dense`: a matrix of your own
+- `operator_fn`: a matrix of your own, by the number of layers
+- `Operator`: to subclass
+- `Layers`: the updates that an operator couples
+- `LayerValues`: one number for every layer of every role
+- `controls`: was it the coupling of neighbors, or only a smaller step?
+
+What it does, and whether it helps:
+
+- `diagnostics`: in numbers
+- `plots`: in pictures (extra "plots")
+- `trial`: a comparison on your own training (extra "trial")
+- `contrib`: what no evidence speaks for yet
 """
 
 # Where depth is.
@@ -92,4 +158,4 @@ from gradsmooth_optax import trial as trial
 # What no evidence speaks for yet.
 from gradsmooth_optax import contrib as contrib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -13,6 +13,9 @@ Use them in the place of an operator, in a run with everything else equal:
 
 If "norm matched" does as well as "smoothed", a smaller step did it; if "shuffled" does,
 coupling did it, but hardly that of neighbors.
+
+- `norm_matched`: each layer's own update at the norm that an operator would give it
+- `shuffled`: an operator over the layers in a random order
 """
 
 from __future__ import annotations

@@ -9,6 +9,21 @@ the preset stands for.
 >>> import gradsmooth_optax as gs
 >>> gs.layouts.maxtext(cycle=6)
 gs.layouts.maxtext(cycle=6)
+
+- `flax_linen`: numbered modules, or `nn.scan` over one
+- `flax_nnx`: a list of modules, or `nnx.vmap` and `nnx.scan` over one; tunix, EasyDeL
+- `equinox`: a list of modules, or `eqx.filter_vmap` over one
+- `haiku`: a loop of modules, the first without a number, or `hk.layer_stack`
+- `hf_flax`: Hugging Face's Flax models, EasyLM
+- `maxtext`: MaxText's decoder, unrolled or scanned, with cycles of layers
+- `maxtext_gemma2`, `maxtext_gemma4`, `maxtext_deepseek`: MaxText's special stacks
+- `maxtext_pipeline`: MaxText's repeats, stages and layers per stage
+- `t5x`: T5X and flaxformer
+- `big_vision`: ViT, SigLIP, PaliGemma and others of big_vision
+- `gemma`: google-deepmind/gemma
+- `levanter`: levanter and haliax
+- `penzai`: penzai's `block_3`, or a `LayerStack`
+- `uvit`: the paper's U-ViT
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def public_objects():
 
 
 OBJECTS = public_objects()
+PUBLIC_MODULES = [module.__name__ for module in MODULES]
 FUNCTIONS = {name: f for name, f in OBJECTS.items() if inspect.isfunction(f)}
 TUPLES = {name: c for name, c in OBJECTS.items() if hasattr(c, "_fields")}
 
@@ -48,8 +49,20 @@ def test_the_public_modules_are_these():
     ]
 
 
-def test_every_public_module_has_a_docstring():
-    assert all(inspect.getdoc(module) for module in MODULES)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_the_help_of_a_module_lists_what_it_holds(module):
+    lines = re.findall(r"^- (`.*`): ", inspect.getdoc(module), re.MULTILINE)
+    listed = [
+        f"{module.__name__}.{name}" for name in re.findall(r"`(\w+)`", str(lines))
+    ]
+    constants = {"gradsmooth_optax.trial.DEFAULT"}
+    held = {
+        name
+        for name in {*OBJECTS, *constants, *PUBLIC_MODULES}
+        if name.rpartition(".")[0] == module.__name__
+    }
+    assert len(listed) == len(set(listed))
+    assert set(listed) == held
 
 
 @pytest.mark.parametrize("name", OBJECTS)

@@ -83,7 +83,7 @@ def test_every_operator_lowers_for_accelerators_without_custom_calls(name):
     reason="XLA for CPU of jax 0.10 removes optimization barriers before it fuses",
 )
 def test_an_update_is_computed_once_on_cpu_and_not_for_each_shifted_copy():
-    # Else rmsprop followed by smoothing takes several times as long, see the README.
+    # Else rmsprop before smoothing takes several times as long: docs/guides/cost.md.
     tx = optax.chain(
         optax.rmsprop(1e-3), gs.smooth_over_depth(gs.scanned("blocks/"), 0.2)
     )

@@ -3,6 +3,7 @@
 No test looks at how long anything took.
 """
 
+import copy
 import itertools
 import json
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("flax")
 
 import gradsmooth_optax as gs
+from benchmarks import readme
 from benchmarks.cost import __main__ as cost
 from benchmarks.cost.__main__ import SECTIONS, build_parser
 from benchmarks.cost.cpu import command, timing
@@ -311,3 +313,30 @@ def test_the_committed_report_clears_every_bar_that_it_has_a_figure_of():
     for ways in report["crossover"].values():
         # The library goes over to the matmul after radius 3.
         assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]
+
+
+def test_what_was_not_measured_is_said_to_be_so():
+    reports = readme.read_reports()
+    costs = readme.costs(reports["cpu"])
+    table = """
+| `gs.window(alpha)` | the paper's | 0.1× / 0.1× | start here |
+| `gs.tikhonov(strength)` | smooth | 0.1× / 0.1× | |
+| `gs.dense(matrix)` | S u | as `tikhonov` | |
+"""
+    del costs["tikhonov(1.0)"]
+    found = readme.with_costs(table, costs)
+    assert (
+        f"| `gs.window(alpha)` | the paper's | {costs[WINDOW]} | start here |" in found
+    )
+    assert "| `gs.tikhonov(strength)` | smooth | not measured | |" in found
+    assert "| `gs.dense(matrix)` | S u | as `tikhonov` | |" in found
+
+    older = copy.deepcopy(reports)
+    del older["cpu"]["training"]
+    del older["tpu"]["topologies"]["v5e:2x2"]["cases"]["tikhonov(1.0)"]
+    older["gpu"]["topologies"]["1x1x4"]["cases"]["tikhonov(1.0)"]["measures"] = {}
+    found = readme.speed_text(older)
+    (row,) = (line for line in found.splitlines() if "any matmul" in line)
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells == ["not measured", "", "", "refused", "", ""]
+    assert "not measured (not measured)" in found  # the training step

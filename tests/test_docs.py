@@ -2,7 +2,6 @@
 
 import ast
 import collections
-import doctest
 import importlib.util
 import os
 import re
@@ -12,12 +11,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-import optax
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "gradsmooth_optax"
-GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 
 needs_mkdocs = pytest.mark.skipif(
     # Not imported: what it warns of would be an error here.
@@ -65,28 +62,6 @@ def test_every_public_name_is_on_one_page_and_no_page_has_another():
     assert set(named) - _public_names() == set()
     assert _public_names() - set(named) == set()
     assert [name for name, count in named.items() if count > 1] == []
-
-
-@pytest.fixture
-def own_names_in_optax():
-    """Takes out of optax what a guide registers there."""
-    before = set(vars(optax))
-    yield
-    for name in set(vars(optax)) - before:
-        if f"optax.{name}" not in sys.modules:
-            delattr(optax, name)
-
-
-@pytest.mark.usefixtures("own_names_in_optax")
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
-def test_the_examples_of_a_guide_print_what_they_show(path):
-    blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.M | re.DOTALL)
-    example = "\n".join(blocks)  # each goes on where the last one ended
-    for name in re.findall(r"^>>> (?:from|import) (flax|equinox)", example, re.M):
-        pytest.importorskip(name)
-    test = doctest.DocTestParser().get_doctest(example, {}, path.name, None, 0)
-    assert test.examples
-    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def _build(project: Path, site: Path) -> subprocess.CompletedProcess:

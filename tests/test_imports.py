@@ -6,9 +6,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "gradsmooth_optax"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-# The rows of the table in CONTRIBUTING.md: each imports from itself and those above.
+# Each imports from its own row and from those above.
 ROWS = [
-    {"_checks.py", "_arrays.py", "_calls.py"},
+    {"_checks.py", "_arrays.py", "_calls.py", "_extras.py"},
     {"_depth", "layouts.py"},
     {"_coupling"},
     {"_operators", "controls.py"},

@@ -184,7 +184,7 @@ def test_without_matplotlib_every_function_says_what_to_install(monkeypatch):
         with pytest.raises(ImportError) as info:
             draw()
         message = str(info.value)
-        assert f"`plots.{name.split(' of ')[0]}` draws with matplotlib" in message
+        assert f"`plots.{name.split(' of ')[0]}` needs matplotlib" in message
         assert '`python -m pip install "gradsmooth_optax[plots]"`' in message
 
 

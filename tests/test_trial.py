@@ -465,6 +465,17 @@ def test_a_training_that_no_verdict_can_come_from_is_told_at_once(
         compare(lambda made, seed: returned(made[1], seed), tmp_path / "t.json")
 
 
+@pytest.mark.parametrize("package", ["scipy", "tqdm", "filelock"])
+def test_what_the_extra_brings_is_asked_for_before_anything_runs(
+    package, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    said = f'needs {package}.*pip install "gradsmooth_optax\\[trial\\]"'
+    with pytest.raises(ImportError, match=said):
+        compare(train, tmp_path / "trial.json")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -14,13 +14,6 @@ from benchmarks.report.comparisons import (
 from benchmarks.report.tables import difference_text
 from benchmarks.report.verdicts import Outcome, Verdict
 
-LEGEND = """\
-Window(0.2) minus the base over paired seeds, each at its best learning rate, with a
-95 % interval and the seeds in which the window is better. **Bold**: the interval
-excludes 0; †: also after Holm's correction over all comparisons; ‡: a rate under the
-verdict is at an end of those tried. A verdict looks at both controls as well."""
-
-_OPTIMIZERS = ("sgd", "adamw", "muon")
 _TASKS = {
     "lm": "language model",
     "vit": "images",
@@ -67,22 +60,6 @@ def window_table(of_all: Sequence[Outcome]) -> str:
     header = ["setting", "minus base", "minus norm-matched", "minus shuffled"]
     header += ["verdict on window(0.2)", "best screened arm"]
     return format_table(header, rows)
-
-
-def grid(of_all: Sequence[Outcome]) -> str:
-    """Returns a table with a row per task and depth and a column per optimizer."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for outcome in of_all:
-        setting, window = outcome.setting, outcome.window
-        task = f"{setting.task}, {setting.layers} layers"
-        found = difference_text(setting.metric, outcome.differences[window.kind])
-        mark = "†" if window.kind in outcome.survivors else ""
-        row = rows.setdefault((task, setting.metric.text), {})
-        row[setting.optimizer] = f"{found}{mark}; {window.text}"
-    return format_table(
-        ["task", "metric", *_OPTIMIZERS],
-        [[*names, *(of.get(o, "") for o in _OPTIMIZERS)] for names, of in rows.items()],
-    )
 
 
 def in_short(of_all: Sequence[Outcome]) -> str:

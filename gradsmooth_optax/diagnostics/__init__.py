@@ -1,4 +1,19 @@
-"""What smoothing does, in numbers."""
+"""What smoothing does, in numbers.
+
+- `depth_statistics`: norms, cosines of neighbors and roughness of the updates
+- `DepthStatistics`, `RoleStatistics`: what it returns for a stack, and for a role
+- `monitor_depth`: the same before and after smoothing, kept in the optimizer's state
+- `monitored`: the record out of that state
+- `DepthRecord`, `MonitorDepthState`: the record, and the state
+- `cosine_matrix`: cosines of all pairs of layers
+- `gradient_noise`: the variance over micro-batches, per layer
+- `GradientNoise`: what it returns
+- `depth_signal`: is there anything to couple?
+- `DepthSignal`, `LayerSignal`, `Share`: what it returns
+- `line_shape_score`: how far the states' path through the layers is from a line
+- `residual_alignment`: how alike is what neighboring blocks add to the states
+- `contraction_factor`: how much an operator shrinks differences between layers
+"""
 
 # Of the updates along depth, once or while training.
 from gradsmooth_optax.diagnostics._statistics import DepthStatistics as DepthStatistics

@@ -4,6 +4,14 @@ Every function draws into one `matplotlib.axes.Axes`, a new figure's or `ax`, an
 returns it, so that anything can be added or changed; none shows or saves a figure.
 Colors are told apart by color-blind readers, and lines, markers and hatches by readers
 of a black-and-white print.
+
+- `operator_matrix`: what every layer receives, by an operator
+- `cosine_matrix`: how alike the updates of every two layers are
+- `depth_signal`: is there anything to couple?
+- `roughness_over_training`: of the updates, before and after smoothing
+- `cosines_over_training`: of neighbors' updates, before and after smoothing
+- `layer_norms`: of every layer's update, before and after smoothing
+- `paired_differences`: between runs and a base, seed by seed
 """
 
 # Layers against layers.

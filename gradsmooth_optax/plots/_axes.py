@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradsmooth_optax._depth.groups import text_of
+from gradsmooth_optax._extras import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,19 +17,10 @@ BLACK, BLUE = "#000000", "#0072B2"
 
 def axes_of(function: str, ax: Any, size: tuple[float, float]) -> Axes:
     """`ax`, or that of a new figure of this size in inches."""
-    try:
-        import matplotlib.axes
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise  # there, but broken
-        raise ImportError(
-            f"`plots.{function}` draws with matplotlib, which is not installed. Write "
-            f'`python -m pip install "gradsmooth_optax[plots]"`.'
-        ) from error
+    pyplot = needs("matplotlib.pyplot", "plots", f"plots.{function}")
     if ax is None:
-        return plt.subplots(figsize=size, layout="constrained")[1]
-    if not isinstance(ax, matplotlib.axes.Axes):
+        return pyplot.subplots(figsize=size, layout="constrained")[1]
+    if not isinstance(ax, pyplot.Axes):
         raise TypeError(
             f"`ax` must be a matplotlib Axes, but is of type {type(ax).__name__}. "
             f"Write `figure, ax = plt.subplots()` and then "

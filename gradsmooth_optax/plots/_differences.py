@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradsmooth_optax._extras import needs
 from gradsmooth_optax.plots._axes import BLACK, BLUE, axes_of, plain, title_and_legend
 
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ def _draw_interval(ax: Axes, row: float, mean: float, half_width: float) -> None
 
 def _mean_and_half_width(values: np.ndarray, level: float) -> tuple[float, float]:
     """The mean and how far Student's t interval reaches from it; NaN for unknown."""
-    from scipy import stats  # slow to import
-
+    stats = needs("scipy.stats", "plots", "plots.paired_differences")
     if not np.isfinite(values).all():
         return math.nan, math.nan
     if values.size == 1:

@@ -7,7 +7,14 @@
 
 `train(optimizer, seed)` is your training and returns a metric; `optimizer(smoothing,
 rate)` is your optimizer. Needs the extra "trial": `pip install
-'gradsmooth_optax[trial]'`.
+"gradsmooth_optax[trial]"`.
+
+- `compare`: finds out whether coupling layers helps your training
+- `DEFAULT`: the operators that it compares by itself
+- `many_seeds`: marks a `train` that trains several seeds at once
+- `Result`: a comparison as far as it came; `print` and `plot` it
+- `read_result`: a result from its file
+- `OtherSettings`: the error that the file is of another comparison
 """
 
 from gradsmooth_optax.trial._arms import DEFAULT as DEFAULT

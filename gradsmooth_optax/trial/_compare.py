@@ -16,10 +16,10 @@ import optax
 import gradsmooth_optax
 from gradsmooth_optax._checks import check_flag, shown
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
+from gradsmooth_optax._extras import needs
 from gradsmooth_optax.trial import _store
 from gradsmooth_optax.trial._arguments import settings_of, whole_number
 from gradsmooth_optax.trial._arms import DEFAULT, all_arms, arms_of
-from gradsmooth_optax.trial._extra import needs
 from gradsmooth_optax.trial._job import Job, Optimizer, many_seeds
 from gradsmooth_optax.trial._result import Result
 from gradsmooth_optax.trial._running import run_all
@@ -141,7 +141,7 @@ def compare(
     if dry_run:
         return Result(settings, everything, {}, {})
     for module in ("scipy.stats", "tqdm", "filelock"):
-        needs(module)
+        needs(module, "trial", "trial.compare")
     with _store.locked(path):
         if path.exists():
             saved, outcomes, notes = _store.read(path)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradsmooth_optax._extras import needs
 from gradsmooth_optax.trial import _store
 from gradsmooth_optax.trial._arms import BASE, MATCHED, PLAIN, SHUFFLED, Arm
-from gradsmooth_optax.trial._extra import needs
 from gradsmooth_optax.trial._protocol import (
     CONFIRM,
     SCREEN,
@@ -425,7 +425,7 @@ class Result:
             )
         from gradsmooth_optax import plots
 
-        pyplot = needs("matplotlib.pyplot", "plots")
+        pyplot = needs("matplotlib.pyplot", "plots", "Result.plot")
         figure, (left, right) = pyplot.subplots(
             1, 2, figsize=(14, 1.6 + 0.5 * len(rows)), width_ratios=(3, 2)
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradsmooth_optax.trial._extra import needs
+from gradsmooth_optax._extras import needs
 from gradsmooth_optax.trial._job import Job, many_seeds
 from gradsmooth_optax.trial._protocol import (
     CONFIRM,
@@ -37,7 +37,7 @@ def run_all(
     path: Path,
 ) -> Iterator[tuple[Run, Outcome]]:
     """Yields runs with their outcomes until none is left, as `outcomes` grows."""
-    tqdm = needs("tqdm.auto").tqdm
+    tqdm = needs("tqdm.auto", "trial", "trial.compare").tqdm
     if not next_runs(settings, job.arms, outcomes):
         return
     if outcomes:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradsmooth_optax.trial._extra import needs
+from gradsmooth_optax._extras import needs
 
 LEVEL = 0.05
 # Fewer pairs give no verdict: the sign-flip p of 7 seeds that agree is 0.016, but an
@@ -126,7 +126,7 @@ def contrast(
 
 def _of_student(differences: np.ndarray) -> tuple[float, ...]:
     """Mean, ends of its 95 % interval, half the 90 % one, and two-sided p."""
-    t = needs("scipy.special")
+    t = needs("scipy.special", "trial", "trial")
     n, mean = len(differences), float(differences.mean())
     if n < 2:
         return mean, math.nan, math.nan, math.nan, math.nan
@@ -155,7 +155,7 @@ def _signs(n: int) -> np.ndarray:
 
 
 def _signed_ranks(differences: np.ndarray) -> np.ndarray:
-    ranks = needs("scipy.stats").rankdata(np.abs(differences))
+    ranks = needs("scipy.stats", "trial", "trial").rankdata(np.abs(differences))
     return np.sign(differences) * ranks
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsmooth_optax._checks import shown
-from gradsmooth_optax.trial._extra import needs
+from gradsmooth_optax._extras import needs
 from gradsmooth_optax.trial._protocol import Outcome, Run, Settings
 
 _FORMAT = 1
@@ -30,7 +30,7 @@ class OtherSettings(ValueError):
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from the file, until this one is done or dead."""
-    filelock = needs("filelock")
+    filelock = needs("filelock", "trial", "trial.compare")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(f"{path}.lock", timeout=0)
     try:
