@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--optimizer", choices=OPTIMIZERS, default="adamw", help="the base"
     )
-    about = "full is for the committed results, quick takes minutes"
+    about = "full: for the committed results; quick: minutes; the others of lm alone"
     parser.add_argument("--preset", choices=presets.NAMES, default="full", help=about)
     about = 'what is coupled: "full", "proj", or one of the task, such as "mlp"'
     parser.add_argument("--scope", default="full", help=about)
@@ -77,7 +77,7 @@ def file_of(given: argparse.Namespace, layers: int) -> Path:
     """Returns the path of the result of a comparison."""
     quick = given.preset == "quick"
     parts = [given.task, given.optimizer, str(layers)]
-    parts += ["quick"] if quick else []
+    parts += [given.preset] if given.preset != "full" else []
     parts += [given.scope] if given.scope != "full" else []
     folder = given.out or (Path("runs/evidence") if quick else TRIALS)
     return folder / f"{'-'.join(parts)}.json"

@@ -57,6 +57,13 @@ _QUICK: dict[str, Options] = {
     "diffusion": {"warmup": 4, "samples": 32},
     "rl": {"steps": 10},
 }
+# Of `lm` alone, where coupling might help: noisier gradients, longer training, more
+# layers.
+_OF_LM: dict[str, Options] = {
+    "small-batch": {"depths": [12], "batch": 2, "micro_batches": 2},
+    "long": {"depths": [12], "steps": 600, "warmup": 60},
+    "deep": {"depths": [48]},
+}
 # {base: (where the search for its learning rate begins, weight decay)}.
 _BY_OPTIMIZER: dict[str, dict[str, tuple[float, float]]] = {
     "lm": {"adamw": (8e-3, 0.1), "sgd": (1.0, 0.0), "muon": (1.6e-2, 0.1)},
@@ -66,7 +73,7 @@ _BY_OPTIMIZER: dict[str, dict[str, tuple[float, float]]] = {
     "rl": {"adamw": (5e-4, 0.0), "sgd": (5e-3, 0.0), "muon": (1e-3, 0.0)},
 }
 
-NAMES = ("full", "quick")
+NAMES = ("full", "quick", *_OF_LM)
 
 
 class OptionError(ValueError):
@@ -81,16 +88,21 @@ def options_of(
     Args:
       task: its name.
       optimizer: the base's name.
-      preset: "full" or "quick".
+      preset: one of `NAMES`.
       changes: options that differ from the preset's.
 
     Raises:
-      OptionError: for an unknown option, or one that does not fit.
+      OptionError: for an unknown option, or one that does not fit, and for a preset of
+        another task.
     """
     rate, decay = _BY_OPTIMIZER[task][optimizer]
     options = {"learning_rate": rate, "weight_decay": decay, **_ALL, **_FULL[task]}
     if preset == "quick":
         options |= {**_ALL_QUICK, **_QUICK[task]}
+    elif preset != "full":
+        if task != "lm":
+            raise OptionError(f"the preset {preset!r} is of the task 'lm' alone")
+        options |= _OF_LM[preset]
     for name, value in (changes or {}).items():
         if name not in options:
             raise OptionError(
