@@ -4,28 +4,37 @@
     python -m benchmarks.pretrain --layers 24 --steps 300 --seeds 16 --out runs/deep
 
 Trains a byte-level GPT, whose layers are one scanned module, on the source of the
-Python standard library. First `diagnostics.depth_signal`: is there anything along depth
-to couple? Then `trial.compare`: every arm at tuned rates, the blocks' own among them,
-paired seeds, controls, and a verdict. Read it as an example: that is all that it takes.
-The numbers and two pictures are in --out, and the same command goes on after Ctrl-C.
+Python standard library, in two to four minutes on two cores. First
+`diagnostics.depth_signal`: is there anything along depth to couple? Then
+`trial.compare`: every arm at tuned rates, the blocks' own among them, paired seeds,
+controls, and a verdict. Read it as an example: that is all that it takes. The numbers
+and two pictures are in --out, and the same command goes on after Ctrl-C.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    print("Loading JAX, Flax and matplotlib ...", flush=True)
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
+from tqdm import tqdm
 
 import gradsmooth_optax as gs
-from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import mean_loss, next_token_loss
+from benchmarks import cli
+from benchmarks.data.corpus import (
+    VOCABULARY,
+    load_corpus,
+    sample_windows,
+    spread_windows,
+)
+from benchmarks.models.gpt import GPT, init_gpt, mean_loss, next_token_loss
 from benchmarks.optimizers import matrices, warmup_cosine
 
 DEPTH = gs.scanned("blocks/")
@@ -81,7 +90,7 @@ class Task:
 
     def gradients(self, batches: int) -> Iterator[Any]:
         """Gradients of different batches at the initial parameters of seed 0."""
-        params = self.init(jnp.int32(0))
+        params = jax.jit(self.init)(jnp.int32(0))
         gradient = jax.jit(jax.grad(self.loss))
         for step in range(batches):
             yield gradient(params, self.draw(jnp.int32(0), jnp.int32(step)))
@@ -103,14 +112,14 @@ def optimizer_of(steps: int) -> Callable[[Any, Any], optax.GradientTransformatio
     return optimizer
 
 
+def say(text: str) -> None:
+    """Prints now what is done next: it may take a while."""
+    print(text, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison with the options `argv` and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pretrain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All options have defaults that take two to four minutes on two cores.",
-    )
+    parser = cli.parser("pretrain", __doc__)
     for name, default, about in (
         ("layers", 6, "depth"),
         ("width", 32, "residual stream"),
@@ -127,12 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
 
+    say("Reading the source of the Python standard library")
     task = Task(given.layers, given.width, given.context, given.batch, given.steps)
-    signal = gs.diagnostics.depth_signal(task.gradients(given.batches), DEPTH)
-    print(f"At the start of training\n\n{signal}\n", flush=True)
+    say(f"Compiling and taking {given.batches} gradients of {given.layers} layers")
+    gradients = tqdm(task.gradients(given.batches), "gradients", given.batches)
+    signal = gs.diagnostics.depth_signal(gradients, DEPTH)
+    say(f"At the start of training\n\n{signal}\n")
     gs.plots.depth_signal(signal)
     plt.savefig(given.out / "depth_signal.png")
 
+    say(f"Comparing trainings of {given.steps} steps; Ctrl-C keeps what is finished")
     result = gs.trial.compare(
         gs.trial.many_seeds(task.train, at_once=4),
         optimizer_of(given.steps),

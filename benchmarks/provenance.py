@@ -46,24 +46,15 @@ def _commit() -> dict[str, Any] | None:
     """The commit of this checkout and whether files differ from it, if git knows."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        command = ["git", *arguments]
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
+        ).strip()
 
+    # Results that grow while they are measured are no changed code.
+    where = (":/", ":(exclude,top)benchmarks/results")
     try:
-        return {
-            "sha": git("rev-parse", "HEAD"),
-            # Results that grow while they are measured are no changed code.
-            "modified": bool(
-                git(
-                    *("status", "--porcelain", "--untracked-files=no", "--"),
-                    *(":/", ":(exclude,top)benchmarks/results"),
-                )
-            ),
-        }
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *where)
+        return {"sha": git("rev-parse", "HEAD"), "modified": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,7 +1,7 @@
 """Is there anything along depth to couple in the tasks of the evidence?
 
     python -m benchmarks.signals
-    python -m benchmarks.signals --tasks lm --optimizers adamw --steps 20 --out FILE
+    python -m benchmarks.signals --task lm --optimizer adamw --steps 20 --out FILE
 
 `diagnostics.depth_signal` of raw gradients, at the initial parameters, in the middle
 and at the end of a training of each task of `benchmarks.evidence`, seed 0, by the base
@@ -9,7 +9,6 @@ optimizer at the rate its search begins with. Writes `benchmarks/results/signals
 after every training, goes on where it stopped, and prints the table.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
+from benchmarks import cli
 from benchmarks.comparison import format_table
 from benchmarks.evidence import presets
 from benchmarks.evidence.task import Task
@@ -32,20 +32,16 @@ from benchmarks.provenance import provenance
 from benchmarks.training import TrainState, data_key, init_params, train_steps
 from gradsmooth_optax.diagnostics import LayerSignal, depth_signal
 
-BATCHES = 64
+BATCHES, OPTIMIZERS = 64, ("adamw", "muon")
 MOMENTS = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the options `argv` and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.signals",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--tasks", nargs="+", choices=[*TASKS], default=[*TASKS])
+    parser = cli.parser("signals", __doc__)
+    parser.add_argument("--task", choices=[*TASKS], help="one (default: all)")
     parser.add_argument(
-        "--optimizers", nargs="+", default=["adamw", "muon"], choices=["adamw", "muon"]
+        "--optimizer", choices=OPTIMIZERS, help="the base, one (default: all)"
     )
     parser.add_argument("--steps", type=int, help="of a training, if not the task's")
     parser.add_argument("--batches", type=int, default=BATCHES, help="of a signal")
@@ -55,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {"batches": given.batches, **provenance(), "signals": []}
     if given.out.exists():
         report["signals"] = json.loads(given.out.read_text("utf-8"))["signals"]
-    for name in given.tasks:
-        for optimizer in given.optimizers:
+    for name in [given.task] if given.task else TASKS:
+        for optimizer in [given.optimizer] if given.optimizer else OPTIMIZERS:
             wanted = {"task": name, "optimizer": optimizer}
             if any(wanted.items() <= of.items() for of in report["signals"]):
                 continue
@@ -72,8 +68,7 @@ def signals(
 ) -> Iterator[dict[str, Any]]:
     """Yields what is along depth at each moment of a training, as JSON values."""
     changes = {} if steps is None else {"steps": steps}
-    kind = "muon" if (name, optimizer) == ("reverse", "muon") else optimizer
-    options = presets.options_of(name, kind, "full", changes)
+    options = presets.options_of(name, optimizer, "full", changes)
     job, layers = presets.job_of(optimizer, options), options["depths"]
     layers = 12 if 12 in layers else layers[0]
     task = TASKS[name].build(layers, **presets.task_options(options))
@@ -84,11 +79,11 @@ def signals(
     train = train_steps(task.loss, tx, task.draw, job.steps, task.rollout)
     done = 0
     for moment, share in tqdm(MOMENTS.items(), desc=f"{name}, {optimizer}"):
-        until = round(share * job.steps)
-        if until > done:
-            counts = jnp.int32(done), jnp.int32(until - done)
+        more = round(share * job.steps) - done
+        if more:
+            counts = jnp.int32(done), jnp.int32(more)
             state, _ = train(state, seeds, task.data, *counts)
-            done = until
+            done += more
         one = jax.tree.map(lambda leaf: leaf[0], state.params)
         found = depth_signal(gradients(task, one, batches), task.depth)
         for stack, block in found.blocks.items():

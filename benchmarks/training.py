@@ -36,12 +36,7 @@ Rollout = Callable[[Any, Any], Any]
 
 @functools.partial(jax.jit, static_argnames="init")
 def init_params(init: Init, seeds: jax.Array) -> Any:
-    """Returns the initial parameters of every seed, leaves of shape `(S, ...)`.
-
-    Args:
-      init: makes those of one seed; hashable.
-      seeds: integers of shape `(S,)`.
-    """
+    """Returns the initial parameters of every seed, `(S,)`: leaves of `(S, ...)`."""
     return jax.vmap(lambda seed: init(jax.random.fold_in(jax.random.key(seed), _INIT)))(
         seeds
     )
@@ -53,12 +48,7 @@ def data_key(seed: jax.Array) -> jax.Array:
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """Returns the initial state of an arm; `params` is copied and so serves every arm.
-
-    Args:
-      optimizer: any optax optimizer.
-      params: from `init_params`.
-    """
+    """Returns the initial state of an arm; `params` is copied, and serves all."""
     return TrainState(
         # Training donates its state: arms must not share memory.
         jax.tree.map(jnp.copy, params),
@@ -83,8 +73,7 @@ def train_steps(
       optimizer: any optax optimizer.
       draw: the batch of one step and one seed.
       most_steps: the largest number of steps of one call.
-      rollout: makes of what was drawn and of the parameters before the step the
-        batches of its updates; None for one update, with what was drawn.
+      rollout: makes the batches of a step's updates; None for one, with what was drawn.
 
     Returns:
       A function `(state, seeds, data, start, num_steps) -> (state, losses)` with

@@ -10,7 +10,6 @@ says that neighbors help. Beside it stand other rules on the same draws, which o
 have used instead. Writes `benchmarks/results/trial_rules.json` and prints the table.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import scipy.special
 from tqdm import tqdm
 
+from benchmarks import cli
 from benchmarks.comparison import format_table
 from benchmarks.json_files import RESULTS, write_json
 from benchmarks.provenance import provenance
@@ -243,11 +243,7 @@ def simulate(truth: Truth, simulations: int, seed: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the options `argv` and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.trial_rules",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("trial_rules", __doc__)
     parser.add_argument("--simulations", type=int, default=2000, help="of each truth")
     parser.add_argument("--out", type=Path, default=RESULTS / "trial_rules.json")
     given = parser.parse_args(argv)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import corpus
+from benchmarks.data import corpus
 
 FILES = [
     b"import this\n" * 40,
@@ -59,7 +59,6 @@ def test_loading_twice_gives_the_same_corpus(tmp_path):
     first = corpus.load_corpus(paths, shortest=10)
     second = corpus.load_corpus(paths[::-1], shortest=10)
     assert first.sha256 == second.sha256
-    assert first.num_files == 4
     np.testing.assert_array_equal(first.train, second.train)
     np.testing.assert_array_equal(first.validation, second.validation)
     assert first.train.dtype == np.uint8
@@ -69,14 +68,10 @@ def test_loading_twice_gives_the_same_corpus(tmp_path):
     assert corpus.load_corpus(paths, shortest=10).sha256 != first.sha256
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(corpus.CorpusError, match=r"no corpus file .*nowhere\.txt"):
-        corpus.load_corpus([tmp_path / "nowhere.txt"], shortest=10)
-
-
-def test_a_directory_is_an_error_that_says_how_to_name_its_files(tmp_path):
-    with pytest.raises(corpus.CorpusError, match=r"is a directory.*\*\.txt"):
-        corpus.load_corpus([tmp_path], shortest=10)
+@pytest.mark.parametrize("name", ["nowhere.txt", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(corpus.CorpusError, match=r"the corpus file .* cannot be read"):
+        corpus.load_corpus([tmp_path / name], shortest=10)
 
 
 @pytest.mark.parametrize("text", [b"", b"short", b"just long enough to train on"])

@@ -18,16 +18,16 @@ pytest.importorskip("flax")
 import gradsmooth_optax as gs
 from benchmarks import readme
 from benchmarks.cost import __main__ as cost
-from benchmarks.cost import environment
+from benchmarks.cost.__main__ import SECTIONS, build_parser
 from benchmarks.cost.cpu import command, timing
 from benchmarks.cost.cpu import peers as speed_peers
 from benchmarks.cost.cpu import steps as speed_steps
 from benchmarks.cost.cpu import updates as speed_updates
 from benchmarks.cost.cpu.bars import bars, figure, holds
-from benchmarks.cost.cpu.compile_time import compile_times, layered_params, optimizers
-from benchmarks.cost.cpu.options import SECTIONS
+from benchmarks.cost.cpu.compile_time import layered_params, optimizers
 from benchmarks.cost.cpu.report import bars_table, failures, tables
 from benchmarks.cost.operators import operators
+from benchmarks.json_files import COST
 
 WINDOW = "window(0.2)"
 
@@ -76,20 +76,20 @@ def test_times_are_compared_within_a_turn():
 
 def test_the_process_starts_anew_once_to_have_steady_memory(monkeypatch):
     started = []
-    monkeypatch.setattr(environment.sys, "argv", ["cost", "cpu", "--check"])
-    monkeypatch.setattr(environment.os, "environ", {})
-    monkeypatch.setattr(environment.os, "execv", lambda *args: started.append(args))
-    environment.set_environment("cpu")
-    environment.set_environment("cpu")
+    monkeypatch.setattr(cost.sys, "argv", ["cost", "cpu", "--check"])
+    monkeypatch.setattr(cost.os, "environ", {})
+    monkeypatch.setattr(cost.os, "execv", lambda *args: started.append(args))
+    cost.set_environment("cpu")
+    cost.set_environment("cpu")
     ((_, argv),) = started
     assert argv[1:] == ["-m", "benchmarks.cost", "cpu", "--check"]
 
 
 @pytest.mark.parametrize("device", ["tpu", "gpu"])
 def test_a_compiler_looks_for_no_hardware(device, monkeypatch):
-    monkeypatch.setattr(environment.os, "environ", {"JAX_PLATFORMS": "cuda"})
-    environment.set_environment(device)
-    assert environment.os.environ["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setattr(cost.os, "environ", {"JAX_PLATFORMS": "cuda"})
+    cost.set_environment(device)
+    assert cost.os.environ["JAX_PLATFORMS"] == "cpu"
 
 
 def test_options_are_read_before_jax_which_reads_the_environment():
@@ -102,30 +102,68 @@ def test_options_are_read_before_jax_which_reads_the_environment():
     assert ran.stdout.split() == ["True", "False"], ran.stderr
 
 
-def test_every_device_has_its_options_and_says_what_is_measured(capsys):
-    for device, option in (("cpu", "--check"), ("tpu", "--quick"), ("gpu", "--only")):
-        with pytest.raises(SystemExit, match="0"):
-            cost.main([device, "--help"])
-        shown = capsys.readouterr().out
-        assert option in shown
-        assert f"python -m benchmarks.cost {device}" in shown
-    with pytest.raises(SystemExit, match="2"):
-        cost.main([])
-
-
 # -- Sections --------------------------------------------------------------------------
 
 
-def test_operators_are_measured_in_every_size_dtype_and_layout():
-    cases = [(0.125, "float32"), (0.25, "bfloat16")]
-    costs = speed_updates.operator_costs(cases, 3, 1, only=[WINDOW])
-    assert list(costs) == ["0.125 MB float32", "0.25 MB bfloat16"]
-    for of_layout in costs.values():
-        assert list(of_layout) == ["stacked", "unrolled"]
-        for found in of_layout.values():
-            assert list(found) == [WINDOW]
-            assert_figures(found)
-            assert found[WINDOW]["temporaries"] >= 0
+def test_a_tiny_run_measures_every_section_and_prints_what_it_writes(
+    tmp_path, monkeypatch, capsys
+):
+    """With few arms: all of them are compiled, which is what takes the time."""
+    smoothings, chains = speed_updates.smoothings, speed_steps.chains_of
+    few = {WINDOW, f"{WINDOW}, norm_preserving"}
+    for module, name, all_of, kept in (
+        (speed_updates, "smoothings", smoothings, few),
+        (speed_steps, "chains_of", chains, {"momentum(), S"}),
+        (speed_steps, "_smoothings", speed_steps._smoothings, {"base", "window"}),
+        (command, "optimizers", optimizers, {"optax.adamw", "window"}),
+    ):
+        monkeypatch.setattr(
+            *(module, name),
+            lambda *of, all_of=all_of, kept=kept: {
+                arm: made for arm, made in all_of(*of).items() if arm in kept
+            },
+        )
+    monkeypatch.setattr(speed_steps, "OPTIMIZERS", ("sgd",))
+    monkeypatch.setattr(speed_peers, "has_torch", lambda: False)
+    out = tmp_path / "new" / "cpu.json"
+    wanted = [name for name in SECTIONS if name != "learning"]
+    options = ["cpu", "--quick", "--out", str(out), "--only", *wanted]
+    assert cost.main(options) == 0
+    report = json.loads(out.read_text())
+    assert list(report["seconds"]) == wanted
+    assert len(report["load_before"]) == len(report["load_after"]) == 3
+    assert tables(report) in capsys.readouterr().out
+
+    found = report["operators"]["0.0625 MB float32"]
+    assert list(found) == ["stacked", "unrolled"]
+    for of_layout in found.values():
+        assert set(of_layout) == few
+        assert_figures(of_layout)
+        assert of_layout[WINDOW]["temporaries"] >= 0
+    assert list(report["crossover"]) == ["2", "4", "8"]
+    for of_ways in report["crossover"].values():
+        assert_figures(of_ways)
+        assert len(of_ways) == 10
+    for of_layout in report["chains"].values():
+        assert set(of_layout) == {"momentum(), S"}
+        assert_figures(of_layout)
+    for tree in ("default GPT", "0.0625 MB"):
+        of_sgd = report["steps"][tree]["sgd"]
+        assert set(of_sgd) == {"window"}
+        assert_figures(of_sgd)
+    assert set(report["training"]) == {"window"}
+    assert report["compile"]["2"]["optax.adamw"]["median"] == 1
+    assert all(
+        report["compile"]["2"]["window"][of] > 0 for of in ("trace", "lower", "compile")
+    )
+    for of_peers in report["peers"]["0.0625 MB"].values():
+        who = {name.split(":")[0] for name in of_peers}
+        assert who == {speed_peers.OURS, "optax"}
+        assert_figures(of_peers)
+
+
+def test_compile_times_are_of_ten_leaves_per_layer():
+    assert len(jax.tree.leaves(layered_params(2))) == 20
 
 
 @pytest.mark.parametrize("layout", speed_updates.LAYOUTS)
@@ -151,11 +189,6 @@ def test_every_operator_and_variant_couples_the_updates(layout):
 
 
 def test_the_crossover_compares_two_ways_to_the_same_numbers():
-    found = speed_updates.crossover(0.0625, (2, 6), 1)
-    assert list(found) == ["2", "6"]
-    for of_ways in found.values():
-        assert_figures(of_ways)
-        assert len(of_ways) == 10
     updates = speed_updates.updates_of(0.0625, 6, "stacked")
     shifts, matmul = (speed_updates._window(2, widest)(updates) for widest in (6, 0))
     jax.tree.map(
@@ -165,57 +198,7 @@ def test_the_crossover_compares_two_ways_to_the_same_numbers():
     )
 
 
-def test_chains_are_measured_next_to_their_base():
-    costs = speed_steps.chains(0.0625, 3, 1)
-    expected = speed_steps.chains_of(gs.unrolled())
-    for of_layout in costs.values():
-        assert set(of_layout) == set(expected)
-        assert_figures(of_layout)
-
-
-def test_optimizer_steps_are_of_the_default_model_and_of_one_leaf():
-    costs = speed_steps.optimizer_steps(0.0625, 3, 1, names=("sgd",))
-    assert list(costs) == ["default GPT", "0.0625 MB"]
-    for of_name in costs.values():
-        assert set(of_name["sgd"]) == {"base again", "window", "norm_preserving"}
-        assert_figures(of_name["sgd"])
-
-
-def test_training_steps_are_of_a_small_gpt():
-    job = speed_steps.Job(layers=2, width=8, context=8, seeds=1, batch=1)
-    arms = {"window": {"alpha": 0.2}}
-    costs = speed_steps.training_steps(job, 2, arms=arms)
-    assert set(costs) == {"base again", "window"}
-    assert_figures(costs)
-
-
-def test_compile_times_are_of_every_part_and_relative_to_adamw():
-    arms = optimizers()
-    arms = {name: arms[name] for name in ("optax.adamw", "window")}
-    (found,) = compile_times([2], 1, arms).values()
-    assert found["optax.adamw"]["median"] == 1
-    assert_figures(found)
-    assert all(found["window"][part] > 0 for part in ("trace", "lower", "compile"))
-    assert len(jax.tree.leaves(layered_params(2))) == 20
-
-
-def test_peers_run_without_pytorch(monkeypatch):
-    monkeypatch.setattr(speed_peers, "has_torch", lambda: False)
-    costs = speed_peers.peer_costs((0.0625,), 3, 1)
-    for found in costs["0.0625 MB"].values():
-        assert {name.split(":")[0] for name in found} == {speed_peers.OURS, "optax"}
-        assert_figures(found)
-
-
 # -- PyTorch twins ---------------------------------------------------------------------
-
-
-def test_peers_include_pytorch_where_it_is_installed():
-    pytest.importorskip("torch", reason="PyTorch, an optional peer, is not installed")
-    costs = speed_peers.peer_costs((0.0625,), 3, 1, compile_torch=False)
-    for found in costs["0.0625 MB"].values():
-        assert_figures(found)
-    assert f"{speed_peers.HOOK}: window" in costs["0.0625 MB"]["unrolled"]
 
 
 @pytest.mark.parametrize("variant", ["window", "norm_preserving"])
@@ -284,28 +267,22 @@ def test_a_bar_is_cleared_up_to_its_bound_and_not_beyond(bar):
         assert ("holds" if clears else "FAILS") in row
 
 
-def test_one_section_runs_alone_and_is_written_and_printed(tmp_path, capsys):
-    out = tmp_path / "new" / "cpu.json"
-    options = "--sections crossover --of-chains 0.0625 --layers 4 --rounds 1 --check"
-    assert cost.main(["cpu", *options.split(), "--out", str(out)]) == 0
-    report = json.loads(out.read_text())
-    assert set(report["seconds"]) == {"crossover"}
-    assert report["options"]["layers"] == 4
-    assert len(report["load_before"]) == len(report["load_after"]) == 3
-    assert tables(report) in capsys.readouterr().out
-
-
 def test_a_bar_that_fails_is_an_error_only_where_that_is_asked_for(
     tmp_path, monkeypatch
 ):
     (bar,) = (bar for bar in bars() if bar.where[0] == "training")
     found = report_with(2.0, bar)["training"]
     measure = {"training": lambda: found}
-    monkeypatch.setattr(command, "sections", lambda options: measure)
+    monkeypatch.setattr(command, "sections", lambda plan: measure)
     monkeypatch.setattr(command, "tables", lambda report: "")
-    options = ["cpu", "--sections", "training", "--out", str(tmp_path / "cpu.json")]
+    options = ["cpu", "--only", "training", "--out", str(tmp_path / "cpu.json")]
     assert cost.main(options) == 0
     assert cost.main([*options, "--check"]) == 1
+
+
+def test_every_section_can_be_asked_for_and_is_measured():
+    assert tuple(command.sections(command.FULL)) == SECTIONS
+    assert build_parser().parse_args(["cpu", "--only", *SECTIONS]).only == [*SECTIONS]
 
 
 def test_every_bar_is_of_something_that_is_measured():
@@ -320,26 +297,20 @@ def test_every_bar_is_of_something_that_is_measured():
         assert name in names.get(section, {name}), bar.what
 
 
-def test_the_committed_report_is_of_what_is_measured_and_prints():
+def test_the_committed_report_clears_every_bar_that_it_has_a_figure_of():
     # Not of all: a new operator is measured when somebody measures.
-    report = readme.read_reports()["cpu"]
+    report = json.loads((COST / "cpu.json").read_text())
     assert set(report["seconds"]) <= set(SECTIONS)
-    shown = tables(report)
     names = set(speed_updates.smoothings("stacked"))
     for of_layout in report["operators"].values():
         for found in of_layout.values():
             assert WINDOW in found
             assert set(found) <= names
-            assert all(f"| {name} " in shown for name in found)
-    assert "64 MB float32" in report["operators"]
     for bar in bars():
-        # What is there is found, and has a verdict.
         section, *_, name, _ = bar.where
         is_there = f'"{name}"' in json.dumps(report.get(section))
         assert (figure(report, bar) is not None) == is_there, bar.what
-        assert (f"| {bar.what} " in shown) == is_there
-    for layers, ways in report["crossover"].items():
-        assert f"{layers} layers" in shown
+    for ways in report["crossover"].values():
         # The library goes over to the matmul after radius 3.
         assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]
 

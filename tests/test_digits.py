@@ -7,7 +7,7 @@ pytest.importorskip("sklearn")
 
 from sklearn.datasets import load_digits
 
-from benchmarks.evidence.tasks.digits import split_digits
+from benchmarks.data.digits import split_digits
 
 HELD_OUT = 61
 

@@ -1,8 +1,7 @@
 """The evidence: tasks are trained as `trial` asks, and their options fit together."""
 
+import dataclasses
 import functools
-import json
-import math
 import os
 import re
 import subprocess
@@ -17,29 +16,25 @@ import pytest
 
 pytest.importorskip("flax")
 
+import tiny_task
+
 import gradsmooth_optax as gs
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import presets, training
 from benchmarks.evidence.tasks import TASKS, rl
-from benchmarks.gpt import init_gpt
-from benchmarks.json_files import COST, RESULTS, TRIALS
-from benchmarks.report.records import read_source
-from benchmarks.training import TrainState, data_key, init_params, train_steps
+from benchmarks.json_files import TRIALS
+from benchmarks.models.gpt import init_gpt
+from benchmarks.optimizers import OPTIMIZERS
+from benchmarks.training import data_key, init_params
 
 ROOT = Path(__file__).parent.parent
-TINY = {
-    **{"depths": [3], "width": 8, "heads": 1, "context": 8, "batch": 4},
-    **{"steps": 4, "warmup": 1, "eval_windows": 2, "micro_batches": 2, "lanes": 2},
-    **{"screen_seeds": 2, "confirm_seeds": 2, "corpus": [str(ROOT / "LICENSE")]},
-}
 RATE, SEEDS = 0.1, (3, 5)
 
 
 @functools.cache
 def tiny():
-    options = presets.options_of("lm", "adamw", "full", TINY)
-    task = TASKS["lm"].build(3, **presets.task_options(options))
-    return task, presets.job_of("adamw", options)
+    job = training.Job("adamw", steps=4, warmup=1, weight_decay=0.1, clip=1.0)
+    return tiny_task.build(3), dataclasses.replace(job, micro_batches=2)
 
 
 @functools.cache
@@ -72,8 +67,7 @@ def by_hand(seed):
 
 
 def test_a_training_is_what_a_loop_over_seeds_and_steps_gives():
-    task, job = tiny()
-    assert (job.weight_decay, job.clip, job.warmup, job.steps) == (0.1, 1.0, 1, 4)
+    task, _ = tiny()
     _, values = trained()
     for lane, seed in enumerate(SEEDS):
         params, _ = by_hand(seed)
@@ -98,17 +92,9 @@ def test_updates_are_measured_before_and_after_smoothing_on_the_next_batch():
             assert found == pytest.approx(roughness, rel=1e-3)
 
 
-def options(path, **changes):
-    given = {**TINY, "depths": [2], **changes}
-    return [
-        *("--task", "lm", "--out", str(path)),
-        *(f"--option={name}={json.dumps(value)}" for name, value in given.items()),
-    ]
-
-
 def quick(made, seeds):
     smoothing, rate = made
-    updates = {"blocks": {"kernel": jnp.ones((2, 3, 3))}}
+    updates = {"blocks": {"kernel": jnp.ones((6, 3, 3))}}
     smoothing.update(updates, smoothing.init(updates))
     noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s)))(seeds)
     return {"validation loss": jnp.log(rate / RATE) ** 2 + noise, "roughness": noise}
@@ -122,21 +108,22 @@ def test_a_run_leaves_a_finished_trial_and_trains_nothing_again(
     # The trainings themselves are tested above.
     monkeypatch.setattr(command, "optimizer_of", lambda *_: lambda *made: made)
     monkeypatch.setattr(command, "train_of", lambda *_: quick)
-    assert command.main(options(tmp_path)) == 0
-    assert "lm, adamw, 2 layers" in capsys.readouterr().out
-    result = gs.trial.read_result(tmp_path / "lm-adamw-2.json")
+    monkeypatch.setitem(command.TASKS, "reverse", tiny_task)
+    options = ["--task", "reverse", "--preset", "quick", "--out", str(tmp_path)]
+    assert command.main(options) == 0
+    assert "reverse, adamw, 6 layers" in capsys.readouterr().out
+    result = gs.trial.read_result(tmp_path / "reverse-adamw-6-quick.json")
     assert result.is_complete
     assert result.settings.metric == "validation loss"
     (finding,) = result.findings
     assert finding.word == "exploratory"
     monkeypatch.setattr(command, "train_of", lambda *_: len)
-    assert command.main(options(tmp_path)) == 0
+    assert command.main(options) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--preset", "deeper"], "invalid choice: 'deeper'"),
         (["--option", "width=8"], "name another directory with --out"),
         (["--option", "no=1", "--out", "x"], "there is no option 'no' of 'lm'"),
         (["--option", "width"], "'width' is not NAME=VALUE"),
@@ -175,50 +162,17 @@ assert batch.sharding.shard_shape((4, 4)) == (2, 4)
 # The presets.
 
 
-def presets_of(task):
-    """The names that the error of an unknown one lists."""
-    with pytest.raises(presets.OptionError) as error:
-        presets.options_of(task, "adamw", "no such")
-    return str(error.value).split("there are ")[1].split(", ")
-
-
-PRESETS = [(task, preset) for task in TASKS for preset in presets_of(task)]
-# Long enough for the longest windows, and quick to read.
-SOURCES = [str(path) for path in sorted((ROOT / "tests").glob("*.py"))]
-
-
-def of_preset(name, optimizer, preset):
-    changes = {"corpus": SOURCES} if name == "lm" else {}
-    found = presets.options_of(name, optimizer, preset, changes)
-    return found, presets.job_of(optimizer, found)
-
-
-def shapes_of(task, lanes):
-    seeds = jax.ShapeDtypeStruct((lanes,), jnp.int32)
-    return seeds, jax.eval_shape(functools.partial(init_params, task.init), seeds)
-
-
-def state_shapes(optimizer, params):
-    def state(params):
-        return TrainState(params, jax.vmap(optimizer.init)(params))
-
-    return jax.eval_shape(state, params)
-
-
 @pytest.mark.parametrize(
     ("task", "changes", "words"),
     [
-        ("vit", {"patch": [2]}, "patch=[2] must be a height and a width"),
-        ("vit", {"patch": [3, 4]}, "patch=[3, 4] does not divide images of 8 pixels"),
-        ("vit", {"eval_images": 1797}, "eval_images=1797 must be between 10 and 1787"),
-        ("diffusion", {"patch": 3}, "patch=3 does not divide images of 8 pixels"),
-        ("diffusion", {"depths": [9, 8]}, "depths=[9, 8] must be odd and at least 3"),
-        ("diffusion", {"width": 9, "heads": 3}, "width=9 must be even"),
+        ("lm", {"width": 9}, "heads=2 do not divide width=9"),
+        ("lm", {"width": "wide"}, "should be of the kind of 32"),
+        ("lm", {"confirm_seeds": 6}, "no multiple of lanes=4"),
         ("rl", {"updates": 3}, "updates=3 of a step do not divide batch=16"),
         ("rl", {"updates": 8}, "divide the 2 examples of an update"),
         ("rl", {"warmup": 5}, "write --option warmup=null"),
-        ("rl", {"eval_problems": 4096}, "eval_problems=4096 are more than the 1094"),
         ("lm", {"micro_batches": 1}, "micro_batches=1 must be at least 2"),
+        ("lm", {"steps": 20}, "use at most warmup=19"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_is_built(
@@ -228,122 +182,43 @@ def test_options_that_cannot_work_are_refused_before_anything_is_built(
         presets.options_of(task, "adamw", "full", changes)
 
 
-def test_every_task_has_a_quick_a_full_and_a_large_preset():
-    for task in TASKS:
-        assert {"quick", "full", "tpu"} <= set(presets_of(task)) <= {*presets.NAMES}
-
-
-@functools.cache
-def fitted(name, layers, lanes, written):
-    """(Task, parameters of a lane, batch, that of an update, states), by shapes alone.
-
-    One for all presets whose models and data are the same.
-    """
+@pytest.mark.parametrize("name", TASKS)
+def test_the_options_of_every_preset_fit_together(name, monkeypatch):
+    """By shapes alone, without training a start or any parameter."""
 
     def start(layers, width, heads, *_):
         init = init_gpt(rl._model(layers, width, heads))
         shapes = jax.eval_shape(init, jax.random.key(0))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(rl, "_trained_start", start)
-        task = TASKS[name].build(layers, **json.loads(written))
-    _, params = shapes_of(task, lanes)
-    for optimizer in ("adamw", "sgd", "muon"):
-        _, job = of_preset(name, optimizer, "full")
+    monkeypatch.setattr(rl, "_trained_start", start)
+    names = presets.NAMES if name == "lm" else ("full", "quick")
+    found = {preset: presets.options_of(name, "adamw", preset) for preset in names}
+    full = found["full"]
+    assert (full["screen_seeds"], full["confirm_seeds"]) == (4, 16)
+    task = TASKS[name].build(5, **presets.task_options(full))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    for optimizer in OPTIMIZERS:
+        options = presets.options_of(name, optimizer, "quick")
+        assert presets.task_options(options) == presets.task_options(found["quick"])
+        job = presets.job_of(optimizer, options)
+        assert job.schedule(job.steps - 1) <= 1.0
         smoothing = gs.smooth_over_depth(task.depth, 0.2)
         tx = training.optimizer_of(job, task)(smoothing, 1.0)
-        state = state_shapes(tx.whole, params)
-        assert len(jax.tree.leaves(state.params)) == len(jax.tree.leaves(params))
-
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-    drawn = batch = jax.eval_shape(
+        jax.eval_shape(tx.whole.init, params)
+    batch = jax.eval_shape(
         functools.partial(task.draw, task.data), jax.random.key(0), np.int32(0)
     )
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {full["batch"]}
     if task.rollout is not None:
-        batches = jax.eval_shape(task.rollout, one, batch)
+        batches = jax.eval_shape(task.rollout, params, batch)
         batch = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), batches)
-    metrics = jax.eval_shape(task.evaluate, one)
+    metrics = jax.eval_shape(task.evaluate, params)
     assert set(metrics) == {metric.name for metric in TASKS[name].METRICS}
-    assert all(metric.shape == () for metric in metrics.values())
-    return task, one, drawn, batch, jax.eval_shape(task.states, one, batch)
-
-
-@pytest.mark.parametrize(("name", "preset"), PRESETS)
-def test_the_options_of_every_preset_fit_together(name, preset):
-    """By shapes alone, without training a start or any parameter."""
-    found, _ = of_preset(name, "adamw", preset)
-    for optimizer in ("adamw", "sgd", "muon"):
-        chosen, job = of_preset(name, optimizer, preset)
-        # The same model and data under every base.
-        assert presets.task_options(chosen) == presets.task_options(found)
-        assert chosen["screen_seeds"] % job.lanes == 0
-        assert chosen["confirm_seeds"] % job.lanes == 0
-        if preset not in presets.NOT_COMMITTED:
-            assert (chosen["screen_seeds"], chosen["confirm_seeds"]) == (4, 16)
-        assert chosen["batch"] % job.micro_batches == 0
-        assert job.micro_batches >= 2
-        assert chosen["learning_rate"] > 0
-        assert (job.warmup or 0) < job.steps
-        assert job.schedule(job.steps - 1) <= 1.0
-
-    # More layers of the same shapes fit as well, and take longer to trace.
-    assert all(layers % 2 or name != "diffusion" for layers in found["depths"])
-    layers = 5
-    written = json.dumps(presets.task_options(found), sort_keys=True)
-    task, one, drawn, batch, states = fitted(name, layers, found["lanes"], written)
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(drawn)} == {found["batch"]}
-    examples = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
-    assert len(examples) == 1
-    assert examples.pop() % found["micro_batches"] == 0
-    assert states.shape[0] == layers + 1
-    assert states.shape[-1] == found["width"]
+    states = jax.eval_shape(task.states, params, batch)
+    assert (states.shape[0], states.shape[-1]) == (6, full["width"])
     for scope in ("full", "proj", *task.scopes):
-        assert gs.describe(command.scope_of(task, scope), one).groups, scope
-
-
-@pytest.mark.parametrize(("preset", "billions"), [("tpu", 1.2), ("tpu-deep", 2.4)])
-def test_large_presets_have_the_sizes_of_the_paper(preset, billions):
-    found, _ = of_preset("lm", "adamw", preset)
-    (layers,) = found["depths"]
-    task = TASKS["lm"].build(layers, **presets.task_options(found))
-    _, params = shapes_of(task, 1)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    assert count == pytest.approx(billions * 1e9, rel=0.02)
-
-
-def test_a_window_at_the_size_of_the_paper_compiles():
-    """From shapes: 1.2 billion parameters, which no test should hold in memory."""
-    found, job = of_preset("lm", "adamw", "tpu")
-    task = TASKS["lm"].build(found["depths"][-1], **presets.task_options(found))
-    smoothing = gs.smooth_over_depth(task.depth, 0.2)
-    optimizer = training.optimizer_of(job, task)(smoothing, 1e-3).whole
-    seeds, params = shapes_of(task, job.lanes)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    assert count > 1.2e9
-    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.data)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    most = max(np.diff(job.probed, prepend=0)).item()
-    train = train_steps(task.loss, optimizer, task.draw, most)
-    state = state_shapes(optimizer, params)
-    compiled = train.lower(state, seeds, data, step, step).compile()
-    # Parameters and Adam's two moments in float32, and nothing else of their size.
-    taken = compiled.memory_analysis().argument_size_in_bytes - data.size
-    assert taken == pytest.approx(3 * 4 * count, rel=1e-3)
-
-
-# What is committed.
-
-
-@pytest.mark.parametrize(
-    "path",
-    [p for p in RESULTS.glob("*/*.json") if p.parent not in (COST, TRIALS)],
-    ids=lambda path: f"{path.parent.name}/{path.name}",
-)
-def test_committed_results_of_before_are_still_read(path):
-    settings = read_source(path).settings
-    assert settings
-    assert all(len(arm.seeds) == 16 for of in settings for arm in of.confirm)
+        assert gs.describe(command.scope_of(task, scope), params).groups, scope
 
 
 def test_committed_trials_are_complete():

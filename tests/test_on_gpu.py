@@ -10,17 +10,19 @@ import pytest
 from benchmarks.cost.cpu.updates import limit
 from benchmarks.on_gpu import __main__ as on_gpu
 from benchmarks.on_gpu import report as on_gpu_report
+from benchmarks.on_gpu import times
 from benchmarks.on_gpu import training as on_gpu_training
 from benchmarks.on_gpu.session import Session, applied
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The report of `--quick`, without PyTorch and without git."""
+    """The report of `--quick`, of one layout, without PyTorch and without git."""
     out = tmp_path_factory.mktemp("on_gpu") / "new" / "gpu_times.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch", None)
         patch.setenv("PATH", "")
+        patch.setattr(times, "LAYOUTS", ("stacked",))
         patch.setenv("XLA_CLIENT_MEM_FRACTION", "0.65")
         assert on_gpu.main(["--quick", "--out", str(out), "--commit", "abc"]) == 0
     assert [path.name for path in out.parent.iterdir()] == [out.name]
@@ -35,7 +37,7 @@ def test_every_case_has_a_time_and_what_is_skipped_is_told(report):
         for dtype in ("float32", "bfloat16")
     }
     assert set(operators["0.25 MB float32"]) == {
-        *("stacked", "unrolled", "stacked, donated", "unrolled, donated")
+        *("stacked", "stacked, donated"),
     }
     sections = ("operators", "optimizers", "training_step")
     groups = [of for case in operators.values() for of in case.values()]
@@ -77,8 +79,5 @@ def test_a_case_that_fails_takes_no_other_with_it(tmp_path):
     assert skipped == {"group": "group", "case": "fails", "why": "division by zero"}
 
 
-def test_the_tables_and_the_page_are_of_the_report(report):
-    shown = on_gpu_report.tables(report)
-    assert "window(0.2)" in shown
-    assert "exploratory: rates untuned" in shown
-    assert shown in on_gpu_report.page(report)
+def test_the_page_is_of_the_report(report):
+    assert on_gpu_report.tables(report) in on_gpu_report.page(report)

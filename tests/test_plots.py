@@ -251,10 +251,21 @@ def test_rows_are_what_receives_also_where_a_matrix_is_not_symmetric():
     )
 
 
-def test_colors_are_centered_on_zero_and_the_bar_shows_what_there_is():
-    ax = plots.operator_matrix(gs.laplacian(0.5), 24)
-    assert ax.images[0].get_clim() == (-0.75, 0.75)
-    assert ax.figure.axes[1].get_ylim() == (-0.25, 0.75)
+def test_a_weight_has_one_color_in_the_pictures_of_all_operators():
+    operators = (gs.window(0.2), gs.laplacian(0.5), gs.mean_over_depth())
+    images = [plots.operator_matrix(of, 24).images[0] for of in operators]
+    for image in images:
+        colors = image.cmap(image.norm([-1, -0.1, 0, 0.1, 0.5, 1]))
+        expected = images[0].cmap(images[0].norm([-1, -0.1, 0, 0.1, 0.5, 1]))
+        np.testing.assert_array_equal(colors, expected)
+        assert image.norm(0) == 0.5
+        assert image.norm(0.25) - 0.5 == pytest.approx(0.25)  # by the square root
+        assert image.figure.axes[1].get_ylim() == (-1, 1)
+
+
+def test_a_weight_beyond_1_widens_the_scale():
+    ax = plots.operator_matrix(gs.dense(np.diag([4.0, 1.0, 1.0])), 3)
+    assert ax.images[0].get_clim() == (-4, 4)
 
 
 def test_few_layers_have_numbers_in_the_cells_that_are_not_zero():

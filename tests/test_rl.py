@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("flax")
 
 import gradsmooth_optax as gs
-from benchmarks.evidence.tasks import arithmetic, grpo, rl
-from benchmarks.gpt import GPT
+from benchmarks.data import arithmetic
+from benchmarks.evidence.tasks import grpo, rl
+from benchmarks.models.gpt import GPT
 
 LAYERS, BATCH, GROUP, UPDATES = 2, 6, 5, 2
 KL, CLIP = 0.3, 0.2

@@ -6,20 +6,17 @@ import pytest
 
 pytest.importorskip("flax")
 
+import tiny_task
+
 from benchmarks import signals
-from benchmarks.evidence import presets
 
 
 def test_a_table_is_made_of_a_training_and_again_of_the_file(
     tmp_path, monkeypatch, capsys
 ):
-    small = {"depths": [3], "width": 8, "heads": 2, "batch": 4, "micro_batches": 2}
-    options = presets.options_of
-    monkeypatch.setattr(
-        presets, "options_of", lambda *cell: options(*cell[:3], small | cell[3])
-    )
+    monkeypatch.setitem(signals.TASKS, "reverse", tiny_task)
     out = tmp_path / "signals.json"
-    arguments = ["--tasks", "reverse", "--optimizers", "adamw", "--steps", "2"]
+    arguments = ["--task", "reverse", "--optimizer", "adamw", "--steps", "2"]
     arguments += ["--batches", "16", "--out", str(out)]
     assert signals.main(arguments) == 0
     table = capsys.readouterr().out

@@ -16,7 +16,7 @@ pytest.importorskip("flax")
 import gradsmooth_optax as gs
 from benchmarks.evidence.task import parts_of
 from benchmarks.evidence.tasks import TASKS, lm, reverse
-from benchmarks.gpt import GPT
+from benchmarks.models.gpt import GPT
 from benchmarks.training import data_key
 
 LM = {"width": 8, "heads": 2, "context": 8, "batch": 4, "eval_windows": 3}

@@ -12,8 +12,8 @@ pytest.importorskip("flax")
 pytest.importorskip("sklearn")
 
 import gradsmooth_optax as gs
+from benchmarks.data.digits import split_digits
 from benchmarks.evidence.tasks import vit
-from benchmarks.evidence.tasks.digits import split_digits
 
 LAYERS, WIDTH, HEADS, PATCH, BATCH, HELD_OUT = 3, 8, 2, (2, 4), 64, 100
 KERNELS = ["attention/out", "attention/qkv", "mlp_in", "mlp_out"]

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.corpus import CorpusError
+from benchmarks import cli
 from benchmarks.evidence import placement, presets
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.training import optimizer_of, train_of
 from benchmarks.json_files import TRIALS
-from benchmarks.optimizers import DEFAULT_LEARNING_RATES
+from benchmarks.optimizers import OPTIMIZERS
 from gradsmooth_optax import trial
 
 # What a shell reports for a program that Ctrl-C ended.
@@ -31,59 +31,16 @@ _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark with the options `argv` and returns the exit status."""
-    parser = build_parser()
-    given = parser.parse_args(argv)
-    try:
-        options = presets.options_of(
-            given.task, given.optimizer, given.preset, dict(given.option)
-        )
-        if given.out is None and dict(given.option).keys() - {"depths"}:
-            raise presets.OptionError(
-                "the default files are of the presets as they are: name another "
-                "directory with --out"
-            )
-        for layers in options["depths"]:
-            result = compared(
-                given.task, given.optimizer, layers, options, given.scope, files(given)
-            )
-            print(f"\n{given.task}, {given.optimizer}, {layers} layers\n\n{result}\n")
-            if not result.is_complete:
-                return _INTERRUPTED
-    except (presets.OptionError, trial.OtherSettings, CorpusError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:  # before a comparison began; within, it returns
-        return _INTERRUPTED
-    return 0
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Runs the command with the options `argv` and returns the exit status."""
+    parser = cli.parser("evidence", __doc__)
     parser.add_argument("--task", choices=[*TASKS], required=True)
     parser.add_argument(
-        "--optimizer",
-        choices=[*DEFAULT_LEARNING_RATES],
-        default="adamw",
-        help="the base (default: %(default)s)",
+        "--optimizer", choices=OPTIMIZERS, default="adamw", help="the base"
     )
-    parser.add_argument(
-        "--preset",
-        choices=presets.NAMES,
-        default="full",
-        help="how large: quick takes minutes, full is for the committed results, tpu "
-        "has the sizes of the paper (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--scope",
-        default="full",
-        help='what is coupled: "full", "proj", or one of the task, such as "mlp" '
-        "(default: %(default)s)",
-    )
+    about = "full: for the committed results; quick: minutes; the others of lm alone"
+    parser.add_argument("--preset", choices=presets.NAMES, default="full", help=about)
+    about = 'what is coupled: "full", "proj", or one of the task, such as "mlp"'
+    parser.add_argument("--scope", default="full", help=about)
     parser.add_argument(
         "--option",
         type=_option,
@@ -93,48 +50,60 @@ def build_parser() -> argparse.ArgumentParser:
         help="changes an option of the preset, such as depths=[12] or width=64; the "
         "value is JSON or a word; may be repeated",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="directory of the files (default: benchmarks/results/trials, of the "
-        "presets quick and tpu runs/evidence)",
-    )
-    return parser
+    about = "directory (default: benchmarks/results/trials, of quick runs/evidence)"
+    parser.add_argument("--out", type=Path, help=about)
+    given = parser.parse_args(argv)
+    changes = dict(given.option)
+    try:
+        options = presets.options_of(given.task, given.optimizer, given.preset, changes)
+        if given.out is None and changes.keys() - {"depths"}:
+            raise presets.OptionError(
+                "the default files are of the presets as they are: name another "
+                "directory with --out"
+            )
+        for layers in options["depths"]:
+            result = compared(given, layers, options)
+            print(f"\n{given.task}, {given.optimizer}, {layers} layers\n\n{result}\n")
+            if not result.is_complete:
+                return _INTERRUPTED
+    except (presets.OptionError, trial.OtherSettings) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:  # before a comparison began; within, it returns
+        return _INTERRUPTED
+    return 0
 
 
-def files(given: argparse.Namespace) -> str:
-    """Returns the path of the result files, with `{layers}` in it."""
-    is_kept = given.preset not in presets.NOT_COMMITTED
-    out = given.out or (TRIALS if is_kept else Path("runs/evidence"))
-    parts = [given.task, given.optimizer, "{layers}"]
+def file_of(given: argparse.Namespace, layers: int) -> Path:
+    """Returns the path of the result of a comparison."""
+    quick = given.preset == "quick"
+    parts = [given.task, given.optimizer, str(layers)]
     parts += [given.preset] if given.preset != "full" else []
     parts += [given.scope] if given.scope != "full" else []
-    return str(out / f"{'-'.join(parts)}.json")
+    folder = given.out or (Path("runs/evidence") if quick else TRIALS)
+    return folder / f"{'-'.join(parts)}.json"
 
 
 def compared(
-    name: str,
-    optimizer: str,
-    layers: int,
-    options: presets.Options,
-    scope: str,
-    path: str,
+    given: argparse.Namespace, layers: int, options: presets.Options
 ) -> trial.Result:
     """Returns the comparison of a task at one depth, as far as it comes."""
-    module, job = TASKS[name], presets.job_of(optimizer, options)
-    task = module.build(layers, **presets.task_options(options))
+    module, job = TASKS[given.task], presets.job_of(given.optimizer, options)
+    try:
+        task = module.build(layers, **presets.task_options(options))
+    except ValueError as error:  # what it cannot be built with
+        raise presets.OptionError(str(error)) from error
     task = placement.with_split_batches(task)
     metric, rate = module.METRICS[0], options["learning_rate"]
     return trial.compare(
         trial.many_seeds(train_of(job, task), at_once=job.lanes),
         optimizer_of(job, task),
-        scope_of(task, scope),
+        scope_of(task, given.scope),
         rates=[rate / 2, rate, 2 * rate],
         seeds=options["confirm_seeds"],
         screen_seeds=options["screen_seeds"],
         metric=metric.name,
         better="lower" if metric.lower_is_better else "higher",
-        path=path.format(layers=layers),
+        path=str(file_of(given, layers)),
     )
 
 

@@ -1,7 +1,9 @@
 """What a task is: all of an experiment but the optimizer.
 
 A module of a task has `METRICS`, by the first of which arms are tuned and judged, and
-`build(layers, *, ...)`, which returns its `Task` at a depth.
+`build(layers, *, width, heads, batch, ...)`, which returns its `Task` at a depth: so
+many blocks, of a residual stream of that width with so many heads of attention, trained
+on so many examples per step; and options of its own.
 """
 
 import re

@@ -137,14 +137,7 @@ def train_of(job: Job, task: Task) -> Callable[[Optimizer, jax.Array], dict[str,
 
 
 def before_and_after(optimizer: Optimizer) -> Callable[[Any, Any, Any], dict[str, Any]]:
-    """Returns what computes an arm's update before and after its smoothing.
-
-    Args:
-      optimizer: of the arm.
-
-    Returns:
-      A function `(gradient, state, params) -> {"before": updates, "after": updates}`.
-    """
+    """Returns what gives an arm's updates before and after its smoothing."""
 
     def updates(gradient: Any, state: Any, params: Any) -> dict[str, Any]:
         before, _ = optimizer.base.update(gradient, state[0], params)

@@ -16,7 +16,6 @@ The committed result, if there is one, is benchmarks/results/cost/gpu_times.json
 `python -m benchmarks.readme` makes docs/on_gpu.md of it.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import gradsmooth_optax as gs
+from benchmarks import cli
 from benchmarks.json_files import COST
 from benchmarks.on_gpu import training
 from benchmarks.on_gpu.report import tables
@@ -56,11 +56,7 @@ def card() -> dict[str, str] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the options `argv` and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.on_gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("on_gpu", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny, to test the script")
     parser.add_argument("--only", choices=("times", "train"), help="one part alone")
     parser.add_argument(
@@ -71,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="default: the committed result, of a part or --quick build/gpu_times.json",
     )
-    options = parser.parse_args(argv)
-    folder = Path("build") if options.quick or options.only else COST
-    out = options.out or folder / "gpu_times.json"
+    given = parser.parse_args(argv)
+    folder = Path("build") if given.quick or given.only else COST
+    out = given.out or folder / "gpu_times.json"
     # Read when jax first looks for devices. One piece for jax, because memory that
     # grows falls into pieces too small for the training; the rest is for PyTorch.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.65")
-    plan = QUICK if options.quick else FULL
-    if options.only == "times":
+    plan = QUICK if given.quick else FULL
+    if given.only == "times":
         plan = plan._replace(seconds=plan.all_seconds)
     report: dict[str, Any] = {
         "benchmark": "on_gpu",
-        "options": {"quick": options.quick, "only": options.only},
+        "options": {"quick": given.quick, "only": given.only},
         "plan": plan._asdict() | {"training": plan.training._asdict()},
         **provenance(),
         "card": card(),
@@ -93,16 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{part: {} for part in ("optimizers", "peers", "training", "seconds")},
         "skipped": [],
     }
-    if options.commit:
-        report["commit"] = {"sha": options.commit, "modified": None}
+    if given.commit:
+        report["commit"] = {"sha": given.commit, "modified": None}
     report["versions"]["gradsmooth_optax"] = gs.__version__
     out.parent.mkdir(parents=True, exist_ok=True)
     session = Session(plan, out, report)
     session.save()
     print(f"{report['card']}, {report['versions']}", flush=True)
-    if options.only != "train":
+    if given.only != "train":
         take_times(session)
-    if options.only != "times":
+    if given.only != "times":
         began = time.monotonic()
         # The times may have taken longer, but a few seeds are always trained.
         most = plan.training.seconds

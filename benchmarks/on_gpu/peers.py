@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.cost.cpu.peers import twins_of
 from benchmarks.cost.cpu.updates import LIMIT, limit, smoothings, updates_of
 from benchmarks.on_gpu.session import Session, applied
 
@@ -19,8 +20,6 @@ def peers(session: Session, megabytes: float, layout: str) -> None:
     """Times the authors' formula in PyTorch, eager and compiled, beside ours."""
     import torch  # pyright: ignore[reportMissingImports] # optional
 
-    from benchmarks.cost.cpu import torch_twins
-
     on_card = torch.cuda.is_available()
     if not on_card and not session.report["options"]["quick"]:
         raise RuntimeError("PyTorch sees no card")
@@ -31,38 +30,33 @@ def peers(session: Session, megabytes: float, layout: str) -> None:
     ]
     if layout == "stacked":
         (us,) = us
-        ways = {"PyTorch": torch_twins.STACKED}
-        limits = {f"PyTorch: {LIMIT}": lambda us: 0.9 * us}
-    else:
-        ways = {"PyTorch, hook": torch_twins.HOOK}
-        ways["PyTorch, foreach"] = torch_twins.LISTED
-        limits = {f"PyTorch: {LIMIT}": lambda us: torch._foreach_mul(us, 0.9)}
 
-    def repeated(function: Callable, *arguments: Any) -> Callable[[int], None]:
+    def scaled(us: Any, _: float) -> Any:
+        return 0.9 * us if layout == "stacked" else torch._foreach_mul(us, 0.9)
+
+    def repeated(function: Callable) -> Callable[[int], None]:
         def run(calls: int) -> None:
             for _ in range(calls):
-                function(us, *arguments)
+                function(us, 0.2)
             if on_card:
                 torch.cuda.synchronize()
 
         return run
 
     where = f"{megabytes:g} MB, {layout}"
-    calls = {name: repeated(f) for name, f in limits.items()}
-    for variant in ("window", "norm_preserving"):
-        for way, twins in ways.items():
-            twin = twins[variant]
-            calls[f"{way}: {variant}"] = repeated(twin, 0.2)
-            name = f"{way}, compiled: {variant}"
-            if megabytes != session.plan.megabytes[0]:
-                continue  # compiling takes longer than all else
-            compiled = repeated(torch.compile(twin), 0.2)
-            try:
-                with _at_most(min(_COMPILE_SECONDS, session.left() - 5)):
-                    compiled(1)
-                calls[name] = compiled
-            except Exception as error:
-                session.skip(f"peers {where}", name, error)
+    calls = {f"PyTorch: {LIMIT}": repeated(scaled)}
+    for name, twin in twins_of(layout).items():
+        calls[name] = repeated(twin)
+        if megabytes != session.plan.megabytes[0]:
+            continue  # compiling takes longer than all else
+        compiled = repeated(torch.compile(twin))
+        name = name.replace(":", ", compiled:")
+        try:
+            with _at_most(min(_COMPILE_SECONDS, session.left() - 5)):
+                compiled(1)
+            calls[name] = compiled
+        except Exception as error:
+            session.skip(f"peers {where}", name, error)
     functions = {LIMIT: limit, **{n: smoothings(layout)[n] for n in _OURS}}
     cases = {name: applied(f, updates) for name, f in functions.items()}
     found = session.measure(f"peers {where}", cases, LIMIT, others=calls)

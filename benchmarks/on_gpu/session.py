@@ -16,28 +16,16 @@ from benchmarks.on_gpu import training
 
 
 class Plan(NamedTuple):
-    """Sizes of a run.
+    """Sizes of a run."""
 
-    Attributes:
-      megabytes: of all updates; what takes long is timed at the first size alone.
-      layers: L.
-      rounds: of every comparison.
-      calls: in one turn, back to back, so that a launch is hidden behind the last one.
-      compile_seconds: most of a group; autotuning must not take the time of the others.
-      seconds: after which no group of times begins,
-      all_seconds: and that both parts should take.
-      only: operators that are timed; None for all.
-      training: sizes of the GPT.
-    """
-
-    megabytes: tuple[float, ...]
+    megabytes: tuple[float, ...]  # what takes long is timed at the first size alone
     layers: int
     rounds: int
-    calls: int
-    compile_seconds: float
-    seconds: float
-    all_seconds: float
-    only: tuple[str, ...] | None
+    calls: int  # in one turn, so that a launch is hidden behind the last one
+    compile_seconds: float  # most of a group: autotuning must leave time to others
+    seconds: float  # after which no group of times begins
+    all_seconds: float  # that both parts should take
+    only: tuple[str, ...] | None  # operators that are timed; None for all
     training: training.Plan
 
 
@@ -58,14 +46,7 @@ def applied(function: Callable, updates: Any) -> Case:
 
 
 class Session:
-    """A report that grows, and the time that is left for it.
-
-    Attributes:
-      plan: sizes of the run.
-      out: the file that the report is written to.
-      report: what was found so far.
-      began: the clock at the start.
-    """
+    """A report that grows, its file `out`, and the time that is left for it."""
 
     def __init__(self, plan: Plan, out: Path, report: dict[str, Any]):
         self.plan, self.out, self.report = plan, out, report

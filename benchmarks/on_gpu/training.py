@@ -18,9 +18,13 @@ import optax
 
 import gradsmooth_optax as gs
 from benchmarks.comparison import format_difference, paired_difference
-from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import mean_loss, next_token_loss
+from benchmarks.data.corpus import (
+    VOCABULARY,
+    load_corpus,
+    sample_windows,
+    spread_windows,
+)
+from benchmarks.models.gpt import GPT, init_gpt, mean_loss, next_token_loss
 from benchmarks.optimizers import matrices
 from benchmarks.training import data_key
 
@@ -30,44 +34,26 @@ _DEPTH = gs.scanned("blocks/")
 
 
 class Plan(NamedTuple):
-    """Sizes of a training.
-
-    Attributes:
-      layers: L; `width`, `heads` and `context` are those of the GPT.
-      batch: windows per step, of every arm,
-      step_batch: and of the one training step that is timed.
-      eval_windows: held-out windows, from files that nobody trains on.
-      dtype: of activations and products; parameters and updates are float32.
-      peak: learning rate; warmup over a tenth of the steps, then a cosine to a tenth.
-      seeds: that the number of steps is sized for, from a measured step;
-      fewest_steps: it has at least these
-      most_steps: and at most these.
-      seconds: for all of it, compiling too.
-    """
+    """Sizes of a training."""
 
     layers: int = 24
     width: int = 512
     heads: int = 8
     context: int = 256
-    batch: int = 8
-    step_batch: int = 32
-    eval_windows: int = 256
-    dtype: str = "bfloat16"
-    peak: float = 1e-3
-    seeds: int = 5
+    batch: int = 8  # windows per step, of every arm
+    step_batch: int = 32  # and of the one training step that is timed
+    eval_windows: int = 256  # from files that nobody trains on
+    dtype: str = "bfloat16"  # of activations; parameters and updates are float32
+    peak: float = 1e-3  # after a tenth of the steps; then a cosine to a tenth
+    seeds: int = 5  # that the number of steps is sized for, from a measured step
     fewest_steps: int = 100
     most_steps: int = 800
-    seconds: float = 160.0
+    seconds: float = 160.0  # for all of it, compiling too
 
 
 FULL = Plan()
-QUICK = Plan(
-    *(2, 8, 2, 8, 2, 2, 4, "float32"),  # half of bfloat16's time to compile on CPU
-    seeds=2,
-    fewest_steps=2,
-    most_steps=3,
-    seconds=300.0,
-)
+# In float32, which takes half of bfloat16's time to compile on CPU.
+QUICK = Plan(*(2, 8, 2, 8, 2, 2, 4, "float32", 1e-3, 2, 2, 3, 300.0))
 
 
 class Arm(NamedTuple):
@@ -163,48 +149,58 @@ def rate_at(step: Any, steps: Any, peak: float) -> jax.Array:
     return peak * jnp.minimum(1, (step + 1) / warmup) * decayed
 
 
-class _Programs(NamedTuple):
-    start: Callable  # seed -> lanes
-    step: Callable  # (lanes, seed, step, steps) -> lanes, losses
-    evaluate: Callable  # lanes -> losses
+class _Programs:
+    """What is compiled: the start of all lanes, a step, the evaluation."""
 
+    def __init__(self, plan: Plan, train: np.ndarray, validation: np.ndarray):
+        self.plan, model = plan, model_of(plan)
+        self.arms = Arm(*map(jnp.asarray, zip(*ARMS.values(), strict=True)))
+        # Arrays as arguments: a program that holds them is slow to compile.
+        self.text = jnp.asarray(train)
+        windows = spread_windows(validation, plan.eval_windows, plan.context)
+        self.windows = jnp.asarray(windows)
 
-def _programs(plan: Plan, train: np.ndarray, validation: np.ndarray) -> _Programs:
-    model = model_of(plan)
-    arms = Arm(*(jnp.asarray(field) for field in zip(*ARMS.values(), strict=True)))
-    text = jnp.asarray(train)
-    windows = jnp.asarray(spread_windows(validation, plan.eval_windows, plan.context))
+        def lanes_of(params: Any) -> Any:
+            lane = params, optimizer(ARMS["base"], 0.0).init(params)
+            shape = (len(ARMS),)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, shape + x.shape), lane)
 
-    def lanes_of(params: Any) -> Any:
-        lane = params, optimizer(ARMS["base"], 0.0).init(params)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(ARMS), *x.shape)), lane)
+        def of_lane(lane: Any, arm: Arm, tokens: jax.Array, rate: jax.Array) -> Any:
+            params, state = lane
+            value, gradients = jax.value_and_grad(next_token_loss, argnums=1)(
+                model, params, tokens
+            )
+            updates, state = optimizer(arm, rate).update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), value
 
-    def step_of_lane(lane: Any, arm: Arm, tokens: jax.Array, rate: jax.Array) -> Any:
-        params, state = lane
-        value, gradients = jax.value_and_grad(next_token_loss, argnums=1)(
-            model, params, tokens
-        )
-        updates, state = optimizer(arm, rate).update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        def step(
+            lanes: Any, arms: Arm, text: jax.Array, seed: Any, step: Any, steps: Any
+        ) -> Any:
+            key, sizes = data_key(seed), (plan.batch, plan.context)
+            tokens = sample_windows(text, key, step, *sizes)
+            rate = rate_at(step, steps, plan.peak)
+            return jax.vmap(of_lane, (0, 0, None, None))(lanes, arms, tokens, rate)
 
-    def step(
-        lanes: Any, arms: Arm, text: jax.Array, seed: Any, step: Any, steps: Any
-    ) -> Any:
-        tokens = sample_windows(text, data_key(seed), step, plan.batch, plan.context)
-        rate = rate_at(step, steps, plan.peak)
-        return jax.vmap(step_of_lane, (0, 0, None, None))(lanes, arms, tokens, rate)
+        def evaluate(lanes: Any, windows: jax.Array) -> jax.Array:
+            return jax.vmap(lambda params: mean_loss(model, params, windows))(lanes[0])
 
-    def evaluate(lanes: Any, windows: jax.Array) -> jax.Array:
-        return jax.vmap(lambda params: mean_loss(model, params, windows))(lanes[0])
+        self._spread = jax.jit(lanes_of)
+        self._step = jax.jit(step, donate_argnums=0)
+        self._evaluate = jax.jit(evaluate)
 
-    # Arrays as arguments: a program that holds them is slow to compile.
-    run, judge = jax.jit(step, donate_argnums=0), jax.jit(evaluate)
-    spread, init = jax.jit(lanes_of), initializer(plan)
-    return _Programs(
-        lambda seed: spread(init(jax.random.fold_in(jax.random.key(seed), 0))),
-        lambda lanes, *counts: run(lanes, arms, text, *map(np.int32, counts)),
-        lambda lanes: judge(lanes, windows),
-    )
+    def start(self, seed: int) -> Any:
+        """The lanes of all arms, at the same parameters."""
+        key = jax.random.fold_in(jax.random.key(seed), 0)
+        return self._spread(initializer(self.plan)(key))
+
+    def step(self, lanes: Any, seed: int, step: int, steps: int) -> Any:
+        """The lanes after one of `steps` steps, and their losses."""
+        counts = map(np.int32, (seed, step, steps))
+        return self._step(lanes, self.arms, self.text, *counts)
+
+    def evaluate(self, lanes: Any) -> jax.Array:
+        """The held-out loss of every lane."""
+        return self._evaluate(lanes, self.windows)
 
 
 def _train_seed(
@@ -233,7 +229,7 @@ def train(plan: Plan, seconds: float) -> Iterator[dict[str, Any]]:
     began = time.monotonic()
     deadline = began + seconds
     corpus = load_corpus(None, plan.context + 1)
-    programs = _programs(plan, corpus.train, corpus.validation)
+    programs = _Programs(plan, corpus.train, corpus.validation)
 
     compiling, step_seconds, eval_seconds = _calibrated(programs)
     # A little less than fits: a seed that is cut off is lost.

@@ -1,1 +1,1 @@
-"""From the results of `python -m benchmarks.evidence` to their report."""
+"""The report of the results of before `benchmarks.evidence` used `trial`."""

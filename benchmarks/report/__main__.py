@@ -1,57 +1,41 @@
-"""Writes the report of all results of `python -m benchmarks.evidence`.
+"""Writes the report of the results of before `benchmarks.evidence` used `trial`.
 
     python -m benchmarks.report
     python -m benchmarks.report --check
 
-Reads `<task>/*.json` in the directory of results, and writes its README.md and
-figures/*.svg. With `--check` nothing is written, and the exit status is 1 if README.md
-is not what would be written, or a figure is missing, left over or, where the same
-version of matplotlib made it, different.
+Reads benchmarks/results/<task>/*.json and signals.json, and writes README.md and
+figures/*.svg there. With `--check` nothing is written, and the exit status is 1 if
+README.md is not what would be written, or a figure is missing, left over or, where the
+same version of matplotlib made it, different.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import signals
+from benchmarks import cli, signals
 from benchmarks.json_files import RESULTS
-from benchmarks.report.figures import drawings, made_by_this_version, svg
+from benchmarks.report.figures import drawings, made_by_this_version
+from benchmarks.report.page import page
 from benchmarks.report.records import read_sources
-from benchmarks.report.text import report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with the options `argv` and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser = cli.parser("report", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(argv)
-    sources = read_sources(options.results)
-    if not sources:
-        parser.error(
-            f"no <task>/*.json in {options.results}. To fix: run "
-            "`python -m benchmarks.evidence`, or name another directory with --results"
-        )
-    figures = {name: svg(figure) for name, figure in drawings(sources).items()}
-    # Pictures that other commands made.
-    pictures = [path.name for path in (options.results / "figures").glob("*.png")]
-    measured = options.results / "signals.json"
-    shared = ""
-    if measured.exists():
-        shared = signals.table(json.loads(measured.read_text("utf-8")))
-    text = report(sources, [*figures, *pictures], shared)
-    if options.check:
-        stale = differences(options.results, text, figures)
+    given = parser.parse_args(argv)
+    sources = read_sources(RESULTS)
+    figures = {name: draw() for name, draw in drawings(sources).items()}
+    measured = json.loads((RESULTS / "signals.json").read_text("utf-8"))
+    text = page(sources, figures, signals.table(measured)) + "\n"
+    if given.check:
+        stale = differences(RESULTS, text, figures)
         print("\n".join(stale) or "the report is what the results say")
         return 1 if stale else 0
-    write(options.results, text, figures)
-    print(f"{options.results / 'README.md'} and {len(figures)} figures are written")
+    write(RESULTS, text, figures)
+    print(f"{RESULTS / 'README.md'} and {len(figures)} figures are written")
     return 0
 
 
@@ -74,11 +58,10 @@ def differences(results: Path, text: str, figures: Mapping[str, str]) -> list[st
         found.append("README.md differs from the results")
     for name, figure in figures.items():
         path = results / "figures" / name
-        if not path.exists():
+        there = path.read_text("utf-8") if path.exists() else ""
+        if not there:
             found.append(f"figures/{name} is missing")
-            continue
-        there = path.read_text("utf-8")
-        if made_by_this_version(there) and there != figure:
+        elif made_by_this_version(there) and there != figure:
             found.append(f"figures/{name} differs from the results")
     return found
 

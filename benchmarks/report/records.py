@@ -1,8 +1,4 @@
-"""Result files read into records whose metric is lower where it is better.
-
-They are of the commits that their own headers name, from before `benchmarks.evidence`
-used `gradsmooth_optax.trial`.
-"""
+"""Result files read into records whose metric is lower where it is better."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -31,6 +27,21 @@ class Metric(NamedTuple):
     unit: str
     sign: int
 
+    @property
+    def label(self) -> str:
+        """Such as `validation loss (nats/byte)`."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    @property
+    def better(self) -> str:
+        """The direction in which it is better."""
+        return "lower is better" if self.sign > 0 else "higher is better"
+
+    @property
+    def text(self) -> str:
+        """Name, unit and direction."""
+        return f"{self.label}, {self.better}"
+
 
 class Kind(NamedTuple):
     """What an arm does to the updates, at whatever learning rate."""
@@ -50,12 +61,11 @@ class Arm(NamedTuple):
       kind: what it does.
       learning_rate: its rate.
       seeds: the seeds it ran with.
-      losses: one per seed, lower is better; NaN where the run diverged.
+      losses: one per seed, lower is better.
       others: the same by other metrics, {name: losses}.
-      before: {name of a metric: its mean before training, None if not finite}, of a
-        base; else empty.
+      before: {name of a metric: its mean before training}, of a base; else empty.
       mechanism: quantity, such as "roughness, after", to its values over training,
-        with "steps" among them; empty if nothing was recorded.
+        with "steps" among them.
     """
 
     kind: Kind
@@ -63,8 +73,13 @@ class Arm(NamedTuple):
     seeds: tuple[int, ...]
     losses: np.ndarray
     others: Mapping[str, np.ndarray]
-    before: Mapping[str, float | None]
+    before: Mapping[str, float]
     mechanism: Mapping[str, np.ndarray]
+
+    @property
+    def level(self) -> float:
+        """The mean loss."""
+        return float(np.mean(self.losses))
 
 
 class Setting(NamedTuple):
@@ -87,6 +102,17 @@ class Setting(NamedTuple):
         """Whether its arms couple a part each; then there are no controls."""
         return self.preset == "parts"
 
+    @property
+    def run(self) -> str:
+        """The name of its file, such as `lm, adamw`."""
+        preset = "" if self.preset == "full" else f", {self.preset}"
+        return f"{self.task}, {self.optimizer}{preset}"
+
+    @property
+    def name(self) -> str:
+        """Such as `lm, adamw, 12 layers`."""
+        return f"{self.run}, {self.layers} layers"
+
 
 class Source(NamedTuple):
     """A result file: its settings, shallow to deep, and where its numbers come from."""
@@ -95,113 +121,69 @@ class Source(NamedTuple):
     settings: tuple[Setting, ...]
     config: Mapping[str, Any]
     versions: Mapping[str, str]
-    sittings: tuple[Mapping[str, Any], ...]
+    sittings: Sequence[Mapping[str, Any]]
     machine: Mapping[str, Any]
 
 
 def read_sources(results: Path) -> list[Source]:
     """Reads all `<task>/*.json` below `results`, full runs before other presets."""
-    sources = [
-        read_source(path)
+
+    def place(source: Source) -> tuple[Any, ...]:
+        first = source.settings[0]
+        return _TASKS.index(first.task), first.optimizer, first.preset != "full"
+
+    found = (
+        _read(path)
         for path in results.glob("*/*.json")
         if path.parent.name not in (COST.name, TRIALS.name)
-    ]
-    return sorted(sources, key=_place)
-
-
-def read_source(path: Path) -> Source:
-    """Reads one result file.
-
-    Raises:
-      ValueError: if two arms of one stage and depth are the same.
-    """
-    value = json.loads(path.read_text("utf-8"))
-    # Depths that a run has not come to yet are settings too, unfinished ones.
-    depths = sorted({*value["config"]["depths"], *(a["layers"] for a in value["arms"])})
-    try:
-        settings = tuple(_setting(value, layers) for layers in depths)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Source(
-        stem=f"{path.parent.name}-{path.stem}",
-        settings=settings,
-        config=value["config"],
-        versions=value["versions"],
-        sittings=tuple(value["sittings"]),
-        machine=value["machine"],
     )
+    return sorted(found, key=place)
 
 
-def _place(source: Source) -> tuple[Any, ...]:
-    first = source.settings[0]
-    known = _TASKS.index(first.task) if first.task in _TASKS else len(_TASKS)
-    return known, first.task, first.optimizer, first.preset != "full", source.stem
+def _read(path: Path) -> Source:
+    value = json.loads(path.read_text("utf-8"))
+    return Source(
+        f"{path.parent.name}-{path.stem}",
+        tuple(_setting(value, layers) for layers in sorted(value["config"]["depths"])),
+        *(value[key] for key in ("config", "versions", "sittings", "machine")),
+    )
 
 
 def _setting(value: Mapping[str, Any], layers: int) -> Setting:
-    metric = _metric(value["metric"])
-    # Files of tasks that have one metric may leave out that there is no other.
-    others = tuple(map(_metric, value.get("other_metrics", ())))
-
-    def stage(name: str) -> tuple[Arm, ...]:
-        arms = [
-            _arm(arm, metric, others)
-            for arm in value["arms"]
-            if arm["layers"] == layers and arm["stage"] == name
-        ]
-        seen = set()
-        for arm in arms:
-            if (arm.kind, arm.learning_rate) in seen:
-                raise ValueError(
-                    f"{arm.kind.name} at {arm.learning_rate} is there twice in the "
-                    f"{name} stage of {layers} layers"
-                )
-            seen.add((arm.kind, arm.learning_rate))
-        return tuple(arms)
-
+    # Files of tasks that have one metric do not say that there is no other.
+    metric, *others = (
+        Metric(of["name"], of["unit"], 1 if of["lower_is_better"] else -1)
+        for of in (value["metric"], *value.get("other_metrics", ()))
+    )
+    screen, confirm = (
+        tuple(
+            _arm(of, metric, others)
+            for of in value["arms"]
+            if (of["layers"], of["stage"]) == (layers, stage)
+        )
+        for stage in ("screen", "confirm")
+    )
     return Setting(
-        value["task"],
-        value["optimizer"],
-        value["preset"],
-        layers,
-        metric,
-        others,
-        stage("screen"),
-        stage("confirm"),
+        *(value["task"], value["optimizer"], value["preset"], layers),
+        *(metric, tuple(others), screen, confirm),
     )
 
 
-def _metric(value: Mapping[str, Any]) -> Metric:
-    sign = 1 if value["lower_is_better"] else -1
-    return Metric(value["name"], value["unit"], sign)
-
-
 def _arm(value: Mapping[str, Any], metric: Metric, others: Sequence[Metric]) -> Arm:
-    def losses(of: Sequence[float | None], sign: int) -> np.ndarray:
-        found = sign * np.array(of, float)
-        found[np.array(value["diverged"], bool) | ~np.isfinite(found)] = np.nan
-        return found
-
+    # Before and after smoothing become quantities of their own.
+    mechanism = {}
+    for name, of in value["mechanism"].items():
+        parts = {f"{name}, {at}": x for at, x in of.items()} if "after" in of else {}
+        mechanism |= parts or {name: of}
     return Arm(
         Kind(*(value[field] for field in Kind._fields)),
         value["learning_rate"],
         tuple(value["seeds"]),
-        losses(value["metric_per_seed"], metric.sign),
+        metric.sign * np.array(value["metric_per_seed"], float),
         {
-            other.name: losses(value["other_metrics_per_seed"][other.name], other.sign)
-            for other in others
+            of.name: of.sign * np.array(value["other_metrics_per_seed"][of.name])
+            for of in others
         },
         value.get("metrics_before", {}),
-        _mechanism(value.get("mechanism") or {}),
+        {name: np.array(of, float) for name, of in mechanism.items()},
     )
-
-
-def _mechanism(value: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Before and after become quantities of their own."""
-    flat = {}
-    for name, series in value.items():
-        if isinstance(series, Mapping):
-            flat |= {f"{name}, {moment}": of for moment, of in series.items()}
-        else:
-            flat[name] = series
-    return {name: np.array(of, float) for name, of in flat.items() if of is not None}

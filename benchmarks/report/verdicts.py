@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 from benchmarks.comparison import PairedDifference
 from benchmarks.report.comparisons import (
+    CONTROLS,
     base_of,
     best_against_best,
     best_rate,
     best_screened_of,
     control_of,
-    has_controls,
-    has_diverged,
     is_better,
     is_worse,
     mean_of,
@@ -22,8 +21,6 @@ from benchmarks.report.comparisons import (
     window_of,
 )
 from benchmarks.report.records import Kind, Setting
-
-CONTROLS = ("norm_matched", "shuffled_depth")
 
 
 class Verdict(enum.Enum):
@@ -36,23 +33,26 @@ class Verdict(enum.Enum):
     NO_CONTROLS = "helps (it has no controls)"
     NOTHING = "no difference shown"
     HURTS = "hurts"
-    DIVERGED = "diverged"
-    UNFINISHED = "unfinished"
 
 
 class Judgment(NamedTuple):
     """The verdict on one smoothed arm.
 
     Attributes:
-      kind: the arm, or None if it has not run.
+      kind: the arm.
       verdict: on it.
       untuned: names of the arms under the verdict whose best rate is at an end of
         the rates tried.
     """
 
-    kind: Kind | None
+    kind: Kind
     verdict: Verdict
     untuned: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The verdict, with a ‡ where a rate under it is at an end."""
+        return self.verdict.value + ("‡" if self.untuned else "")
 
 
 class Outcome(NamedTuple):
@@ -62,8 +62,8 @@ class Outcome(NamedTuple):
       setting: the setting.
       window: the judgment on the window(0.2).
       best: the judgment on the best screened arm, which can be the same.
-      differences: to the base, best against best, of every kind that the summary has
-        a column for; None where a run is missing.
+      differences: to the base, best against best, of the main arms: windows of 0.1 and
+        0.2, norm-preserving, the best screened one, the mean over depth.
       survivors: the kinds whose difference survives Holm's correction over all
         differences of all settings.
     """
@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
     survivors: frozenset[Kind] = frozenset()
 
 
-def verdict_of(setting: Setting, kind: Kind | None) -> Verdict:
+def verdict_of(setting: Setting, kind: Kind) -> Verdict:
     """Returns the verdict on a smoothed arm, best against best.
 
     It helps where it is better than the base. Then coupling helps if it is also better
@@ -86,77 +86,61 @@ def verdict_of(setting: Setting, kind: Kind | None) -> Verdict:
     """
     base = base_of(setting)
     to_base = best_against_best(setting, kind, base)
-    controls = [
-        control_of(setting, kind, control)
-        for control in CONTROLS
-        if kind is not None and has_controls(kind)
-    ]
-    to_controls = [best_against_best(setting, kind, control) for control in controls]
-    of_controls = [best_against_best(setting, control, base) for control in controls]
-    every = (to_base, *to_controls, *of_controls)
-    if any(found is None for found in every):
-        return Verdict.UNFINISHED
-    if any(map(has_diverged, every)):
-        return Verdict.DIVERGED
+    matched, shuffled = (control_of(setting, kind, control) for control in CONTROLS)
     if is_worse(to_base):
         return Verdict.HURTS
     if not is_better(to_base):
         return Verdict.NOTHING
-    if not to_controls:
+    if matched is None:
         return Verdict.NO_CONTROLS
-    to_norm_matched, to_shuffled = to_controls
-    if is_better(to_norm_matched):
-        return Verdict.NEIGHBORS if is_better(to_shuffled) else Verdict.COUPLING
-    return Verdict.SMALLER if is_better(of_controls[0]) else Verdict.UNCLEAR
+    if is_better(best_against_best(setting, kind, matched)):
+        beats_shuffled = is_better(best_against_best(setting, kind, shuffled))
+        return Verdict.NEIGHBORS if beats_shuffled else Verdict.COUPLING
+    smaller_helps = is_better(best_against_best(setting, matched, base))
+    return Verdict.SMALLER if smaller_helps else Verdict.UNCLEAR
 
 
 def outcomes(settings: Sequence[Setting]) -> list[Outcome]:
-    """Returns what all settings say, with Holm's correction over all of them."""
-    of_all = [_outcome(setting) for setting in settings]
+    """Returns what all settings say, with Holm's correction over all of them.
+
+    Settings of parts, which have no controls, are left out.
+    """
+    found = [_outcome(setting) for setting in settings if not setting.is_of_parts]
     tests = [
-        (index, kind, p_value(found))
-        for index, outcome in enumerate(of_all)
-        for kind, found in outcome.differences.items()
-        if found is not None
+        (index, kind, p_value(difference))
+        for index, outcome in enumerate(found)
+        for kind, difference in outcome.differences.items()
+        if difference is not None
     ]
     survive = survive_holm([p for _, _, p in tests])
-    survivors = [
-        (index, kind)
-        for (index, kind, _), survives in zip(tests, survive, strict=True)
-        if survives
-    ]
+    survivors: list[set[Kind]] = [set() for _ in found]
+    for (index, kind, _), survives in zip(tests, survive, strict=True):
+        if survives:
+            survivors[index].add(kind)
     return [
-        outcome._replace(
-            survivors=frozenset(kind for place, kind in survivors if place == index)
-        )
-        for index, outcome in enumerate(of_all)
+        outcome._replace(survivors=frozenset(of))
+        for outcome, of in zip(found, survivors, strict=True)
     ]
 
 
 def _outcome(setting: Setting) -> Outcome:
     window, best = window_of(setting, 0.2), best_screened_of(setting)
-    columns = (
-        *(window_of(setting, 0.1), window, preserving_of(setting)),
-        *(best, mean_of(setting)),
-    )
+    assert window is not None
+    main = (window_of(setting, 0.1), window, preserving_of(setting), best)
     return Outcome(
-        setting=setting,
-        window=_judgment(setting, window),
-        best=_judgment(setting, best),
-        differences={
+        setting,
+        _judgment(setting, window),
+        _judgment(setting, best),
+        {
             kind: best_against_best(setting, kind, base_of(setting))
-            for kind in columns
+            for kind in (*main, mean_of(setting))
             if kind is not None
         },
     )
 
 
-def _judgment(setting: Setting, kind: Kind | None) -> Judgment:
+def _judgment(setting: Setting, kind: Kind) -> Judgment:
     controls = (control_of(setting, kind, control) for control in CONTROLS)
-    under = [k for k in (base_of(setting), kind, *controls) if k is not None]
-    rates = [(of, best_rate(setting, of)) for of in under]
-    return Judgment(
-        kind,
-        verdict_of(setting, kind),
-        tuple(of.name for of, rate in rates if rate is not None and rate.at_an_end),
-    )
+    under = (of for of in (base_of(setting), kind, *controls) if of is not None)
+    untuned = tuple(of.name for of in under if best_rate(setting, of).at_an_end)
+    return Judgment(kind, verdict_of(setting, kind), untuned)

@@ -16,6 +16,7 @@ from gradsmooth_optax.plots._axes import axes_of, layer_ticks, one_stack, title_
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
 
 _DIVERGING = "RdBu"  # red below 0, white, blue above
 _MAX_NUMBERED = 12  # layers of a heat map with room for a number in each cell
@@ -23,6 +24,10 @@ _MAX_NUMBERED = 12  # layers of a heat map with room for a number in each cell
 
 def operator_matrix(operator: Any, num_layers: int, *, ax: Axes | None = None) -> Axes:
     """Heat map of an operator's matrix S: row l holds what layer l receives.
+
+    Colors mean the same in every picture of an operator, so that panels compare: from
+    -1 to 1, or as far as a weight reaches beyond, by its square root, which shows small
+    weights too.
 
     Up to 12 layers have a number in each cell that is not 0, where there is room. In
     larger ones cells that are clearly negative are hatched.
@@ -59,10 +64,12 @@ def operator_matrix(operator: Any, num_layers: int, *, ax: Axes | None = None) -
         )
     s = np.asarray(operator.matrix(num_layers), np.float64)
     ax = axes_of("operator_matrix", ax, (6.0, 4.6))
-    limit = float(np.abs(s).max()) or 1.0
-    bar = _heat_map(ax, s, limit, lambda x: _compact(x, 3) if x else "")
-    # The half of the scale that no weight is in would only take room.
-    bar.set_ylim(min(s.min(), 0.0), max(s.max(), 0.0) or limit)
+    from matplotlib.colors import FuncNorm
+
+    limit = max(1.0, float(np.abs(s).max()))
+    norm = FuncNorm((_signed_root, _signed_square), vmin=-limit, vmax=limit)
+    bar = _heat_map(ax, s, norm, lambda x: _compact(x, 3) if x else "")
+    bar.set_yticks([*np.arange(-1, 1.1, 0.5), -0.1, 0.1])
     bar.set_ylabel("weight")
     ax.set_ylabel("layer that receives")
     ax.set_xlabel("from layer")
@@ -123,7 +130,9 @@ def cosine_matrix(
     name, found = one_stack(stacks, stack, call)
     cosines = np.asarray(found, np.float64)
     ax = axes_of("cosine_matrix", ax, (6.0, 4.6))
-    bar = _heat_map(ax, cosines, 1.0, lambda x: _compact(x, 2))
+    from matplotlib.colors import Normalize
+
+    bar = _heat_map(ax, cosines, Normalize(-1, 1), lambda x: _compact(x, 2))
     bar.set_ylabel("cosine")
     ax.set_ylabel("layer, in depth order")
     ax.set_xlabel("layer, in depth order")
@@ -131,13 +140,19 @@ def cosine_matrix(
     return ax
 
 
+def _signed_root(x: Any) -> np.ndarray:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: Any) -> np.ndarray:
+    return np.sign(x) * np.square(x)
+
+
 def _heat_map(
-    ax: Axes, values: np.ndarray, limit: float, text_of_value: Callable[[float], str]
+    ax: Axes, values: np.ndarray, norm: Normalize, text_of_value: Callable[[float], str]
 ) -> Axes:
-    """Draws a matrix from -limit to limit, and returns the Axes of its color bar."""
-    image = ax.imshow(
-        values, cmap=_DIVERGING, vmin=-limit, vmax=limit, interpolation="nearest"
-    )
+    """Draws a matrix on a scale around 0, and returns the Axes of its color bar."""
+    image = ax.imshow(values, cmap=_DIVERGING, norm=norm, interpolation="nearest")
     bar = ax.figure.colorbar(image, ax=ax).ax
     for axis in (ax.xaxis, ax.yaxis):
         layer_ticks(axis)
@@ -151,10 +166,10 @@ def _heat_map(
                 ha="center",
                 va="center",
                 size=size,
-                color="white" if abs(value) > 0.65 * limit else "black",
+                color="white" if abs(norm(value) - 0.5) > 0.325 else "black",
             )
     else:
-        _hatch_negative(ax, bar, values, limit)
+        _hatch_negative(ax, bar, values, norm)
     return bar
 
 
@@ -164,12 +179,12 @@ def _font_size_in_cells(ax: Axes, num_layers: int) -> float:
     return 0.33 * 72 / ax.figure.dpi * min(box.width, box.height) / num_layers
 
 
-def _hatch_negative(ax: Axes, bar: Axes, values: np.ndarray, limit: float) -> None:
+def _hatch_negative(ax: Axes, bar: Axes, values: np.ndarray, norm: Normalize) -> None:
     """Hatches negative cells, because red and blue print as the same gray."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    threshold = -0.1 * limit  # what is nearer to 0 looks white
+    threshold = float(norm.inverse(0.45))  # what is nearer to 0 looks white
     rows, columns = np.nonzero(values < threshold)
     if not rows.size:
         return
@@ -182,7 +197,7 @@ def _hatch_negative(ax: Axes, bar: Axes, values: np.ndarray, limit: float) -> No
     patch = PathPatch(path, edgecolor="0.15", **style)
     patch.set_in_layout(False)
     ax.add_artist(patch)
-    bar.axhspan(-limit, threshold, edgecolor="0.15", **style)
+    bar.axhspan(bar.get_ylim()[0], threshold, edgecolor="0.15", **style)
 
 
 def _compact(value: float, decimals: int) -> str:

@@ -7,7 +7,6 @@ and state are donated.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradsmooth_optax as gs
 from benchmarks.cost.operators import operators
-from benchmarks.gpt import GPT
+from benchmarks.models.gpt import GPT
 
 # The least and the most that a measure may be.
 Bar = tuple[float, float]
@@ -93,11 +92,8 @@ FULL = Sizes(
     unrolled=24,
     # 2.44B parameters.
     gpt={
-        "layers": 30,
-        "width": 2560,
-        "heads": 20,
-        "vocabulary": 32768,
-        "context": 1024,
+        **{"layers": 30, "width": 2560, "heads": 20},
+        **{"vocabulary": 32768, "context": 1024},
     },
     batch=16,
 )
@@ -144,144 +140,111 @@ def cases(devices: Sequence[Any], sizes: Sizes = FULL) -> list[Case]:
 
 def updates(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
     """Returns one update on one device, by layout, dtype, variant and operator."""
-    on_one = _replicated(Mesh(np.array(devices[:1]), ("data",)))
-    width = sizes.width
+    on_one = _replicated(devices[:1])
 
     def stacked(axis: int = 0, dtype: Any = jnp.float32) -> dict[str, Any]:
-        shape = [width, width]
+        shape = [sizes.width, sizes.width]
         shape.insert(axis, sizes.layers)
         return {"blocks": {"w": jax.ShapeDtypeStruct(shape, dtype, sharding=on_one)}}
 
-    usual = stacked()
-    limit = Case(
-        "limit: 0.9 u",
-        _jitted(lambda u: jax.tree.map(lambda x: 0.9 * x, u), usual),
-        (usual,),
-        _bytes_per_device(usual),
+    usual, dtypes = stacked(), (jnp.float32, jnp.bfloat16)
+    limit = _jitted(lambda u: jax.tree.map(lambda x: 0.9 * x, u), usual)
+    found = [Case("limit: 0.9 u", limit, (usual,), _bytes_per_device(usual))]
+    for dtype in dtypes:
+        for axis in (0, 1, 2):
+            tx = gs.smooth_over_depth(gs.scanned("blocks/", axis=axis), 0.2)
+            name = f"window, axis {axis}, {jnp.dtype(dtype).name}"
+            found.append(_update(name, tx, stacked(axis, dtype), _WINDOW))
+    found.append(
+        _update(
+            f"window, one leaf per layer, {sizes.unrolled} × 6",
+            gs.smooth_over_depth(gs.unrolled(), 0.2),
+            _transformer(sizes, on_one, stacked=False),
+            Bars(gpu={**_WINDOW.gpu, "kernels": (1, 6)}),
+        )
     )
-    windows = [
-        _update(
-            f"window, axis {axis}, {jnp.dtype(dtype).name}",
-            lambda axis=axis: gs.smooth_over_depth(
-                gs.scanned("blocks/", axis=axis), 0.2
-            ),
-            stacked(axis, dtype),
-            _WINDOW,
-        )
-        for dtype in (jnp.float32, jnp.bfloat16)
-        for axis in (0, 1, 2)
-    ]
-    unrolled = _update(
-        f"window, one leaf per layer, {sizes.unrolled} × 6",
-        lambda: gs.smooth_over_depth(gs.unrolled(), 0.2),
-        _transformer(sizes, on_one, stacked=False),
-        Bars(gpu={**_WINDOW.gpu, "kernels": (1, 6)}),
-    )
-    norm_preserving = Bars(gpu={"traffic": (0, 4.2), "custom calls": _NOTHING})
-    variants = [
-        _update(
-            f"{variant}, {jnp.dtype(dtype).name}",
-            lambda variant=variant: gs.smooth_over_depth(STACKED, 0.2, variant=variant),
-            stacked(0, dtype),
-            norm_preserving if variant == "norm_preserving" else _NO_BARS,
-        )
-        for variant in ("norm_preserving", "directional")
-        for dtype in (jnp.float32, jnp.bfloat16)
-    ]
-    every_operator = [
-        _update(
-            name,
-            lambda operator=operator: gs.smooth_over_depth(STACKED, operator),
-            stacked(),
-        )
-        for name, operator in operators().items()
-    ]
-    return [limit, *windows, unrolled, *variants, *every_operator]
+    preserving = Bars(gpu={"traffic": (0, 4.2), "custom calls": _NOTHING})
+    variants: dict[Any, Bars] = {"norm_preserving": preserving, "directional": _NO_BARS}
+    for variant, bars in variants.items():
+        tx = gs.smooth_over_depth(STACKED, 0.2, variant=variant)
+        for dtype in dtypes:
+            name = f"{variant}, {jnp.dtype(dtype).name}"
+            found.append(_update(name, tx, stacked(0, dtype), bars))
+    for name, operator in operators().items():
+        found.append(_update(name, gs.smooth_over_depth(STACKED, operator), usual))
+    return found
 
 
 def sharded(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
     """Returns one update whose layer axis lies over all devices, and over none."""
     mesh = Mesh(np.array(devices), ("stage",))
     layers = max(2, sizes.layers // 4) * len(devices)
-    shape = (layers, sizes.width, sizes.width)
 
     def leaf(*spec: str | None) -> dict[str, Any]:
+        shape = (layers, sizes.width, sizes.width)
         sharding = NamedSharding(mesh, P(*spec))
-        return {
-            "blocks": {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
-        }
-
-    def in_stages(name: str, operator: Any, bars: Bars = _NO_BARS) -> Case:
-        def update(u: Any) -> Any:
-            tx = gs.smooth_over_depth(STACKED, operator, axis_name="stage")
-            each = jax.shard_map(
-                lambda u: tx.update(u, tx.init(u))[0],
-                mesh=mesh,
-                in_specs=P("stage"),
-                out_specs=P("stage"),
-            )
-            return each(u)
-
-        function = _jitted(update, on_layers)
-        unit = _bytes_per_device(on_layers)
-        return Case(f"{name}, shard_map", function, (on_layers,), unit, bars)
+        one = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        return {"blocks": {"w": one}}
 
     on_layers, inside = leaf("stage"), leaf(None, "stage")
+
+    def in_stages(name: str, operator: Any, bars: Bars = _NO_BARS) -> Case:
+        tx = gs.smooth_over_depth(STACKED, operator, axis_name="stage")
+        each = jax.shard_map(
+            lambda u: tx.update(u, tx.init(u))[0],
+            **{"mesh": mesh, "in_specs": P("stage"), "out_specs": P("stage")},
+        )
+        function, unit = _jitted(each, on_layers), _bytes_per_device(on_layers)
+        return Case(f"{name}, shard_map", function, (on_layers,), unit, bars)
+
     two: dict[str, Bar] = {"collective-permute": (2, 2), "collectives": (2, 2)}
-    two_neighbors = Bars(two, {**two, "custom calls": _NOTHING})
-    window = functools.partial(gs.smooth_over_depth, STACKED, 0.2)
+    on_gpu: dict[str, Bar] = {**two, "custom calls": _NOTHING}
+    in_place: dict[str, Bar] = {**two, "bytes": (0, 3.8), "temporaries": (0, 0.15)}
+    permutes: dict[str, Bar] = {"collective-permute": (2, 2)}
+    window = gs.smooth_over_depth(STACKED, 0.2)
+    preserving = gs.smooth_over_depth(STACKED, 0.2, variant="norm_preserving")
     similarity = gs.similarity_window(0.2)
+    of_similarity = gs.smooth_over_depth(STACKED, similarity)
+    matched = gs.controls.norm_matched(gs.window(0.2))
     return [
         _update("window, inner axis sharded", window, inside, _WINDOW),
-        _update("window, layers sharded", window, on_layers, two_neighbors),
-        in_stages(
-            "window, layers sharded",
-            0.2,
-            Bars(
-                {**two, "bytes": (0, 3.8), "temporaries": (0, 0.15)}, two_neighbors.gpu
-            ),
-        ),
+        _update("window, layers sharded", window, on_layers, Bars(two, on_gpu)),
+        in_stages("window, layers sharded", 0.2, Bars(in_place, on_gpu)),
         _update(
-            "norm_preserving, layers sharded",
-            functools.partial(window, variant="norm_preserving"),
-            on_layers,
-            Bars(*[{"collective-permute": (2, 2)}] * 2),
+            *("norm_preserving, layers sharded", preserving, on_layers),
+            Bars(permutes, permutes),
         ),
-        _update(
-            "similarity_window, layers sharded",
-            lambda: gs.smooth_over_depth(STACKED, similarity),
-            on_layers,
-        ),
+        _update("similarity_window, layers sharded", of_similarity, on_layers),
         in_stages("similarity_window, layers sharded", similarity),
-        in_stages(
-            "norm_matched window, layers sharded",
-            gs.controls.norm_matched(gs.window(0.2)),
-        ),
+        in_stages("norm_matched window, layers sharded", matched),
     ]
 
 
 def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
     """Returns steps of optimizers on one device, without smoothing and with it."""
-    on_one = _replicated(Mesh(np.array(devices[:1]), ("data",)))
-    stacked = _transformer(sizes, on_one, stacked=True)
-    bfloat16 = _transformer(sizes, on_one, stacked=True, dtype=jnp.bfloat16)
+    on_one = _replicated(devices[:1])
+    stacked = _transformer(sizes, on_one)
+    bfloat16 = _transformer(sizes, on_one, dtype=jnp.bfloat16)
     few, narrow = sizes.small
-    small = _transformer(
-        sizes._replace(layers=few, width=2 * narrow), on_one, stacked=True
-    )
+    small = _transformer(sizes._replace(layers=few, width=2 * narrow), on_one)
     unrolled = _transformer(sizes, on_one, stacked=False)
-    smooth = functools.partial(gs.smooth_over_depth, STACKED, 0.2)
-    rate = optax.scale_by_learning_rate(1e-3)
-    adam = optax.scale_by_adam
+    one_leaf = {"blocks": {"w": _leaf(sizes, on_one)}}
 
-    def after(*parts: Callable[[], Any]) -> Callable[[], Any]:
-        return lambda: optax.chain(*(part() for part in parts))
+    smooth = gs.smooth_over_depth(STACKED, 0.2)
+    of_leaves = gs.smooth_over_depth(gs.unrolled(), 0.2)
+    preserving = gs.smooth_over_depth(STACKED, 0.2, variant="norm_preserving")
+    found: list[Case] = []
 
-    def adam_then(*parts: Callable[[], Any]) -> Callable[[], Any]:
-        return after(adam, *parts, lambda: rate)
+    def pair(
+        name: str, base: Any, smoothed: Any, params: Any, bars: Bars = _NO_BARS
+    ) -> None:
+        of_base = f"step, {name}: base"
+        found.append(_step(of_base, base, params))
+        found.append(_step(f"step, {name}", smoothed, params, bars, of_base))
 
-    def smooth_unrolled() -> Any:
-        return gs.smooth_over_depth(gs.unrolled(), 0.2)
+    def adam(*parts: Any) -> Any:
+        rate = optax.scale_by_learning_rate(1e-3)
+        return optax.chain(optax.scale_by_adam(), *parts, rate)
 
     def at_most(cycles: float, traffic: float) -> Bars:
         """Figures of two digits, as what was found with a barrier."""
@@ -290,102 +253,40 @@ def steps(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
             gpu={"traffic / base": (0, traffic + 0.005)},
         )
 
-    def whole(make: Any, bars: Bars) -> list[tuple]:
-        name = f"{make.__name__}(), then smoothed"
-        base = functools.partial(make, 1e-3)
-        return on_both(name, base, after(base, smooth), bars)
-
-    def on_both(name: str, base: Any, smoothed: Any, bars: Bars) -> list[tuple]:
+    def on_both(name: str, base: Any, smoothed: Any, bars: Bars) -> None:
         # The ratio of cycles depends on the tree. Its bar is that of one leaf.
-        return [
-            (name, base, smoothed, stacked, Bars(gpu=bars.gpu)),
-            (f"{name}, one leaf", base, smoothed, one_leaf, bars),
-        ]
+        pair(name, base, smoothed, stacked, Bars(gpu=bars.gpu))
+        pair(f"{name}, one leaf", base, smoothed, one_leaf, bars)
 
-    preserving = functools.partial(smooth, variant="norm_preserving")
-    twice, twice_bars = adam_then(smooth, smooth), at_most(2.10, 1.57)
-    one_leaf = {"blocks": {"w": _leaf(sizes, on_one)}}
-    found = []
-    for name, make, make_smoothed, params, bars in (
-        ("Adam", adam_then(), adam_then(smooth), stacked, _ONE_UPDATE),
-        (
-            "Adam, bfloat16",
-            adam_then(),
-            adam_then(smooth),
-            bfloat16,
-            # In bfloat16 the TPU's base is not 7.
-            _ONE_UPDATE._replace(tpu={"temporaries": (0, 0.7)}),
-        ),
-        (
-            "Adam, small",
-            adam_then(),
-            adam_then(smooth),
-            small,
-            Bars(gpu=_ONE_UPDATE.gpu),
-        ),
-        (
-            "Adam, one leaf per layer",
-            adam_then(),
-            adam_then(smooth_unrolled),
-            unrolled,
-            Bars(gpu=_ONE_UPDATE.gpu),
-        ),
-        (
-            "gs.adamw",
-            lambda: optax.adamw(1e-3),
-            lambda: gs.adamw(1e-3, smooth(), weight_decay=1e-4),
-            stacked,
-            _ONE_UPDATE,
-        ),
-        (
-            "Adam, norm-preserving",
-            adam_then(),
-            adam_then(preserving),
-            stacked,
-            _NO_BARS,
-        ),
-        *on_both("Adam, smoothed twice", adam_then(), twice, twice_bars),
-        (
-            "Adam, smoothed twice, small",
-            adam_then(),
-            twice,
-            small,
-            Bars(gpu=twice_bars.gpu),
-        ),
-        *whole(optax.adamw, at_most(1.68, 1.43)),
-        *whole(optax.lion, at_most(1.96, 1.60)),
-        *whole(optax.rmsprop, at_most(1.77, 1.40)),
+    gpu_alone = Bars(gpu=_ONE_UPDATE.gpu)
+    pair("Adam", adam(), adam(smooth), stacked, _ONE_UPDATE)
+    # In bfloat16 the TPU's base is not 7.
+    in_bfloat16 = _ONE_UPDATE._replace(tpu={"temporaries": (0, 0.7)})
+    pair("Adam, bfloat16", adam(), adam(smooth), bfloat16, in_bfloat16)
+    pair("Adam, small", adam(), adam(smooth), small, gpu_alone)
+    pair("Adam, one leaf per layer", adam(), adam(of_leaves), unrolled, gpu_alone)
+    ours = gs.adamw(1e-3, smooth, weight_decay=1e-4)
+    pair("gs.adamw", optax.adamw(1e-3), ours, stacked, _ONE_UPDATE)
+    pair("Adam, norm-preserving", adam(), adam(preserving), stacked)
+    twice, bars = adam(smooth, smooth), at_most(2.10, 1.57)
+    on_both("Adam, smoothed twice", adam(), twice, bars)
+    pair("Adam, smoothed twice, small", adam(), twice, small, Bars(gpu=bars.gpu))
+    for name, base, bars in (
+        ("adamw", optax.adamw(1e-3), at_most(1.68, 1.43)),
+        ("lion", optax.lion(1e-3), at_most(1.96, 1.60)),
+        ("rmsprop", optax.rmsprop(1e-3), at_most(1.77, 1.40)),
     ):
-        base = f"step, {name}: base"
-        found += [
-            _step(base, make, params),
-            _step(f"step, {name}", make_smoothed, params, bars, base),
-        ]
+        on_both(f"{name}(), then smoothed", base, optax.chain(base, smooth), bars)
+
     permuted = "step, Adam, results in another order"
-    return [
-        *found,
-        _step(f"{permuted}: base", adam_then(), stacked, in_order=False),
-        _step(
-            permuted,
-            adam_then(smooth),
-            stacked,
-            base=f"{permuted}: base",
-            in_order=False,
-        ),
-    ]
+    of_base = _step(f"{permuted}: base", adam(), stacked, in_order=False)
+    other = _step(permuted, adam(smooth), stacked, base=of_base.name, in_order=False)
+    return [*found, of_base, other]
 
 
 def each_layer(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
     """Returns steps that treat every layer by itself, beside the whole leaf's."""
-    on_one = _replicated(Mesh(np.array(devices[:1]), ("data",)))
-    rate = optax.scale_by_learning_rate(1e-3)
-
-    def leaf(axis: int) -> dict[str, Any]:
-        shape = [sizes.width // 4, sizes.width // 2]
-        shape.insert(axis, sizes.layers)
-        one = jax.ShapeDtypeStruct(tuple(shape), jnp.float32, sharding=on_one)
-        return {"blocks": {"w": one}}
-
+    on_one, rate = _replicated(devices[:1]), optax.scale_by_learning_rate(1e-3)
     found = []
     for axis, name, inner in (
         (0, "scale_by_adam", optax.scale_by_adam()),
@@ -395,22 +296,17 @@ def each_layer(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
         (0, "scale_by_factored_rms", optax.scale_by_factored_rms()),
         (0, "adaptive_grad_clip", optax.adaptive_grad_clip(0.1)),
     ):
-        depth = gs.scanned("blocks/", axis=axis)
-        base = f"step, {name}, axis {axis}: base"
-        found += [
-            _step(base, lambda inner=inner: optax.chain(inner, rate), leaf(axis)),
-            _step(
-                f"step, per_layer({name}), axis {axis}",
-                lambda inner=inner, depth=depth: optax.chain(
-                    gs.per_layer(inner, depth), rate
-                ),
-                leaf(axis),
-                _SAME_AS_BASE,
-                base,
-            ),
-        ]
-    decay = functools.partial(gs.scale_over_depth, STACKED, gs.layer_wise_decay(0.75))
-    return [*found, _update("scale_over_depth", decay, leaf(0))]
+        params = {"blocks": {"w": _leaf(sizes, on_one, axis)}}
+        layered = gs.per_layer(inner, gs.scanned("blocks/", axis=axis))
+        base = _step(
+            f"step, {name}, axis {axis}: base", optax.chain(inner, rate), params
+        )
+        each = f"step, per_layer({name}), axis {axis}"
+        layered = optax.chain(layered, rate)
+        found += [base, _step(each, layered, params, _SAME_AS_BASE, base.name)]
+    decay = gs.scale_over_depth(STACKED, gs.layer_wise_decay(0.75))
+    leaf = {"blocks": {"w": _leaf(sizes, on_one)}}
+    return [*found, _update("scale_over_depth", decay, leaf)]
 
 
 def training(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
@@ -454,27 +350,21 @@ def training(devices: Sequence[Any], sizes: Sizes) -> list[Case]:
         function = jax.jit(
             step,
             donate_argnums=(0, 1),
-            out_shardings=(*shardings, _replicated(mesh)),
+            out_shardings=(*shardings, NamedSharding(mesh, P())),
         )
         unit = _bytes_per_device(params)
         return Case(name, function, (params, state, tokens), unit, bars, base)
 
     smoothed = gs.adamw(1e-3, gs.smooth_over_depth(STACKED, 0.2))
-    base = "training step of a GPT: base"
+    base = case("training step of a GPT: base", optax.adamw(1e-3))
     same = Bars(*[{"collectives / base": (1.0, 1.0)}] * 2)
-    return [
-        case(base, optax.adamw(1e-3)),
-        case("training step of a GPT", smoothed, same, base),
-    ]
+    return [base, case("training step of a GPT", smoothed, same, base.name)]
 
 
-def _update(
-    name: str, make: Callable[[], Any], updates: Any, bars: Bars = _NO_BARS
-) -> Case:
-    """The case of one update by the transformation that `make` makes."""
+def _update(name: str, tx: Any, updates: Any, bars: Bars = _NO_BARS) -> Case:
+    """The case of one update by a transformation."""
 
     def update(updates: Any) -> Any:
-        tx = make()
         return tx.update(updates, tx.init(updates))[0]
 
     unit = _bytes_per_device(updates)
@@ -483,7 +373,7 @@ def _update(
 
 def _step(
     name: str,
-    make: Callable[[], Any],
+    tx: Any,
     params: Any,
     bars: Bars = _NO_BARS,
     base: str | None = None,
@@ -496,7 +386,6 @@ def _step(
     Else each takes the memory of another one of its shape, which may still be needed:
     the compilers then copy.
     """
-    tx = make()
     (sharding,) = {leaf.sharding for leaf in jax.tree.leaves(params)}
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -517,7 +406,7 @@ def _step(
 
 
 def _transformer(
-    sizes: Sizes, sharding: Any, *, stacked: bool, dtype: Any = jnp.float32
+    sizes: Sizes, sharding: Any, *, stacked: bool = True, dtype: Any = jnp.float32
 ) -> dict[str, Any]:
     """The matrices of a transformer, stacked or with one leaf per layer."""
     d = sizes.width // 2
@@ -535,10 +424,11 @@ def _transformer(
     return {f"layers_{i}": leaves() for i in range(sizes.unrolled)}
 
 
-def _leaf(sizes: Sizes, sharding: Any) -> Any:
-    """A matrix of each layer, stacked."""
-    shape = (sizes.layers, sizes.width // 4, sizes.width // 2)
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+def _leaf(sizes: Sizes, sharding: Any, axis: int = 0) -> Any:
+    """A matrix of each layer, stacked along an axis."""
+    shape = [sizes.width // 4, sizes.width // 2]
+    shape.insert(axis, sizes.layers)
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.float32, sharding=sharding)
 
 
 def _jitted(function: Callable, updates: Any) -> Any:
@@ -546,8 +436,8 @@ def _jitted(function: Callable, updates: Any) -> Any:
     return jax.jit(function, out_shardings=shardings)
 
 
-def _replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
+def _replicated(devices: Sequence[Any]) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), ("data",)), P())
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any, Literal
 
+from benchmarks.cost.__main__ import QUICK
+from benchmarks.cost.compilers import gpu, tpu
 from benchmarks.cost.compilers.cases import Case, cases
-from benchmarks.cost.compilers.options import QUICK
 from benchmarks.cost.compilers.report import broken_bars, table
 from benchmarks.json_files import COST, write_json
 from benchmarks.provenance import provenance
@@ -20,34 +21,26 @@ Measures = Mapping[str, float]
 _RELATIVE = ("bytes", "traffic", "cycles", "collectives")
 
 
-def run(
-    compiler: Compiler,
-    options: argparse.Namespace,
-    topologies: Sequence[str],
-    devices_of: Callable[[str], Sequence[Any]],
-    measure: Callable[[Any, Case], Measures],
-) -> int:
+def run(given: argparse.Namespace) -> int:
     """Compiles, prints a table per topology, writes the JSON, returns the exit status.
 
     Args:
-      compiler: whose bars hold.
-      options: see `add_options`.
-      topologies: to compile for unless `options` say so.
-      devices_of: from a topology to its devices; raises if it is not offered.
-      measure: from a compiled program and its case to what is measured of it.
+      given: the options, with the compiler as `device`.
     """
+    compiler: Compiler = given.device
+    chips: Any = {"tpu": tpu, "gpu": gpu}[compiler]
     compiled_for: set[str] = set()
     report: dict[str, Any] = {
         "benchmark": f"cost {compiler}",
         **provenance(),
         "topologies": {},
     }
-    for topology in options.topology or topologies:
+    for topology in given.topology or chips.TOPOLOGIES:
         try:
-            devices = devices_of(topology)
+            devices = chips.devices_of(topology)
         except Exception as error:  # each compiler has its own
             print(f"{topology} is not offered: {_message(error)}\n", flush=True)
-            if options.topology:
+            if given.topology:
                 return 1
             continue
         kind = devices[0].device_kind
@@ -57,19 +50,19 @@ def run(
         chosen = [
             case
             for case in cases(devices)
-            if _is_chosen(case, options) and case.num_devices >= least_devices
+            if _is_chosen(case, given) and case.num_devices >= least_devices
         ]
         of_topology = {
             "device": kind,
             "devices": len(devices),
-            "cases": results(chosen, compiler, measure),
+            "cases": results(chosen, compiler, chips.measure),
         }
         report["topologies"][topology] = of_topology
         print(f"{topology}: {len(devices)} × {kind}\n")
         print(f"{table(of_topology['cases'])}\n", flush=True)
 
-    is_whole = not options.quick and options.only == "*" and not options.topology
-    out = options.out or (COST / f"{compiler}.json" if is_whole else None)
+    is_whole = not given.quick and given.only == "*" and not given.topology
+    out = given.out or (COST / f"{compiler}.json" if is_whole else None)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(report, out)
@@ -85,12 +78,12 @@ def run(
     return 0 if measured and not broken else 1
 
 
-def _is_chosen(case: Case, options: argparse.Namespace) -> bool:
-    if options.quick and case.name not in QUICK:
+def _is_chosen(case: Case, given: argparse.Namespace) -> bool:
+    if given.quick and case.name not in QUICK:
         return False
     # A case comes with its base.
     names = (case.name, case.name.removesuffix(": base"))
-    return any(fnmatch(name, options.only) for name in names)
+    return any(fnmatch(name, given.only) for name in names)
 
 
 def results(

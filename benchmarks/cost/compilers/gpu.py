@@ -1,15 +1,9 @@
-"""What the GPU compiler makes of the transformations for an H100, without a GPU.
-
-    python -m benchmarks.cost gpu
-    python -m benchmarks.cost gpu --only 'window*'
-
-Traffic is what the kernels of one device read and write, each operand and result once,
-per byte of its updates: one read and one write of all updates is 2. Exits with 1 if a
-bar is broken.
-"""
+"""The GPU compiler, for an H100 that need not be there."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from jax.experimental import topologies
 
 from benchmarks.cost.compilers import hlo
 
@@ -45,8 +39,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 def devices_of(topology: str) -> Sequence[Any]:
     """Returns H100s: hosts × processes × devices, such as `1x1x4`."""
-    from jax.experimental import topologies  # not before the environment is set
-
     described = topologies.get_topology_desc(
         "topology", "cuda", target_config=_H100, topology=topology
     )

@@ -1,16 +1,9 @@
-"""What the TPU compiler makes of the transformations, without a TPU.
-
-    python -m benchmarks.cost tpu
-    python -m benchmarks.cost tpu --quick
-    python -m benchmarks.cost tpu --topology v5p:2x2x1 --only 'step, *'
-
-Bytes and temporaries are those of one device, per byte of its updates: one read and one
-write of all updates is 2. Bytes and cycles are the compiler's own model, temporaries
-and collectives are exact. Exits with 1 if a bar is broken.
-"""
+"""The TPU compiler, for chips that need not be there."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from jax.experimental import topologies
 
 from benchmarks.cost.compilers import hlo
 
@@ -19,8 +12,6 @@ TOPOLOGIES = ("v5e:2x2", "v5e:4x4")
 
 def devices_of(topology: str) -> Sequence[Any]:
     """Returns the devices of a topology such as `v5e:2x2`."""
-    from jax.experimental import topologies  # not before the environment is set
-
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     return described.devices
 

@@ -7,11 +7,28 @@ from benchmarks.cost.cpu.peers import HOOK, OURS
 from benchmarks.cost.cpu.steps import AGAIN, chains_of
 from benchmarks.cost.cpu.updates import LAYOUTS, case_name, depth_of
 
-# Operators that reach far.
-_WIDE = (
-    *("window(0.2, radius=8)", "ema(0.5)", "tikhonov(1.0)"),
-    "repeat(window(0.2), 8)",
+_WINDOW, _PRESERVING = "window(0.2)", "window(0.2), norm_preserving"
+_SMALL, _LARGE = case_name(64, "float32"), case_name(512, "float32")
+# (case, layout, operator, the most that it may take in units of `0.9 u`).
+_OPERATORS = (
+    (_SMALL, "stacked", _WINDOW, 1.6),
+    (_LARGE, "stacked", _WINDOW, 2.1),
+    (case_name(64, "bfloat16"), "stacked", _WINDOW, 2.3),
+    (_SMALL, "stacked", _PRESERVING, 3.6),
+    (_LARGE, "stacked", _PRESERVING, 4.3),
+    (_SMALL, "unrolled", _WINDOW, 1.8),
+    (_LARGE, "unrolled", _WINDOW, 1.8),
+    (_SMALL, "unrolled", _PRESERVING, 3.6),
+    (_LARGE, "unrolled", _PRESERVING, 4.3),
+    # Operators that reach far.
+    *(
+        (_SMALL, layout, name, 5.0)
+        for name in ("window(0.2, radius=8)", "ema(0.5)", "tikhonov(1.0)")
+        for layout in LAYOUTS
+    ),
+    *((_SMALL, layout, "repeat(window(0.2), 8)", 5.0) for layout in LAYOUTS),
 )
+_COMPILE = {"window": 1.5, "norm_preserving": 3.0, "directional, per block": 3.0}
 
 
 class Bar(NamedTuple):
@@ -34,35 +51,13 @@ class Bar(NamedTuple):
 
 def bars() -> Iterator[Bar]:
     """Yields every bar. Times are in units of what the section compares with."""
-    small, large, half = (
-        case_name(64, "float32"),
-        case_name(512, "float32"),
-        case_name(64, "bfloat16"),
-    )
-    window = "window(0.2)"
-    preserving = f"{window}, norm_preserving"
-    for case, name, bound in (
-        (small, window, 1.6),
-        (large, window, 2.1),
-        (half, window, 2.3),
-        (small, preserving, 3.6),
-        (large, preserving, 4.3),
-    ):
-        yield _operator(case, "stacked", name, bound)
-    for case in (small, large):
-        yield _operator(case, "unrolled", window, 1.8)
-        where = ("operators", case, "unrolled", window, "temporaries")
-        yield Bar(f"temporaries of {window}, {case}, unrolled", where, 0.001)
-    yield _operator(small, "unrolled", preserving, 3.6)
-    yield _operator(large, "unrolled", preserving, 4.3)
-    for name in _WIDE:
-        for layout in LAYOUTS:
-            yield _operator(small, layout, name, 5.0)
-    for name, bound in (
-        ("window", 1.5),
-        ("norm_preserving", 3.0),
-        ("directional, per block", 3.0),
-    ):
+    for case, layout, name, bound in _OPERATORS:
+        where = ("operators", case, layout, name, "median")
+        yield Bar(f"{name}, {case}, {layout}", where, bound)
+    for case in (_SMALL, _LARGE):
+        where = ("operators", case, "unrolled", _WINDOW, "temporaries")
+        yield Bar(f"temporaries of {_WINDOW}, {case}, unrolled", where, 0.001)
+    for name, bound in _COMPILE.items():
         where = ("compile", "96", name, "median")
         yield Bar(f"compile of 96 layers, {name}", where, bound)
     for layout in LAYOUTS:
@@ -83,11 +78,6 @@ def bars() -> Iterator[Bar]:
             )
             what = f"PyTorch hook / ours, {size}, {variant}"
             yield Bar(what, hook, 2.0, is_least=True, over=ours)
-
-
-def _operator(case: str, layout: str, name: str, bound: float) -> Bar:
-    where = ("operators", case, layout, name, "median")
-    return Bar(f"{name}, {case}, {layout}", where, bound)
 
 
 def figure(report: Mapping[str, Any], bar: Bar) -> float | None:

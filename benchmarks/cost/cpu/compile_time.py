@@ -32,76 +32,50 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
     }
 
 
-def learning_optimizers() -> dict[str, optax.GradientTransformation]:
+def learning_optimizers() -> Mapping[str, optax.GradientTransformation]:
     """Returns AdamW alone and inside the wrappers that learn the coupling."""
     rest = optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3)
-    return {
-        BASE: optax.adamw(1e-3),
-        **{
-            wrap.__name__: optax.chain(
-                wrap(optax.scale_by_adam(), gs.unrolled()), *rest
-            )
-            for wrap in (gs.contrib.learn_alpha, gs.contrib.learn_operator)
-        },
+    return {BASE: optax.adamw(1e-3)} | {
+        wrap.__name__: optax.chain(wrap(optax.scale_by_adam(), gs.unrolled()), *rest)
+        for wrap in (gs.contrib.learn_alpha, gs.contrib.learn_operator)
     }
 
 
-def compile_times(
-    all_layers: Iterable[int],
-    repetitions: int,
-    arms: Mapping[str, optax.GradientTransformation],
-) -> dict[str, Any]:
-    """Returns {layers: {optimizer: ratio to AdamW, seconds of each part}}.
-
-    Args:
-      all_layers: the depths, of ten small leaves per layer.
-      repetitions: of every optimizer, in turns.
-      arms: one of them is AdamW alone.
-    """
-    return {
-        str(layers): _compile_times(layers, repetitions, arms) for layers in all_layers
-    }
-
-
-def layered_params(layers: int, roles: int = 10) -> dict[str, Any]:
-    """Returns matrices and vectors in equal parts, one leaf per role and layer."""
+def layered_params(layers: int) -> dict[str, Any]:
+    """Returns five matrices and five vectors for each layer, one leaf each."""
     return {
         f"layers_{layer}": {
             f"role_{role}": jnp.ones((16, 16) if role % 2 else (16,))
-            for role in range(roles)
+            for role in range(10)
         }
         for layer in range(layers)
     }
 
 
-def _compile_times(
-    layers: int, repetitions: int, arms: Mapping[str, Any]
+def compile_times(
+    all_layers: Iterable[int], arms: Mapping[str, optax.GradientTransformation]
 ) -> dict[str, Any]:
-    params = layered_params(layers)
-    order, names = random.Random(0), list(arms)
-    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
-    turns = tqdm(
-        total=repetitions * len(names),
-        desc=f"compiling {layers} layers",
-        leave=False,
-        disable=None,
-    )
-    with turns:
-        for _ in range(repetitions):
-            order.shuffle(names)
-            for name in names:
-                seconds[name].append(_seconds_of_parts(arms[name], params))
-                turns.update()
-    parts = {name: np.array(of_name) for name, of_name in seconds.items()}
-    base = parts[BASE].sum(axis=1)
-    return {
-        name: summary(of_name.sum(axis=1) / base)
-        | {
-            part: float(np.median(of_part))
-            for part, of_part in zip(_PARTS, of_name.T, strict=True)
+    """Returns {layers: {optimizer: ratio to AdamW, seconds of each part}}.
+
+    Args:
+      all_layers: the depths.
+      arms: one of them is AdamW alone.
+    """
+    found: dict[str, Any] = {}
+    for layers in all_layers:
+        params, names = layered_params(layers), list(arms)
+        random.Random(0).shuffle(names)
+        label = f"compiling {layers} layers"
+        seconds = {
+            name: _seconds_of_parts(arms[name], params)
+            for name in tqdm(names, label, leave=False, disable=None)
         }
-        for name, of_name in parts.items()
-    }
+        found[str(layers)] = {
+            name: summary(np.array([sum(seconds[name]) / sum(seconds[BASE])]))
+            | dict(zip(_PARTS, seconds[name], strict=True))
+            for name in arms
+        }
+    return found
 
 
 def _seconds_of_parts(

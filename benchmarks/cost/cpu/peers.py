@@ -26,90 +26,59 @@ def has_torch() -> bool:
 
 
 def peer_costs(
-    all_megabytes: tuple[float, ...],
-    layers: int,
-    rounds: int,
-    most_seconds: float = float("inf"),
-    compile_torch: bool = True,
+    all_megabytes: tuple[float, ...], layers: int, rounds: int, most_seconds: float
 ) -> dict[str, Any]:
-    """Returns {size: {layout: {"who: variant": time}}}.
-
-    Args:
-      all_megabytes: sizes of all updates.
-      layers: L.
-      rounds: of every comparison,
-      most_seconds: and about the longest it may take.
-      compile_torch: also run the twins under `torch.compile`.
-    """
+    """Returns {size: {layout: {"who: variant": time}}}."""
     costs: dict[str, Any] = {}
     for megabytes in all_megabytes:
-        costs[f"{megabytes:g} MB"] = {}
+        of_size = costs.setdefault(f"{megabytes:g} MB", {})
         for layout in LAYOUTS:
             updates = updates_of(megabytes, layers, layout)
             calls = {LIMIT: partial(compiled(limit, updates), updates)}
-            calls |= _smoothings(updates, layout) | _yardsticks(updates)
+            for name, tx in _transformations(layout).items():
+                state = tx.init(updates)
+                run = compiled(tx.update, updates, state)
+                calls[name] = partial(run, updates, state)
             if has_torch():
-                calls |= _twins(updates, layout, compile_torch)
+                calls |= _twins(updates, layout)
             seconds = in_turns(calls, rounds, f"peers, {layout}", most_seconds)
-            costs[f"{megabytes:g} MB"][layout] = relative_to(LIMIT, seconds)
+            of_size[layout] = relative_to(LIMIT, seconds)
     return costs
 
 
-def _smoothings(updates: Any, layout: str) -> dict[str, Callable[[], Any]]:
-    depth = depth_of(layout)
-    return _updates_of(
-        {
-            f"{OURS}: window": gs.smooth_over_depth(depth, _ALPHA),
-            f"{OURS}: norm_preserving": gs.smooth_over_depth(
-                depth, _ALPHA, variant="norm_preserving"
-            ),
-        },
-        updates,
-    )
-
-
-def _yardsticks(updates: Any) -> dict[str, Callable[[], Any]]:
-    transformations = {
+def _transformations(layout: str) -> dict[str, optax.GradientTransformation]:
+    smooth = partial(gs.smooth_over_depth, depth_of(layout), _ALPHA)
+    return {
+        f"{OURS}: window": smooth(),
+        f"{OURS}: norm_preserving": smooth(variant="norm_preserving"),
         "optax: trace": optax.trace(0.9),
         "optax: ema": optax.ema(0.9),
         "optax: scale_by_adam": optax.scale_by_adam(),
     }
-    return _updates_of(transformations, updates)
 
 
-def _updates_of(
-    transformations: dict[str, optax.GradientTransformation], updates: Any
-) -> dict[str, Callable[[], Any]]:
-    calls = {}
-    for name, tx in transformations.items():
-        state = tx.init(updates)
-        run = compiled(tx.update, updates, state)
-        calls[name] = partial(run, updates, state)
-    return calls
-
-
-def _twins(
-    updates: Any, layout: str, compile_torch: bool
-) -> dict[str, Callable[[], Any]]:
+def _twins(updates: Any, layout: str) -> dict[str, Callable[[], Any]]:
     import torch  # pyright: ignore[reportMissingImports] # optional
 
+    us: Any = [torch.tensor(np.asarray(leaf)) for leaf in in_order(updates, layout)]
+    calls = {}
+    for name, twin in twins_of(layout).items():
+        way, _, variant = name.partition(": ")
+        arguments = (us[0] if layout == "stacked" else us), _ALPHA
+        # A hook writes into its tensors, which changes numbers, but no times.
+        calls[name] = partial(twin, *arguments)
+        calls[f"{way}, compiled: {variant}"] = partial(torch.compile(twin), *arguments)
+    return calls
+
+
+def twins_of(layout: str) -> dict[str, Callable]:
+    """Returns the PyTorch twins for updates of a layout, by way and variant."""
     from benchmarks.cost.cpu import torch_twins
 
-    us: Any = [torch.tensor(np.asarray(leaf)) for leaf in in_order(updates, layout)]
+    ways = {HOOK: torch_twins.HOOK, "PyTorch, foreach": torch_twins.LISTED}
     if layout == "stacked":
-        (us,) = us
         ways = {"PyTorch": torch_twins.STACKED}
-    else:
-        ways = {"PyTorch, foreach": torch_twins.LISTED, HOOK: torch_twins.HOOK}
-    calls = {}
-    for way, twins in ways.items():
-        for variant, twin in twins.items():
-            # A hook writes into its tensors, which changes numbers, but no times.
-            calls[f"{way}: {variant}"] = partial(twin, us, _ALPHA)
-            if compile_torch:
-                of_compiled = partial(torch.compile(twin), us, _ALPHA)
-                calls[f"{way}, compiled: {variant}"] = of_compiled
-    return calls
+    return {f"{way}: {v}": twin for way, of in ways.items() for v, twin in of.items()}
 
 
 def in_order(updates: Any, layout: str) -> list[jax.Array]:

@@ -9,7 +9,7 @@ from benchmarks.cost.cpu.bars import bars, figure, holds
 
 def tables(report: Mapping[str, Any]) -> str:
     """Returns a page of tables of the sections that the report has, and the bars."""
-    return "\n\n".join(_tables(report))
+    return "\n\n".join([*_tables(report), bars_table(report)])
 
 
 def bars_table(report: Mapping[str, Any]) -> str:
@@ -33,65 +33,47 @@ def failures(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+# {section: (title, digits)}.
+_SECTIONS = {
+    "operators": ("operator / 0.9 u", 1),
+    "crossover": ("stacked window, by layers", 1),
+    "chains": ("chain / its base", 1),
+    "steps": ("optimizer step / base", 2),
+    "training": ("training step / base", 3),
+    "compile": ("trace and compile / AdamW, by layers", 1),
+    "learning": ("trace and compile / AdamW, by layers", 1),
+    "peers": ("peers / 0.9 u", 1),
+}
+
+
 def _tables(report: Mapping[str, Any]) -> Iterator[str]:
-    if "operators" in report:
-        yield _operators(report["operators"])
-    if "crossover" in report:
-        columns = {f"{layers} layers": of for layers, of in report["crossover"].items()}
-        yield _table("stacked window", columns)
-    if "chains" in report:
-        yield _table("chain / its base", report["chains"])
-    if "steps" in report:
-        columns = {
-            f"{tree}, {name}": of
-            for tree, of_names in report["steps"].items()
-            for name, of in of_names.items()
-        }
-        yield _table("optimizer step / base", columns, digits=2)
-    if "training" in report:
-        yield _table("training step / base", {"default GPT": report["training"]}, 3)
-    for section in ("compile", "learning"):
-        if section in report:
-            columns = {f"{layers} layers": of for layers, of in report[section].items()}
-            yield _table("trace and compile / AdamW", columns)
-    if "peers" in report:
-        columns = {
-            f"{size}, {layout}": of
-            for size, of_layout in report["peers"].items()
-            for layout, of in of_layout.items()
-        }
-        yield _table("peers / 0.9 u", columns)
-    yield bars_table(report)
+    for section, (title, digits) in _SECTIONS.items():
+        if section not in report:
+            continue
+        columns = report[section]
+        if section == "training":
+            columns = {"default GPT": columns}
+        if section in ("operators", "steps", "peers"):
+            columns = {
+                f"{one}, {other}": found
+                for one, of in columns.items()
+                for other, found in of.items()
+            }
+        yield _table(title, columns, digits, "median")
+        if section == "operators":
+            yield _table("temporaries / updates", columns, digits, "temporaries")
 
 
-def _operators(of_cases: Mapping[str, Any]) -> str:
-    columns = {
-        f"{case}, {layout}": of
-        for case, of_layout in of_cases.items()
-        for layout, of in of_layout.items()
-    }
-    return "\n\n".join(
-        [
-            _table("operator / 0.9 u", columns),
-            _table("temporaries / updates", columns, figure="temporaries"),
-        ]
-    )
-
-
-def _table(
-    title: str,
-    columns: Mapping[str, Mapping[str, Any]],
-    digits: int = 1,
-    figure: str = "median",
-) -> str:
+def _table(title: str, columns: Mapping[str, Any], digits: int, figure: str) -> str:
     """One row for each name in any column."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-
-    def cell(found: Mapping[str, Any] | None) -> str:
-        return "" if found is None else f"{found[figure]:.{digits}f}×"
-
     rows = [
-        [name, *(cell(column.get(name)) for column in columns.values())]
-        for name in names
+        [
+            name,
+            *(
+                f"{of[name][figure]:.{digits}f}×" if name in of else ""
+                for of in columns.values()
+            ),
+        ]
+        for name in dict.fromkeys(name for of in columns.values() for name in of)
     ]
     return format_table([title, *columns], rows)

@@ -4,7 +4,7 @@ All times are ratios to the base without smoothing; that of `base again`, a seco
 compiled copy, is the noise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,12 +14,11 @@ import numpy as np
 import optax
 
 import gradsmooth_optax as gs
-from benchmarks.corpus import VOCABULARY, sample_windows
 from benchmarks.cost.cpu.timing import compiled, in_turns, relative_to, temporaries
 from benchmarks.cost.cpu.updates import LAYOUTS, depth_of, updates_of
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import next_token_loss
-from benchmarks.optimizers import smoothed_optimizer
+from benchmarks.data.corpus import VOCABULARY, sample_windows
+from benchmarks.models.gpt import GPT, init_gpt, next_token_loss
+from benchmarks.optimizers import OPTIMIZERS, smoothed_optimizer
 from benchmarks.training import init_params, init_state, train_steps
 
 BASE, AGAIN = "base", "base again"
@@ -41,23 +40,34 @@ class Job(NamedTuple):
         return GPT(VOCABULARY, self.layers, self.width, self.heads, self.context)
 
 
+def _smoothings() -> dict[str, optax.GradientTransformation | None]:
+    """What stands in each arm of a step."""
+    smooth = partial(gs.smooth_over_depth, gs.scanned("blocks/"), 0.2)
+    preserving = smooth(variant="norm_preserving")
+    return {BASE: None, AGAIN: None, "window": smooth(), "norm_preserving": preserving}
+
+
 def chains(
-    megabytes: float, layers: int, rounds: int, most_seconds: float = float("inf")
+    megabytes: float, layers: int, rounds: int, most_seconds: float
 ) -> dict[str, Any]:
     """Returns {layout: {chain: time, temporaries}}: smoothing in and after optimizers.
 
     Each in units of its base. Temporaries in units of the updates' size.
     """
-    return {
-        layout: _chains(
-            updates_of(megabytes, layers, layout),
-            depth_of(layout),
-            f"chains, {layout}",
-            rounds,
-            most_seconds,
-        )
-        for layout in LAYOUTS
-    }
+    costs: dict[str, Any] = {layout: {} for layout in LAYOUTS}
+    for layout, found in costs.items():
+        updates = updates_of(megabytes, layers, layout)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(updates))
+        for name, pair in chains_of(depth_of(layout)).items():
+            calls, runs = {}, {}
+            for which, tx in zip((BASE, name), pair, strict=True):
+                state = tx.init(updates)
+                runs[which] = compiled(tx.update, updates, state, updates)
+                calls[which] = partial(runs[which], updates, state, updates)
+            label = f"chains, {layout}: {name}"
+            found |= relative_to(BASE, in_turns(calls, rounds, label, most_seconds))
+            found[name]["temporaries"] = temporaries(runs[name]) / size
+    return costs
 
 
 def chains_of(depth: Any) -> dict[str, tuple[Any, Any]]:
@@ -85,113 +95,54 @@ def chains_of(depth: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _chains(
-    updates: Any, depth: Any, label: str, rounds: int, most_seconds: float
-) -> dict[str, Any]:
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(updates))
-    costs = {}
-    for name, pair in chains_of(depth).items():
-        states = [tx.init(updates) for tx in pair]
-        runs = [
-            compiled(tx.update, updates, state, updates)
-            for tx, state in zip(pair, states, strict=True)
-        ]
-        calls = {
-            of: partial(run, updates, state, updates)
-            for of, run, state in zip((BASE, name), runs, states, strict=True)
-        }
-        seconds = in_turns(calls, rounds, f"{label}: {name}", most_seconds)
-        costs |= relative_to(BASE, seconds)
-        costs[name]["temporaries"] = temporaries(runs[1]) / size
-    return costs
-
-
 def optimizer_steps(
-    megabytes: float,
-    layers: int,
-    rounds: int,
-    most_seconds: float = float("inf"),
-    names: tuple[str, ...] = ("adamw", "sgd", "muon"),
+    job: Job, megabytes: float, layers: int, rounds: int, most_seconds: float
 ) -> dict[str, Any]:
     """Returns {tree: {optimizer: {arm: time}}} of one update, applied.
 
-    The trees are the parameters of the default GPT, and one stacked leaf of this size.
+    The trees are the parameters of the GPT, and one stacked leaf of this size.
     """
+    of_gpt = init_params(init_gpt(job.model), jnp.arange(1))
     trees = {
-        "default GPT": jax.tree.map(
-            lambda leaf: leaf[0],
-            init_params(init_gpt(Job().model), jnp.arange(1)),
-        ),
+        "default GPT": jax.tree.map(lambda leaf: leaf[0], of_gpt),
         f"{megabytes:g} MB": updates_of(megabytes, layers, "stacked"),
     }
-    return {
-        tree: {
-            name: _step_costs(params, name, f"{tree}, {name}", rounds, most_seconds)
-            for name in names
-        }
-        for tree, params in trees.items()
-    }
+    found: dict[str, Any] = {tree: {} for tree in trees}
+    for tree, params in trees.items():
+        for name in OPTIMIZERS:
+            calls = {
+                arm: _step(smoothed_optimizer(name, _RATE, smoothing), params)
+                for arm, smoothing in _smoothings().items()
+            }
+            seconds = in_turns(calls, rounds, f"{tree}, {name}", most_seconds)
+            found[tree][name] = relative_to(BASE, seconds)
+    return found
 
 
-def _step_costs(
-    params: Any, name: str, label: str, rounds: int, most_seconds: float
-) -> dict[str, Any]:
+def _step(tx: optax.GradientTransformation, params: Any) -> Callable[[], Any]:
     # Not all zero and not the parameters themselves: one more array to read.
     gradients = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    state = tx.init(params)
 
-    def call(alpha: float, variant: Any = "standard") -> Callable[[], Any]:
-        tx = smoothed_optimizer(name, _RATE, alpha, variant=variant)
-        state = tx.init(params)
+    def step(gradients: Any, state: Any, params: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
 
-        def step(gradients: Any, state: Any, params: Any) -> Any:
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        run = compiled(step, gradients, state, params)
-        return partial(run, gradients, state, params)
-
-    calls = {
-        BASE: call(0.0),
-        AGAIN: call(0.0),
-        "window": call(0.2),
-        "norm_preserving": call(0.2, "norm_preserving"),
-    }
-    return relative_to(BASE, in_turns(calls, rounds, label, most_seconds))
+    return partial(compiled(step, gradients, state, params), gradients, state, params)
 
 
-def training_steps(
-    job: Job,
-    rounds: int,
-    steps_per_turn: int = 1,
-    arms: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Returns {arm: time} of whole training steps.
-
-    Args:
-      job: model and batch.
-      rounds: turns of every arm.
-      steps_per_turn: in one compiled call, all seeds at once.
-      arms: options of `smoothed_optimizer` by name, besides the base and its copy.
-    """
-    if arms is None:
-        arms = {
-            "window": {"alpha": 0.2},
-            "norm_preserving": {"alpha": 0.2, "variant": "norm_preserving"},
-        }
+def training_steps(job: Job, rounds: int) -> dict[str, Any]:
+    """Returns {arm: time} of whole training steps, all seeds at once."""
     model, seeds = job.model, jnp.arange(job.seeds)
     params = init_params(init_gpt(model), seeds)
     text = jnp.asarray(np.random.default_rng(0).integers(0, 256, 2**20, np.uint8))
-
     draw = partial(sample_windows, batch=job.batch, context=job.context)
-    loss = partial(next_token_loss, model)
+    loss, counts = partial(next_token_loss, model), (np.int32(0), np.int32(1))
 
-    def call(alpha: float = 0.0, **options: Any) -> Callable[[], Any]:
-        tx = smoothed_optimizer(
-            "adamw", 8e-3, alpha, weight_decay=0.1, clip=1.0, **options
-        )
+    def call(smoothing: optax.GradientTransformation | None) -> Callable[[], Any]:
+        tx = smoothed_optimizer("adamw", 8e-3, smoothing, weight_decay=0.1, clip=1.0)
         state = init_state(tx, params)
-        counts = np.int32(0), np.int32(steps_per_turn)
-        train = train_steps(loss, tx, draw, steps_per_turn)
+        train = train_steps(loss, tx, draw, 1)
         run = train.lower(state, seeds, text, *counts).compile()
 
         def turn() -> Any:
@@ -201,6 +152,5 @@ def training_steps(
 
         return turn
 
-    calls = {BASE: call(), AGAIN: call()}
-    calls |= {name: call(**options) for name, options in arms.items()}
+    calls = {arm: call(smoothing) for arm, smoothing in _smoothings().items()}
     return relative_to(BASE, in_turns(calls, rounds, "training"))

@@ -63,34 +63,20 @@ def limit(updates: Any) -> Any:
 
 
 def operator_costs(
-    cases: Iterable[tuple[float, str]],
-    layers: int,
-    rounds: int,
-    most_seconds: float = float("inf"),
-    only: Iterable[str] | None = None,
+    cases: Iterable[tuple[float, str]], layers: int, rounds: int, most_seconds: float
 ) -> dict[str, Any]:
     """Returns {size and dtype: {layout: {operator: time and temporaries}}}.
 
     Temporaries are in units of the updates' size.
-
-    Args:
-      cases: megabytes of all updates, and their dtype.
-      layers: L.
-      rounds: of every comparison,
-      most_seconds: and about the longest it may take.
-      only: names of operators, if not all of them.
     """
     costs: dict[str, Any] = {}
     for megabytes, dtype in cases:
         case = case_name(megabytes, dtype)
-        costs[case] = {}
         for layout in LAYOUTS:
             updates = updates_of(megabytes, layers, layout, dtype)
-            functions = smoothings(layout)
-            if only is not None:
-                functions = {name: functions[name] for name in only}
-            costs[case][layout] = _costs(
-                functions, updates, f"{case}, {layout}", rounds, most_seconds
+            costs.setdefault(case, {})[layout] = _costs(
+                *(smoothings(layout), updates, f"{case}, {layout}"),
+                *(rounds, most_seconds),
             )
     return costs
 

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 import gradsmooth_optax as gs
+from benchmarks.data.digits import SIZE, split_digits
 from benchmarks.evidence.task import Metric, Task, leaves_matching, parts_of
-from benchmarks.evidence.tasks.digits import SIZE, split_digits
 from benchmarks.evidence.tasks.frechet import (
     frechet_distance,
     moments,
     trained_classifier,
 )
-from benchmarks.evidence.tasks.uvit import UViT, half_of
+from benchmarks.models.uvit import UViT, half_of
 
 METRICS = (
     Metric("denoising loss", "per pixel", lower_is_better=True),
@@ -57,13 +57,11 @@ def build(
     sampler_steps: int,
     patch: int = 2,
 ) -> Task:
-    """Returns the task at a depth.
+    """Returns the task.
 
     Args:
-      layers: number of all blocks, the middle one too; odd.
-      width: of the residual stream; even.
-      heads: of attention, in every block.
-      batch: images per step.
+      layers, width, heads, batch: of every task; `layers`, which counts the middle one,
+        is odd, and `width` even.
       eval_images: images held out.
       eval_times: times at which each of them is denoised.
       samples: images made for the Fréchet distance.
@@ -76,9 +74,6 @@ def build(
     classifier = trained_classifier(eval_images)
     wanted = moments(classifier(jnp.asarray(2 * held_out.images - 1))[0])
     denoised = _evaluation_batch(jnp.asarray(2 * held_out.images - 1), eval_times)
-    draw_images = build_sampler(
-        layers, width=width, heads=heads, sampler_steps=sampler_steps, patch=patch
-    )
 
     def draw(data: jax.Array, key: jax.Array, step: jax.Array) -> Batch:
         of_image, of_noise, of_time = jax.random.split(jax.random.fold_in(key, step), 3)
@@ -92,7 +87,8 @@ def build(
         return jnp.mean(jnp.square(predicted - drawn.noise))
 
     def evaluate(params: Any) -> dict[str, jax.Array]:
-        features, _ = classifier(draw_images(params, samples))
+        images = denoise(predictor(model, params), starts(samples), sampler_steps)
+        features, _ = classifier(images)
         distance = frechet_distance(wanted, moments(features))
         names = (metric.name for metric in METRICS)
         return dict(zip(names, (loss(params, denoised), distance), strict=True))
@@ -128,28 +124,12 @@ def build(
     )
 
 
-def build_sampler(
-    layers: int, *, width: int, heads: int, sampler_steps: int, patch: int = 2
-) -> Callable[[Any, int], jax.Array]:
-    """Returns what makes images in [-1, 1] from parameters of a seed.
-
-    Args:
-      layers: as all others, those of `build`.
-
-    Returns:
-      A function `(params, number) -> images` of shape `(number, 8, 8)`: always from
-      the same noise, the first images the same for every `number`.
-    """
-    model = UViT(layers, width, heads, patch)
-
-    def draw_images(params: Any, number: int) -> jax.Array:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
-            _evaluation_key(0), jnp.arange(number)
-        )
-        noise = jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE)))(keys)
-        return denoise(predictor(model, params), noise, sampler_steps)
-
-    return draw_images
+def starts(samples: int) -> jax.Array:
+    """Returns the noise, always the same, that samples are made of."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        _evaluation_key(0), jnp.arange(samples)
+    )
+    return jax.vmap(lambda key: jax.random.normal(key, (SIZE, SIZE)))(keys)
 
 
 def predictor(model: UViT, params: Any) -> Predict:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from benchmarks.evidence.tasks.digits import CLASSES, SIZE, split_digits
+from benchmarks.data.digits import CLASSES, SIZE, split_digits
 
 # Few, for the covariances of some hundred images; a distance still depends on how many
 # samples there are.

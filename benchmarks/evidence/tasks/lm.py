@@ -11,11 +11,20 @@ import jax
 import jax.numpy as jnp
 
 import gradsmooth_optax as gs
-from benchmarks.corpus import VOCABULARY, load_corpus, sample_windows, spread_windows
+from benchmarks.data.corpus import (
+    VOCABULARY,
+    load_corpus,
+    sample_windows,
+    spread_windows,
+)
 from benchmarks.evidence.task import Metric, Task, parts_of
-from benchmarks.evidence.tasks.scanned_states import scanned_states
-from benchmarks.gpt import GPT, init_gpt
-from benchmarks.next_token import mean_loss, next_token_loss
+from benchmarks.models.gpt import (
+    GPT,
+    init_gpt,
+    mean_loss,
+    next_token_loss,
+    scanned_states,
+)
 from benchmarks.optimizers import hidden_matrices, matrices
 
 METRICS = (Metric("validation loss", "nats/byte", lower_is_better=True),)
@@ -33,14 +42,11 @@ def build(
     remat: bool = False,
     corpus: list[str] | None = None,
 ) -> Task:
-    """Returns the task at a depth.
+    """Returns the task.
 
     Args:
-      layers: L.
-      width: of the residual stream.
-      heads: of attention, in every layer.
-      context: bytes per window.
-      batch: windows per step.
+      layers, width, heads, batch: of every task.
+      context: bytes per window, of which a step has `batch`.
       eval_windows: windows of the held-out text.
       dtype: of activations.
       remat: whether to recompute activations in the backward pass.

@@ -10,13 +10,12 @@ import functools
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 import gradsmooth_optax as gs
 from benchmarks.evidence.task import Metric, Task
-from benchmarks.evidence.tasks.scanned_states import scanned_states
+from benchmarks.models.encoder import Encoder
+from benchmarks.models.gpt import scanned_states
 from benchmarks.optimizers import hidden_matrices
 
 METRICS = (Metric("evaluation loss", "nats/symbol", lower_is_better=True),)
@@ -32,15 +31,12 @@ def build(
     batch: int,
     eval_sequences: int,
 ) -> Task:
-    """Returns the task at a depth.
+    """Returns the task.
 
     Args:
-      layers: L.
-      width: of the residual stream; the MLP is twice as wide.
-      heads: of attention, in every layer.
+      layers, width, heads, batch: of every task.
       length: symbols in a sequence.
       vocabulary: number of symbols.
-      batch: sequences per step.
       eval_sequences: sequences of the evaluation.
     """
     model = Encoder(vocabulary, layers, width, heads, length)
@@ -74,73 +70,3 @@ def build(
         decayed=lambda params: jax.tree.map(lambda _: True, params),
         hidden=hidden_matrices,
     )
-
-
-class Layer(nn.Module):
-    """A pre-norm encoder layer; takes and returns the residual stream."""
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        batch, time, width = x.shape
-        h = nn.LayerNorm(epsilon=1e-5, name="attention_norm")(x)
-        # One matrix for all three, as in PyTorch's MultiheadAttention.
-        qkv = nn.Dense(3 * width, kernel_init=_xavier, name="qkv")(h)
-        query, key, value = jnp.split(
-            qkv.reshape(batch, time, 3 * self.heads, width // self.heads), 3, axis=2
-        )
-        mixed = jax.nn.dot_product_attention(query, key, value)
-        x = x + nn.Dense(width, kernel_init=_linear, name="out")(
-            mixed.reshape(batch, time, width)
-        )
-        h = nn.LayerNorm(epsilon=1e-5, name="mlp_norm")(x)
-        h = nn.relu(_torch_dense(2 * width, width, "mlp_in")(h))
-        x = x + _torch_dense(width, 2 * width, "mlp_out")(h)
-        self.sow("intermediates", "states", x)
-        return x, None
-
-
-class Encoder(nn.Module):
-    """Maps symbols `(batch, time)` to logits `(batch, time, vocabulary)`."""
-
-    vocabulary: int
-    layers: int
-    width: int
-    heads: int
-    length: int
-
-    @nn.compact
-    def __call__(self, symbols: jax.Array) -> jax.Array:
-        normal = nn.initializers.normal
-        table = nn.Embed(
-            self.vocabulary, self.width, embedding_init=normal(1.0), name="in"
-        )
-        # Small beside the symbols: positions as large would make the task far easier.
-        places = self.param("positions", normal(0.02), (self.length, self.width))
-        x = table(symbols) + places
-        self.sow("intermediates", "input", x)
-        blocks = nn.scan(
-            Layer,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=self.layers,
-        )
-        x, _ = blocks(self.heads, name="blocks")(x)
-        x = nn.LayerNorm(epsilon=1e-5, name="final_norm")(x)
-        return _torch_dense(self.vocabulary, self.width, "head")(x)
-
-
-_xavier = nn.initializers.xavier_uniform()
-# U(-1/√fan_in, 1/√fan_in).
-_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def _torch_dense(features: int, fan_in: int, name: str) -> nn.Dense:
-    """`torch.nn.Linear` as it is initialized: weights and biases alike."""
-    bound = fan_in**-0.5
-
-    def bias(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nn.Dense(features, kernel_init=_linear, bias_init=bias, name=name)

@@ -6,7 +6,7 @@ machine may round otherwise: a result file should be of one machine. Both metric
 over held-out ones, the same for all seeds. `pass@1`, the probability that an answer
 sampled at temperature 1 is right, is exact: that of the tokens of the right answer.
 `mean reward` is of one sampled answer to every problem, with random numbers that never
-change; see `benchmarks.evidence.tasks.arithmetic.reward`.
+change; see `benchmarks.data.arithmetic.reward`.
 """
 
 import functools
@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import gradsmooth_optax as gs
-from benchmarks.evidence.task import Metric, Task, parts_of
-from benchmarks.evidence.tasks.arithmetic import (
+from benchmarks.data.arithmetic import (
     ANSWER,
     BASE,
     PROMPT,
@@ -28,6 +27,7 @@ from benchmarks.evidence.tasks.arithmetic import (
     reward,
     split_problems,
 )
+from benchmarks.evidence.task import Metric, Task, parts_of
 from benchmarks.evidence.tasks.grpo import (
     Experience,
     grpo_loss,
@@ -36,8 +36,7 @@ from benchmarks.evidence.tasks.grpo import (
     sample,
     with_answers,
 )
-from benchmarks.evidence.tasks.scanned_states import scanned_states
-from benchmarks.gpt import GPT, init_gpt
+from benchmarks.models.gpt import GPT, init_gpt, scanned_states
 from benchmarks.optimizers import hidden_matrices, matrices, warmup_cosine
 
 METRICS = (
@@ -71,13 +70,10 @@ def build(
     start_learning_rate: float,
     eval_problems: int,
 ) -> Task:
-    """Returns the task at a depth, after training its start.
+    """Returns the task, after training its start.
 
     Args:
-      layers: L.
-      width: of the residual stream.
-      heads: of attention, in every layer.
-      batch: problems per step.
+      layers, width, heads, batch: of every task.
       group: answers sampled to each of them.
       updates: K, the parts that a step's problems are cut into, each for one update;
         it divides `batch`.

@@ -6,10 +6,11 @@ for the smoothing's projections, for weight decay and for Muon alike.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 # Tables start this small, so that a tied head starts near the uniform distribution, and
@@ -21,7 +22,6 @@ class Attention(nn.Module):
     """Causal multi-head self-attention of `(batch, time, width)` activations."""
 
     heads: int
-    rotary: bool
     output_init: nn.initializers.Initializer
     dtype: Any = jnp.float32
 
@@ -34,9 +34,9 @@ class Attention(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        if self.rotary:
-            query, key = rotate(query), rotate(key)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        mixed = jax.nn.dot_product_attention(
+            rotate(query), rotate(key), value, is_causal=True
+        )
         return _dense(width, self.dtype, self.output_init, name="out")(
             mixed.reshape(batch, time, width)
         )
@@ -49,7 +49,6 @@ class Block(nn.Module):
     """
 
     heads: int
-    rotary: bool
     output_init: nn.initializers.Initializer
     dtype: Any = jnp.float32
 
@@ -57,9 +56,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         width = x.shape[-1]
         h = nn.RMSNorm(dtype=self.dtype, name="attention_norm")(x)
-        x = x + Attention(
-            self.heads, self.rotary, self.output_init, self.dtype, name="attention"
-        )(h)
+        x = x + Attention(self.heads, self.output_init, self.dtype, name="attention")(h)
         h = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
         h = nn.gelu(_dense(4 * width, self.dtype, name="mlp_in")(h))
         x = x + _dense(width, self.dtype, self.output_init, name="mlp_out")(h)
@@ -77,10 +74,8 @@ class GPT(nn.Module):
       vocabulary: number of token values.
       layers: L, the depth.
       width: size of the residual stream; a multiple of `heads`.
-      heads: attention heads per layer; with `rotary`, `width / heads` must be even.
-      context: longest sequence (read by learned positions only).
-      rotary: rotary positions inside attention, else a learned table at the input.
-      tied: the head is the transposed embedding, else a matrix of its own.
+      heads: attention heads per layer; `width / heads` must be even.
+      context: longest sequence it is trained on; positions are rotary.
       remat: recompute each layer's activations in the backward pass.
       dtype: of activations and products.
     """
@@ -90,18 +85,19 @@ class GPT(nn.Module):
     width: int
     heads: int
     context: int
-    rotary: bool = True
-    tied: bool = True
     remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        embed = self._table(self.vocabulary, "embed")
-        x = embed(tokens)
-        if not self.rotary:
-            x = x + self._table(self.context, "positions")(jnp.arange(tokens.shape[1]))
-        x = x / _EMBEDDING_SCALE
+        embed = nn.Embed(
+            self.vocabulary,
+            self.width,
+            dtype=self.dtype,
+            embedding_init=nn.initializers.normal(_EMBEDDING_SCALE),
+            name="embed",
+        )
+        x = embed(tokens) / _EMBEDDING_SCALE
         self.sow("intermediates", "input", x)
 
         # CSE is no danger inside a scan, and preventing it costs time.
@@ -114,7 +110,6 @@ class GPT(nn.Module):
         )
         x, _ = blocks(
             heads=self.heads,
-            rotary=self.rotary,
             # The sum of 2 L such outputs has the variance of one ordinary output.
             output_init=_fan_in(1 / (2 * self.layers)),
             dtype=self.dtype,
@@ -122,17 +117,7 @@ class GPT(nn.Module):
         )(x)
 
         x = nn.RMSNorm(dtype=self.dtype, name="final_norm")(x)
-        if self.tied:
-            logits = embed.attend(x)
-        else:
-            logits = _dense(self.vocabulary, self.dtype, name="head")(x)
-        return logits.astype(jnp.float32)
-
-    def _table(self, rows: int, name: str) -> nn.Embed:
-        init = nn.initializers.normal(_EMBEDDING_SCALE)
-        return nn.Embed(
-            rows, self.width, dtype=self.dtype, embedding_init=init, name=name
-        )
+        return embed.attend(x).astype(jnp.float32)  # the head is the embedding
 
 
 def rotate(x: jax.Array, base: float = 10_000.0) -> jax.Array:
@@ -168,8 +153,46 @@ def _dense(
 
 def init_gpt(model: GPT) -> Callable[[jax.Array], Any]:
     """Returns what makes a model's parameters from a key."""
+    return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    def init(key: jax.Array) -> Any:
-        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
-    return init
+def next_token_loss(model: nn.Module, params: Any, tokens: jax.Array) -> jax.Array:
+    """Returns the mean cross-entropy of the next tokens, in nats.
+
+    Args:
+      model: maps tokens `(batch, time)` to logits `(batch, time, vocabulary)`.
+      params: its parameters.
+      tokens: integers of shape `(batch, context + 1)`.
+    """
+    logits = cast(jax.Array, model.apply({"params": params}, tokens[:, :-1]))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(losses)
+
+
+def mean_loss(
+    model: nn.Module, params: Any, windows: jax.Array, at_once: int = 16
+) -> jax.Array:
+    """Returns the mean loss over `(num_windows, context + 1)` tokens, some at once."""
+
+    def loss(window: jax.Array) -> jax.Array:
+        return next_token_loss(model, params, window[None])
+
+    return jnp.mean(jax.lax.map(loss, windows, batch_size=at_once))
+
+
+def scanned_states(model: nn.Module, params: Any, inputs: jax.Array) -> jax.Array:
+    """Returns the residual stream before the first and after every block.
+
+    Its shape is `(L + 1, ...)`.
+
+    Args:
+      model: sows it as `input`, and in its scanned module `blocks` as `states`.
+      params: of the model.
+      inputs: of the model.
+    """
+    _, kept = cast(
+        tuple, model.apply({"params": params}, inputs, mutable="intermediates")
+    )
+    sown = kept["intermediates"]
+    (first,), (after,) = sown["input"], sown["blocks"]["states"]
+    return jnp.concatenate([first[None], after])

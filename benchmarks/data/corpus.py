@@ -8,7 +8,7 @@ works and a loss in bits per byte compares across corpora.
 import hashlib
 import math
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +24,13 @@ class CorpusError(ValueError):
 
 
 class Corpus(NamedTuple):
-    """Text in two parts that share no file.
+    """Bytes to train on and held-out bytes, uint8, from different files.
 
-    Attributes:
-      train: bytes to train on, uint8 of shape `(train_bytes,)`.
-      validation: held-out bytes, uint8 of shape `(validation_bytes,)`.
-      num_files: how many distinct files they come from.
-      sha256: digest of both parts; equal digests mean equal corpora.
+    `sha256` is a digest of both: equal digests mean equal corpora.
     """
 
     train: np.ndarray
     validation: np.ndarray
-    num_files: int
     sha256: str
 
 
@@ -51,49 +46,25 @@ def standard_library_files() -> list[Path]:
     return sorted(p for p in files if left_out.isdisjoint(p.relative_to(root).parts))
 
 
-def read_files(paths: Iterable[Path]) -> list[bytes]:
-    """Returns the contents of the text files at `paths`.
-
-    Raises:
-      CorpusError: if a path is missing, a directory or not readable.
-    """
-    return [_read(path) for path in paths]
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        raise CorpusError(
-            f"there is no corpus file {str(path)!r} (looked for in {str(Path.cwd())!r})"
-        ) from None
-    except IsADirectoryError:
-        raise CorpusError(
-            f"the corpus path {str(path)!r} is a directory; "
-            f"name the files in it, for example {path}/*.txt"
-        ) from None
     except OSError as error:
         raise CorpusError(
-            f"the corpus file {str(path)!r} cannot be read: {error.strerror}"
+            f"the corpus file {str(path)!r} cannot be read: {error.strerror}. Name "
+            "text files that are there"
         ) from None
 
 
 def split_by_file(
     texts: Sequence[bytes], validation_share: float = 0.1
 ) -> tuple[list[bytes], list[bytes]]:
-    """Splits whole files into a training and a validation part.
+    """Returns the contents of the files to train on, and of those held out.
 
     Files are ordered by a digest of their contents, and the first ones that together
     hold `validation_share` of all bytes are held out. So neither names nor locations
     nor the order given play a part, and a file that comes twice is used once. A lone
     file cannot be split by file: its last bytes are held out.
-
-    Args:
-      texts: contents of the files.
-      validation_share: share of all bytes to hold out, in (0, 1).
-
-    Returns:
-      The contents of the training files and of the validation files.
     """
     distinct = {hashlib.sha256(text).digest(): text for text in texts if text}
     ordered = [distinct[digest] for digest in sorted(distinct)]
@@ -120,7 +91,7 @@ def load_corpus(paths: Sequence[Path] | None, shortest: int) -> Corpus:
     Raises:
       CorpusError: if a file cannot be read, or a part is shorter than `shortest`.
     """
-    texts = read_files(standard_library_files() if paths is None else paths)
+    texts = [*map(_read, standard_library_files() if paths is None else paths)]
     train, validation = (b"".join(part) for part in split_by_file(texts))
     for name, part in (("training", train), ("validation", validation)):
         if len(part) < shortest:
@@ -129,13 +100,11 @@ def load_corpus(paths: Sequence[Path] | None, shortest: int) -> Corpus:
                 f"{len(part):,} bytes, and this run needs at least {shortest:,}. "
                 "Give more or longer files, or a shorter context"
             )
+    digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + validation)
     return Corpus(
         train=np.frombuffer(train, np.uint8),
         validation=np.frombuffer(validation, np.uint8),
-        num_files=len({text for text in texts if text}),
-        sha256=hashlib.sha256(
-            len(train).to_bytes(8, "big") + train + validation
-        ).hexdigest(),
+        sha256=digest.hexdigest(),
     )
 
 
