@@ -112,11 +112,13 @@ def smooth_over_depth(
     is being smoothed; a wider one as one matmul over all layers, which gathers a leaf
     whose layer axis is sharded. A non-finite update of one layer spreads to its
     neighbors, by a matmul to the whole stack: see `optax.apply_if_finite` and
-    `optax.zero_nans`. Norms hold over the whole range of float32: where some layer's is
-    0, below 5e-10 or above 2e9, sums of squares are made once more. Where layers
-    cancel, what rounding alone may leave counts as 0; a layer that is 1e-38 of what it
-    receives becomes 0 where norms are kept. Derivatives by updates hold there too, but
-    of "directional" for those of about 1e-16 to 1e18.
+    `optax.zero_nans`.
+
+    Norms are right wherever float32 can hold them: where some layer's is 0, below 5e-10
+    or above 2e9, sums of squares are made once more, in about twice the time. Where
+    layers cancel, what rounding alone may leave counts as 0; a layer that is 1e-38 of
+    what it receives becomes 0 where norms are kept. Derivatives by updates hold there
+    too, but of "directional" for those of about 1e-16 to 1e18.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
