@@ -355,3 +355,17 @@ def test_stacks_on_different_axes_of_one_model():
     oracle.assert_blocks_close(got, oracle.window(encoder, ALPHA))
     got = oracle.unstacked(out["decoder"]["block"], 1)
     oracle.assert_blocks_close(got, oracle.window(decoder, ALPHA))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("flax_nnx(axis=0)", "Did you mean `scan_axis`?"),
+        ("maxtext(cycle=6, num_cycle=4)", "Did you mean `num_cycles`?"),
+        ("maxtext(1, 2, 3, 4, 5)", "Its options are scan_axis, cycle, num_cycles"),
+    ],
+)
+def test_an_option_that_a_layout_has_not_is_told_with_those_that_it_has(text, words):
+    with pytest.raises(TypeError) as error:
+        gs.smooth_over_depth(text)
+    assert words in str(error.value)

@@ -784,6 +784,21 @@ def test_detect_joins_a_cycle_and_what_remains_after_it():
         assert group.layers == tuple(range(8))
 
 
+@pytest.mark.parametrize(
+    "options", ["cycle=3", "cycle=2, num_cycles=2", "cycle=2, num_cycles=4"]
+)
+def test_a_wrong_length_or_number_of_cycles_is_an_error_with_the_right_call(options):
+    decoder = {"layers": many("layers_{}", 2, lambda: LAYERS)}
+    decoder["layers_remainder"] = many("layers_{}", 2, maxtext)
+    tree = {"decoder": decoder}
+    with pytest.raises(ValueError, match="To fix: write `") as error:
+        gs.smooth_over_depth(f"maxtext({options})").init(tree)
+    call = str(error.value).split("To fix: write `")[1].split("`; or")[0]
+    spec = eval(call, {"gs": gs})
+    for group in gs.describe(spec, tree).groups:
+        assert group.layers == tuple(range(8))
+
+
 def test_a_masked_part_of_a_tree_is_grouped_as_the_whole_tree_or_not_at_all():
     tree = {"net2": many("layers_{}", 4), "wi_0": dense(), "wi_1": dense()}
     whole = gs.describe(UNROLLED, tree)

@@ -396,8 +396,13 @@ def test_processes_give_the_same_result(finished, tmp_path):
 
 def test_a_dry_run_says_how_many_runs_it_will_be_and_writes_nothing(tmp_path):
     result = compare(train, tmp_path / "t.json", dry_run=True)
-    assert "about 112 runs to choose rates and at most 80 to confirm" in str(result)
+    assert "about 112 runs to choose rates, at most 80 to confirm" in str(result)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_what_the_file_holds(finished):
+    path, result = finished
+    assert str(compare(train, path, dry_run=True)) == str(result)
 
 
 # -- What goes wrong -------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, ParamSpec, cast
 
 from gradsmooth_optax._calls import shown_call
@@ -56,7 +57,7 @@ def preset(
 
         @functools.wraps(function)
         def named(*args: P.args, **options: P.kwargs) -> DepthSpec:
-            given = parameters.bind(*args, **options).arguments
+            given = _bound(function.__name__, parameters, args, options)
             for argument, value in given.items():
                 if isinstance(parameters.parameters[argument].default, bool):
                     check_flag(argument, value)
@@ -73,6 +74,22 @@ def preset(
         return named
 
     return decorate
+
+
+def _bound(
+    name: str, signature: inspect.Signature, args: tuple, options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """{parameter: argument}, or an error that says what can be written."""
+    try:
+        return signature.bind(*args, **options).arguments
+    except TypeError as error:
+        known = [*signature.parameters]
+        wrong = [option for option in options if option not in known]
+        meant = [m for option in wrong for m in get_close_matches(option, known, n=1)]
+        hint = f" Did you mean `{meant[0]}`?" if meant else ""
+        raise TypeError(
+            f"`layouts.{name}`: {error}. Its options are {', '.join(known)}.{hint}"
+        ) from None
 
 
 def expanded(spec: DepthSpec) -> DepthSpec:

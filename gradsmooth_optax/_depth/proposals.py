@@ -213,6 +213,6 @@ def _cure(
         if call and call != grouping.spec and not (is_added and not taken <= inside):
             unsure = [d for stack in stacks for d in stack.doubts if d not in found]
             restricted = " with the same restriction" * (call != spec)
-            so = "".join(f", if so: {doubt}" for doubt in unsure[:1])
-            return f"write `{spec!r}`{restricted}{so}"
+            doubt = "".join(f" (if it is that: {doubt})" for doubt in unsure[:1])
+            return f"write `{spec!r}`{restricted}{doubt}"
     return ""

@@ -194,12 +194,14 @@ def _duplicate(group: Group) -> Fault:
             f"take the position into it and give the length, "
             f"`stride={len(group.members)}`; shift a part of a chain with `start=`; or "
             f"name another `stack=`",
+            is_misread=True,
         )
     return Fault(
         f"{given} {len(paths)} leaves: {some(paths)}. The pattern probably drops the "
         f"part of the path that tells them apart.",
         "capture it, as in `(?P<stack>...)` or `(?P<role>...)`, shift one part with "
         "`start=`, or name another `stack=`",
+        is_misread=any(member.axes for member in holders),
     )
 
 
@@ -231,7 +233,8 @@ def _gap(group: Group, grouping: Grouping) -> Fault:
         f"{reason}",
         "pass `strict=False` to treat the gap as a boundary, as for layers frozen on "
         "purpose, `ranked(...)` to close it, or let `depth` match the missing ones",
-        is_misread=bool(left_out),
+        # The length of a cycle, or the number of cycles, may be another one.
+        is_misread=bool(left_out) or any(member.axes for member in group.members),
     )
 
 

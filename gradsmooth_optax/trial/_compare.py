@@ -21,6 +21,7 @@ from gradsmooth_optax.trial import _store
 from gradsmooth_optax.trial._arguments import settings_of, whole_number
 from gradsmooth_optax.trial._arms import DEFAULT, all_arms, arms_of
 from gradsmooth_optax.trial._job import Job, Optimizer, many_seeds
+from gradsmooth_optax.trial._protocol import Outcome, Run, Settings
 from gradsmooth_optax.trial._result import Result
 from gradsmooth_optax.trial._running import run_all
 from gradsmooth_optax.trial._sense import check_sense
@@ -120,7 +121,7 @@ def compare(
       ...     arms={"window(0.5)": gs.window(0.5)}, dry_run=True)
       >>> print(result)
       Does coupling layers help? The metric, lower is better; 12 paired seeds.
-      Nothing run yet: about 224 runs to choose rates and at most 120 to confirm.
+      Nothing run yet: at least about 224 runs to choose rates, at most 120 to confirm.
     """
     everything = all_arms(arms)
     settings = settings_of(
@@ -139,15 +140,11 @@ def compare(
     _check_callables(train, optimizer, whole_number("workers", workers, 1))
     path = Path(path)
     if dry_run:
-        return Result(settings, everything, {}, {})
+        return Result(settings, everything, *_stored(path, settings))
     for module in ("scipy.stats", "tqdm", "filelock"):
         needs(module, "trial", "trial.compare")
     with _store.locked(path):
-        if path.exists():
-            saved, outcomes, notes = _store.read(path)
-            _store.check_same(path, saved, settings)
-        else:
-            outcomes, notes = {}, {"sessions": []}
+        outcomes, notes = _stored(path, settings)
         outcomes = {run: of for run, of in outcomes.items() if of.error is None}
         job = Job(train, optimizer, as_spec(depth), everything, settings.tuned_by)
         result = Result(settings, everything, outcomes, notes)
@@ -158,6 +155,15 @@ def compare(
                 _store.write(path, settings, outcomes, notes)
                 check_sense(settings, everything, outcomes)
     return result
+
+
+def _stored(path: Path, settings: Settings) -> tuple[dict[Run, Outcome], dict]:
+    """What a file holds already, of these settings."""
+    if not path.exists():
+        return {}, {"sessions": []}
+    saved, outcomes, notes = _store.read(path)
+    _store.check_same(path, saved, settings)
+    return outcomes, notes
 
 
 def read_result(path: str | Path) -> Result:

@@ -262,8 +262,8 @@ class Result:
         screen, confirm = usual_runs(self.settings, self.arms)
         if not self.outcomes:
             return (
-                f"Nothing run yet: about {screen} runs to choose rates and at most "
-                f"{confirm} to confirm"
+                f"Nothing run yet: at least about {screen} runs to choose rates, at "
+                f"most {confirm} to confirm"
             )
         return (
             f"NOT COMPLETE: {done[SCREEN]} runs to choose rates so far, "
