@@ -1305,10 +1305,21 @@ def test_a_layer_of_zeros_stays_zero_norm_matched_beside_one_that_overflows(layo
 
 @every_layout
 @pytest.mark.parametrize("variant", ["norm_preserving", "directional"])
-def test_a_norm_that_overflows_makes_nan_and_never_what_came_in(variant, layout):
+def test_norms_whose_squares_overflow_are_right(variant, layout):
     blocks = [{"w": np.full(3, 1e20, np.float32) * i} for i in (1, -2, 3)]
     out = applied("window", layout, blocks, variant=variant)
-    assert all(np.isnan(block["w"]).all() for block in out)
+    small = [{"w": 1e-20 * np.float64(block["w"])} for block in blocks]
+    want = applied("window", layout, small, variant=variant)
+    for block, expected in zip(out, want, strict=True):
+        np.testing.assert_allclose(1e-20 * block["w"], expected["w"], rtol=1e-5)
+
+
+@every_layout
+def test_a_norm_that_float32_cannot_hold_makes_no_finite_directions(layout):
+    blocks = [{"w": np.full(3, x, np.float32)} for x in (3e38, -1.0, 1.0, 1.0)]
+    out = applied("window", layout, blocks, variant="directional")
+    assert not any(np.isfinite(block["w"]).any() for block in out[:2])
+    assert all(np.isfinite(block["w"]).all() for block in out[2:])
 
 
 def test_muon_takes_matrices_without_entries():

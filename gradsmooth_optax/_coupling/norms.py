@@ -8,6 +8,7 @@ range. This hardly ever happens, and costs nothing where it does not.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradsmooth_optax._arrays import manual_axes, summed_over
+from gradsmooth_optax._arrays import in_dtype, manual_axes, summed_over
 from gradsmooth_optax._checks import is_traced
 from gradsmooth_optax._coupling.layer_values import IsIn, LayerValues, masked
 
@@ -77,10 +78,16 @@ def in_range(
 
 
 def _is_some_wrong(squares: Iterable[jax.Array]) -> jax.Array:
-    squares = list(map(lax.stop_gradient, squares))
-    smallest = functools.reduce(jnp.minimum, map(jnp.min, squares))
-    largest = functools.reduce(jnp.maximum, map(jnp.max, squares))
-    return ~((smallest >= _LOW) & (largest <= _HIGH))  # also where one is a NaN
+    by_dtype = defaultdict(list)
+    for square in map(lax.stop_gradient, squares):
+        by_dtype[square.dtype].append(square)
+    wrong = []
+    for alike in by_dtype.values():
+        smallest = functools.reduce(jnp.minimum, map(jnp.min, alike))
+        largest = functools.reduce(jnp.maximum, map(jnp.max, alike))
+        # Also where one is a NaN.
+        wrong.append(~((smallest >= _LOW) & (largest <= _HIGH)))
+    return functools.reduce(jnp.logical_or, wrong)
 
 
 def _factor(square: jax.Array) -> jax.Array:
@@ -105,9 +112,10 @@ def root(square: jax.Array, factor: jax.Array | None = None) -> jax.Array:
 
 
 def inverse(norm: jax.Array) -> jax.Array:
-    """1/‖u‖, and 0 where ‖u‖ is 0."""
+    """1/‖u‖, 0 where ‖u‖ is 0, and NaN where it is more than the dtype can hold."""
     zero = norm == 0
-    return jnp.where(zero, 0.0, 1.0) / jnp.where(zero, 1.0, norm)
+    inverses = jnp.where(zero, 0.0, 1.0) / jnp.where(zero, 1.0, norm)
+    return jnp.where(norm == jnp.inf, jnp.nan, inverses)
 
 
 def cosine(dot: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:
@@ -140,6 +148,8 @@ def ratio(square: jax.Array, other: jax.Array, *factors: jax.Array) -> jax.Array
     return jnp.where(zero, -1.0, jnp.where(x == y, exact, found) * step * step)
 
 
-def is_noise(ratio: jax.Array, share: jax.Array) -> jax.Array:
+def is_noise(ratio: jax.Array, share: Any) -> jax.Array:
     """Whether there is no ‖u‖/‖v‖, or ‖v‖ is what rounding of share · ‖u‖ may leave."""
-    return (ratio < 0) | (ratio * (_ULPS * jnp.finfo(ratio.dtype).eps * share) >= 1)
+    share = in_dtype(share, ratio.dtype)
+    noise = _ULPS * float(jnp.finfo(ratio.dtype).eps) * share
+    return (ratio < 0) | (ratio * noise >= 1)

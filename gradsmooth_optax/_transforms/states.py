@@ -106,16 +106,16 @@ def _differences(
         # Nothing is as good as any other nothing.
         if jax.tree.leaves(found):
             yield at, found, expected
-    elif isinstance(expected, dict) and not _is_leaf(found):
+    elif (isinstance(expected, dict) and _is_leaf(found)) or (
+        isinstance(found, dict) and _is_leaf(expected)
+    ):
+        yield at, found, expected  # `per_layer` has a count for each stack
+    elif isinstance(expected, dict):
         if isinstance(found, dict):
             for key in expected.keys() & found.keys():
                 yield from _differences(
                     found[key], expected[key], of_tree, f"{at}[{key!r}]"
                 )
-    elif _is_leaf(expected) or _is_leaf(found):
-        # `per_layer` has a dict of counts where others have one count.
-        if _is_leaf(found) != _is_leaf(expected):
-            yield at, found, expected
     elif isinstance(expected, tuple) and expected:
         kind = _kind(expected)
         same = _kind(found) == kind if kind else _is_plain(found)
