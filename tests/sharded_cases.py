@@ -29,7 +29,7 @@ from own_operators import AlikeWindow
 import gradsmooth_optax as gs
 
 
-def run(group, timeout=300):
+def run(group, timeout=600):
     """What went wrong in the cases of a group: {name: error}; and how many they are."""
     here = os.path.dirname(os.path.abspath(__file__))
     flags = "--xla_force_host_platform_device_count=8"
