@@ -1,6 +1,7 @@
 """The numbers: every result equals the plain-loop oracle's."""
 
 import contextlib
+import dataclasses
 import functools
 
 import chex
@@ -563,6 +564,21 @@ def test_a_large_layer_that_gives_all_to_small_neighbors_is_not_noise_of_its_nor
     for layout in LAYOUTS:
         out = of_layers(layout, layers, 1.0, variant="norm_preserving")
         assert np.abs(out[1]).max() <= 1e-6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shrinks(gs.Operator):
+    """A user's own, without a matrix."""
+
+    def couple(self, layers):
+        return layers.scaled(1e-9)
+
+
+def test_what_an_operator_without_a_matrix_makes_small_gets_its_norm_back():
+    layers = list(np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32))
+    for layout in ("stacked", "unrolled"):
+        out = of_layers(layout, layers, Shrinks(), variant="norm_preserving")
+        np.testing.assert_allclose(out, layers, rtol=1e-5)
 
 
 def test_small_weights_and_small_neighbors_are_not_taken_for_what_rounding_leaves():

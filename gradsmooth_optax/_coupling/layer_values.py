@@ -183,11 +183,13 @@ def slot_values(
 
 def masked(values: LayerValues, is_in: IsIn | None, other: float = 0.0) -> LayerValues:
     """The values, with another number for the layers that are not in; None for all."""
+    if is_in is None:
+        return values
     arrays = dict(zip(values._groups, values._arrays, strict=True))
 
     def chosen(group: DepthGroup, m: int) -> Any:
-        mask, array = True if is_in is None else is_in(group, m), arrays[group][m]
-        if not isinstance(mask, jax.Array) and np.all(mask):
+        mask, array = is_in(group, m), arrays[group][m]
+        if not isinstance(mask, jax.Array) and mask.all():
             return array
         fill = jnp.full_like(array, other)
         return jnp.where(along_depth(group, m, mask), array, fill)

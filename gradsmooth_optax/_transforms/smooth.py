@@ -115,10 +115,10 @@ def smooth_over_depth(
     `optax.zero_nans`.
 
     Norms are right wherever float32 can hold them: where some layer's is 0, below 5e-10
-    or above 2e9, sums of squares are made once more, in about twice the time. Where
-    layers cancel, what rounding alone may leave counts as 0; a layer that is 1e-38 of
-    what it receives becomes 0 where norms are kept. Derivatives by updates hold there
-    too, but of "directional" for those of about 1e-16 to 1e18.
+    or above 2e9, sums of squares are made once more, which reads all updates again.
+    Where layers cancel, what rounding alone may leave counts as 0; a layer that is
+    1e-38 of what it receives becomes 0 where norms are kept. Derivatives by updates
+    hold there too, but of "directional" for those of about 1e-16 to 1e18.
 
     Args:
       depth: where depth is: a spec such as `unrolled()` or `scanned("blocks/")`, the
@@ -233,10 +233,12 @@ def _norm_preserving(operator: Operator, layers: Layers) -> Layers:
     couple = functools.partial(_couple, operator)
     # A large neighbor's rounding is no reason to give up the norm of a small layer.
     # What is no product with S may be u and differences, where all of u is rounded.
-    if type(operator).couple is Operator.couple:
-        share = _shares(operator, layers, lambda matrix: matrix.diagonal())
-    else:
-        share = layers.values_of_runs(np.ones)
+    by_matrix = type(operator).couple is Operator.couple
+    share = _shares(
+        operator,
+        layers,
+        lambda matrix: matrix.diagonal() if by_matrix else matrix.sum(axis=1),
+    )
 
     def ratios_of(squares: Sequence[LayerValues], factors: Any) -> LayerValues:
         before, after = squares
