@@ -61,7 +61,7 @@ def over_axes(blocks, *sizes, moved=None):
 # -- A leaf for each layer -------------------------------------------------------------
 
 
-@layout(gs.unrolled())
+@layout(gs.unrolled(), num_layers=12)
 def names_with_numbers(blocks):
     return oracle.unrolled_tree(blocks)
 
