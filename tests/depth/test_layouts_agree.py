@@ -5,7 +5,6 @@ tree of what the plain loops make of the blocks.
 """
 
 import dataclasses
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ import gradsmooth_optax as gs
 # Where only the grouping is at stake: neighbors of neighbors, and norms over all roles.
 RADIUS, OPTIONS = 2, {"variant": "norm_preserving", "norm_scope": "block"}
 SHAPES = {"kernel": (2, 3), "bias": (3,)}
-LAYOUTS = {}
+HALVES = (slice(3), slice(3, None))
 
 
 class Layout(NamedTuple):
@@ -28,186 +27,46 @@ class Layout(NamedTuple):
     Attributes:
       spec: where depth is.
       build: what makes the tree of the blocks.
-      cuts: layers at which another stack begins.
+      stacks: the parts of the blocks that are coupled.
       num_layers: how many blocks there are.
     """
 
     spec: Any
     build: Any
-    cuts: tuple[int, ...] = ()
+    stacks: tuple[slice, ...] = (slice(None),)
     num_layers: int = 6
-
-
-def layout(spec, **more):
-    def named(build):
-        LAYOUTS[build.__name__] = Layout(spec, build, **more)
-        return build
-
-    return named
 
 
 def stacked(blocks, axis=0):
     return oracle.stacked_tree(blocks, axis)
 
 
-def over_axes(blocks, *sizes, moved=None):
-    """Stacked over axes of these sizes, the first of which come first."""
-    tree = {r: x.reshape(*sizes, *x.shape[1:]) for r, x in stacked(blocks).items()}
-    return (
-        tree if moved is None else {r: np.moveaxis(x, *moved) for r, x in tree.items()}
-    )
-
-
-# -- A leaf for each layer -------------------------------------------------------------
-
-
-@layout(gs.unrolled(), num_layers=12)
-def names_with_numbers(blocks):
-    return oracle.unrolled_tree(blocks)
-
-
-@layout(gs.unrolled())
-def numbers_as_names(blocks):
-    return {"layers": {str(i): b for i, b in enumerate(blocks)}}
-
-
-@layout(gs.unrolled())
-def numbers_as_keys(blocks):
-    return {"layers": dict(enumerate(blocks))}
-
-
-@layout(gs.unrolled())
-def a_list(blocks):
-    return {"layers": list(blocks)}
-
-
-@layout(gs.unrolled())
-def a_tuple_at_the_root(blocks):
-    return tuple(blocks)
-
-
-@layout(gs.unrolled(r"(?P<role>\w+)/(\d+)", stack="s"))
-def lists_of_arrays(blocks):
-    return {r: [b[r] for b in blocks] for r in SHAPES}
-
-
-@layout(gs.unrolled(r"block(?:_(\d+))?/"))
-def haikus_names(blocks):
+def over_axes(blocks, *sizes, moved=(0, 0)):
+    """Stacked over axes of these sizes, of which one is moved."""
     return {
-        f"transformer/block{f'_{i}' if i else ''}/linear": b
-        for i, b in enumerate(blocks)
+        role: np.moveaxis(x.reshape(*sizes, *x.shape[1:]), *moved)
+        for role, x in stacked(blocks).items()
     }
 
 
-@layout(gs.unrolled(r"layers/(\d+)/"))
-def dotted_names(blocks):
-    return {f"h.layers.{i}.fc.{r}": b[r] for i, b in enumerate(blocks) for r in SHAPES}
+def halves(blocks):
+    return (blocks[half] for half in HALVES)
 
 
-@layout(
-    gs.first_match(gs.unrolled("a/(.)", stack="s"), gs.unrolled("b/(.)", stack="s"))
-)
-def two_halves_that_are_named_one_stack(blocks):
-    return {half: {str(i): blocks[i] for i in range(n, n + 3)} for half, n in HALVES}
-
-
-HALVES = [("a", 0), ("b", 3)]
-
-
-@layout(gs.unrolled(), cuts=(3,))
-def two_models(blocks):
-    return {"enc": {"layers": blocks[:3]}, "dec": {"layers": blocks[3:]}}
-
-
-# -- Layers stacked along axes ---------------------------------------------------------
-
-
-@layout(gs.scanned("blocks/"))
-def an_axis(blocks):
-    return {"blocks": stacked(blocks), "embed": np.ones((2, 3), np.float32)}
-
-
-@layout(gs.scanned("blocks/", axis=1))
-def the_second_axis(blocks):
-    return {"blocks": stacked(blocks, 1)}
-
-
-@layout(gs.scanned("blocks/", axis=-1))
-def the_last_axis(blocks):
-    return {"blocks": stacked(blocks, 2)}
-
-
-@layout(gs.scanned("blocks/", axis=(0, 1)))
-def nested_scans(blocks):
-    return {"blocks": over_axes(blocks, 2, 3)}
-
-
-@layout(gs.scanned("blocks/", axis=(1, 0)))
-def nested_scans_with_the_outer_axis_last(blocks):
-    return {"blocks": over_axes(blocks, 2, 3, moved=(0, 1))}
-
-
-@layout(gs.scanned("blocks/", axis=(0, 1), stride=(1, 2)))
-def nested_scans_whose_strides_say_which_runs_fastest(blocks):
-    return {"blocks": over_axes(blocks, 3, 2, moved=(0, 1))}
-
-
-@layout(gs.scanned("layers/", axis=(0, 1, 3)), num_layers=8)
-def a_pipeline_of_repeats_stages_and_layers_per_stage(blocks):
-    return {"layers": over_axes(blocks, 2, 2, 2, moved=(2, 3))}
-
-
-@layout(
-    gs.first_match(
-        gs.scanned(r"layers/layers_(\d+)/", axis=1, stride=2, stack="decoder"),
-        gs.unrolled(r"layers_remainder/layers_(\d+)/", start=4, stack="decoder"),
-    )
-)
-def scanned_cycles_and_an_unrolled_remainder(blocks):  # MaxText's Gemma 3
+def cycles_and_remainder(blocks):
     cycle = {f"layers_{p}": stacked(blocks[p:4:2], 1) for p in range(2)}
     rest = oracle.unrolled_tree(blocks[4:])
     return {"decoder": {"layers": cycle, "layers_remainder": rest}}
 
 
-@layout(
-    gs.first_match(
-        gs.scanned("layers/mlp_local/", axis=1, stride=2, stack="decoder"),
-        gs.scanned("layers/mlp_global/", axis=1, start=1, stride=2, stack="decoder"),
-    )
-)
-def two_named_parts_of_a_cycle(blocks):  # MaxText's Gemma 2
-    parts = {
-        "mlp_local": stacked(blocks[::2], 1),
-        "mlp_global": stacked(blocks[1::2], 1),
-    }
-    return {"layers": parts}
+def scans_in_a_row(blocks):
+    dense, moe = halves(blocks)
+    return {"dense_layers": stacked(dense, 1), "moe_layers": stacked(moe, 1)}
 
 
-@layout(
-    gs.first_match(
-        gs.scanned("dense_layers/", axis=1, stack="decoder"),
-        gs.scanned("moe_layers/", axis=1, start=3, stack="decoder"),
-    )
-)
-def two_scans_in_a_row(blocks):
-    return {
-        "dense_layers": stacked(blocks[:3], 1),
-        "moe_layers": stacked(blocks[3:], 1),
-    }
-
-
-@layout(gs.scanned(r"(?:dense|moe)_layers/", axis=1), cuts=(3,))
-def two_scans_that_are_two_stacks(blocks):
-    return two_scans_in_a_row(blocks)
-
-
-@layout(
-    gs.first_match(gs.scanned("encoder/b/"), gs.scanned("decoder/b/", axis=1)),
-    cuts=(3,),
-)
-def two_stacks_on_different_axes(blocks):  # big_vision's CapPa
-    encoder, decoder = stacked(blocks[:3]), stacked(blocks[3:], 1)
-    return {"encoder": {"b": encoder}, "decoder": {"b": decoder}}
+def on_different_axes(blocks):
+    encoder, decoder = halves(blocks)
+    return {"encoder": {"b": stacked(encoder)}, "decoder": {"b": stacked(decoder, 1)}}
 
 
 def by_path(path, leaf):
@@ -216,13 +75,9 @@ def by_path(path, leaf):
     return gs.Depth("s", "bias", layer=path[1])
 
 
-@layout(by_path)
-def roles_that_are_laid_out_differently(blocks):
+def role_by_role(blocks):
     kernels = stacked(blocks, 1)["kernel"]
     return {"kernels": kernels, "biases": [b["bias"] for b in blocks]}
-
-
-# -- Boxes and classes of other libraries ----------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -236,12 +91,10 @@ class Variable:
         return {}
 
 
-@layout(gs.unrolled(r"layers_(\d+)/(kernel|bias)$"))
 def boxes(blocks):
     return jax.tree.map(Variable, oracle.unrolled_tree(blocks))
 
 
-@layout(gs.unrolled())
 def flax_nnx(blocks):
     nnx = pytest.importorskip("flax.nnx")
     linear = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
@@ -252,10 +105,8 @@ def flax_nnx(blocks):
     return nnx.State({"layers": dict(enumerate(layers))})
 
 
-@layout(gs.unrolled())
 def equinox(blocks):
     eqx = pytest.importorskip("equinox")
-
     linear = eqx.filter_eval_shape(eqx.nn.Linear, 3, 2, key=jax.random.key(0))
     return [
         eqx.tree_at(lambda x: (x.weight, x.bias), linear, (b["kernel"], b["bias"]))
@@ -263,12 +114,114 @@ def equinox(blocks):
     ]
 
 
+LAYOUTS = {
+    # A leaf for each layer.
+    "names with numbers": Layout(gs.unrolled(), oracle.unrolled_tree, num_layers=12),
+    "numbers as names": Layout(
+        gs.unrolled(), lambda blocks: {"h": {str(i): b for i, b in enumerate(blocks)}}
+    ),
+    "numbers as keys": Layout(
+        gs.unrolled(), lambda blocks: {"layers": dict(enumerate(blocks))}
+    ),
+    "a list": Layout(gs.unrolled(), lambda blocks: {"layers": blocks}),
+    "a tuple at the root": Layout(gs.unrolled(), tuple),
+    "lists of arrays": Layout(
+        gs.unrolled(r"(?P<role>\w+)/(\d+)", stack="s"),
+        lambda blocks: {r: [b[r] for b in blocks] for r in SHAPES},
+    ),
+    "Haiku's names": Layout(
+        gs.unrolled(r"block(?:_(\d+))?/"),
+        lambda blocks: {
+            f"net/block{f'_{i}' if i else ''}/linear": b for i, b in enumerate(blocks)
+        },
+    ),
+    "dotted names": Layout(
+        gs.unrolled(r"layers/(\d+)/"),
+        lambda blocks: {
+            f"h.layers.{i}.{r}": b[r] for i, b in enumerate(blocks) for r in SHAPES
+        },
+    ),
+    "two halves of one stack": Layout(
+        gs.first_match(
+            gs.unrolled("a/(.)", stack="s"), gs.unrolled("b/(.)", stack="s", start=3)
+        ),
+        lambda blocks: dict(zip("ab", halves(blocks), strict=True)),
+    ),
+    "two models": Layout(
+        gs.unrolled(),
+        lambda blocks: [{"layers": half} for half in halves(blocks)],
+        HALVES,
+    ),
+    # Layers stacked along axes.
+    "an axis": Layout(gs.scanned("b/"), lambda blocks: {"b": stacked(blocks)}),
+    "the second axis": Layout(
+        gs.scanned("b/", axis=1), lambda blocks: {"b": stacked(blocks, 1)}
+    ),
+    "the last axis": Layout(
+        gs.scanned("b/", axis=-1), lambda blocks: {"b": stacked(blocks, 2)}
+    ),
+    "nested scans": Layout(
+        gs.scanned("b/", axis=(0, 1)), lambda blocks: {"b": over_axes(blocks, 2, 3)}
+    ),
+    "nested scans, the outer axis last": Layout(
+        gs.scanned("b/", axis=(1, 0)),
+        lambda blocks: {"b": over_axes(blocks, 2, 3, moved=(0, 1))},
+    ),
+    "nested scans, of which strides say which runs fastest": Layout(
+        gs.scanned("b/", axis=(0, 1), stride=(1, 2)),
+        lambda blocks: {"b": over_axes(blocks, 3, 2, moved=(0, 1))},
+    ),
+    "a pipeline of repeats, stages and layers per stage": Layout(
+        gs.scanned("b/", axis=(0, 1, 3)),
+        lambda blocks: {"b": over_axes(blocks, 2, 2, 2, moved=(2, 3))},
+        num_layers=8,
+    ),
+    "cycles and a remainder, as MaxText's Gemma 3": Layout(
+        gs.first_match(
+            gs.scanned(r"layers/layers_(\d+)/", axis=1, stride=2, stack="s"),
+            gs.unrolled(r"layers_remainder/layers_(\d+)/", start=4, stack="s"),
+        ),
+        cycles_and_remainder,
+    ),
+    "two named parts of a cycle, as MaxText's Gemma 2": Layout(
+        gs.first_match(
+            gs.scanned("local/", axis=1, stride=2, stack="s"),
+            gs.scanned("global/", axis=1, start=1, stride=2, stack="s"),
+        ),
+        lambda blocks: {
+            "local": stacked(blocks[::2], 1),
+            "global": stacked(blocks[1::2], 1),
+        },
+    ),
+    "two scans in a row": Layout(
+        gs.first_match(
+            gs.scanned("dense_layers/", axis=1, stack="s"),
+            gs.scanned("moe_layers/", axis=1, start=3, stack="s"),
+        ),
+        scans_in_a_row,
+    ),
+    "two scans that are two stacks": Layout(
+        gs.scanned(r"(?:dense|moe)_layers/", axis=1), scans_in_a_row, HALVES
+    ),
+    "two stacks on different axes, as big_vision's CapPa": Layout(
+        gs.first_match(gs.scanned("encoder/b/"), gs.scanned("decoder/b/", axis=1)),
+        on_different_axes,
+        HALVES,
+    ),
+    "roles that are laid out differently": Layout(by_path, role_by_role),
+    # Boxes and classes of other libraries.
+    "boxes": Layout(gs.unrolled(r"layers_(\d+)/(kernel|bias)$"), boxes),
+    "Flax NNX": Layout(gs.unrolled(), flax_nnx),
+    "Equinox": Layout(gs.unrolled(), equinox),
+}
+
+
 # -- What holds ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_same_layers_give_the_same_numbers(name):
-    spec, build, cuts, num_layers = LAYOUTS[name]
+    spec, build, stacks, num_layers = LAYOUTS[name]
     blocks = oracle.random_blocks(num_layers, shapes=SHAPES)
     tree = jax.tree.map(jnp.asarray, build(blocks))
     tx = gs.smooth_over_depth(spec, gs.window(0.3, radius=RADIUS), **OPTIONS)
@@ -282,8 +235,8 @@ def test_the_same_layers_give_the_same_numbers(name):
     assert jax.tree.structure(out) == jax.tree.structure(tree)
     expected = [
         block
-        for start, stop in itertools.pairwise((0, *cuts, num_layers))
-        for block in oracle.window(blocks[start:stop], 0.3, RADIUS, **OPTIONS)
+        for stack in stacks
+        for block in oracle.window(blocks[stack], 0.3, RADIUS, **OPTIONS)
     ]
     jax.tree.map(assert_close, out, build(expected))
 
@@ -291,11 +244,3 @@ def test_the_same_layers_give_the_same_numbers(name):
 def assert_close(actual, expected):
     assert actual.dtype == jnp.float32
     assert oracle.relative_error(actual, expected) < 2e-6
-
-
-def test_a_strided_leaf_alone_has_gaps_that_are_boundaries_when_not_strict():
-    tree, spec = {"blocks": {"w": jnp.ones((3, 2))}}, gs.scanned("blocks/", stride=2)
-    tx = gs.smooth_over_depth(spec, strict=False)
-    assert tx.update(tree, tx.init(tree))[0]["blocks"]["w"] is tree["blocks"]["w"]
-    with pytest.raises(ValueError, match=r"layers 1, 3 are missing"):
-        gs.smooth_over_depth(spec).init(tree)

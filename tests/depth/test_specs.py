@@ -29,109 +29,68 @@ def nested(path, value):
 
 # -- What they read from a path --------------------------------------------------------
 
-# The number is taken from the path alone.
-READ = {
-    "a name and a number": (
-        gs.unrolled(r"layers_(\d+)/"),
-        "decoder/layers_3/mlp/kernel",
-        gs.Depth("decoder/layers", "mlp/kernel", 3),
-    ),
-    "a group that took no part is layer 0": (
-        gs.unrolled(r"block(?:_(\d+))?/"),
-        "transformer/block/linear/w",
-        gs.Depth("transformer/block", "linear/w", 0),
-    ),
-    "a key with slashes": (
-        gs.unrolled(r"block(?:_(\d+))?/"),
-        ("transformer/block_2/linear", "w"),
-        gs.Depth("transformer/block", "linear/w", 2),
-    ),
-    "start shifts the numbers": (
-        gs.unrolled(r"layers_remainder/layers_(\d+)/", start=60, stack="decoder"),
-        "decoder/layers_remainder/layers_1/mlp/kernel",
-        gs.Depth("decoder", "mlp/kernel", 61),
-    ),
-    "dots are edges": (
-        gs.unrolled(r"(\d+)"),
-        ("model.h.3.weight",),
-        gs.Depth("model/h", "weight", 3),
-    ),
-    "the pattern is searched, not matched from the start": (
-        gs.unrolled(r"_(\d+)"),
-        "a/b/layers_4/w",
-        gs.Depth("a/b/layers", "w", 4),
-    ),
-    "a group named layer wins over the first unnamed one": (
-        gs.unrolled(r"(enc|dec)/layers_(?P<layer>\d+)/"),
-        "enc/layers_2/w",
-        gs.Depth("enc/layers", "w", 2),
-    ),
-    "the first unnamed group, though a named one comes before": (
-        gs.unrolled(r"(?P<stack>enc|dec)oder/layers_(\d+)/(\d)"),
-        "encoder/layers_2/3/w",
-        gs.Depth("enc", "w", 2),
-    ),
-    "stack= wins over a group named stack": (
-        gs.unrolled(r"(?P<stack>enc|dec)oder/layers_(\d+)/", stack=("all", 1)),
-        "encoder/layers_2/w",
-        gs.Depth(("all", 1), "w", 2),
-    ),
-    "a group named role is put before what follows the match": (
-        gs.unrolled(r"layers_(\d+)/(?P<role>\w+)_local/"),
-        "layers_1/mlp_local/wo/kernel",
-        gs.Depth("layers", "mlp/wo/kernel", 1),
-    ),
-    "a number with a sign": (
-        gs.unrolled(r"layers/(-?\d+)"),
-        ("layers", -2, "w"),
-        gs.Depth("layers", "w", -2),
-    ),
-    "the largest number": (
-        gs.unrolled(r"_(\d+)"),
-        f"layers_{2**31 - 1}/w",
-        gs.Depth("layers", "w", 2**31 - 1),
-    ),
-    "scanned: the path up to the match": (
-        gs.scanned("blocks"),
-        "params/blocks/mlp/kernel",
-        gs.Depth("params/blocks", "mlp/kernel", axis=0),
-    ),
-    "scanned: start is the first layer": (
-        gs.scanned("blocks/", start=4, axis=1),
-        "blocks/w",
-        gs.Depth("blocks", "w", 4, axis=1),
-    ),
-    "scanned: the position in a cycle is added to start": (
-        gs.scanned(r"decoder/layers_(\d+)/", start=4, axis=2, stride=6, stack="s"),
-        "decoder/layers_3/mlp/kernel",
-        gs.Depth("s", "mlp/kernel", 7, axis=2, stride=6),
-    ),
-    "scanned: the number is in the stack's name no more": (
-        gs.scanned(r"stage_(\d+)/"),
-        "stage_2/w",
-        gs.Depth("stage", "w", 2, axis=0),
-    ),
-    "scanned: an axis counted from the end": (
-        gs.scanned("blocks/", axis=-1, stride=-1, start=2),
-        "blocks/w",
-        gs.Depth("blocks", "w", 2, axis=2, stride=-1),
-    ),
-    "scanned: two axes, the last one fastest": (
-        gs.scanned("blocks/", axis=(2, 0)),
-        "blocks/w",
-        gs.Depth("blocks", "w", axis=(2, 0)),
-    ),
-}
+# A promise, a spec with the path that it reads, and what the leaf there is.
+READ = r"""
+# a name and a number
+gs.unrolled(r'layers_(\d+)/')  decoder/layers_3/mlp/kernel
+gs.Depth('decoder/layers', 'mlp/kernel', 3)
+# a group that took no part is layer 0
+gs.unrolled(r'block(?:_(\d+))?/')  transformer/block/linear/w
+gs.Depth('transformer/block', 'linear/w', 0)
+# start shifts the numbers
+gs.unrolled(r'rest/layers_(\d+)/', start=60, stack='decoder')  rest/layers_1/mlp/w
+gs.Depth('decoder', 'mlp/w', 61)
+# dots are edges, and the pattern is searched, not matched from the start
+gs.unrolled(r'(\d+)')  model.h.3.weight
+gs.Depth('model/h', 'weight', 3)
+# a group named layer wins over the first unnamed one
+gs.unrolled(r'(enc|dec)/layers_(?P<layer>\d+)/')  enc/layers_2/w
+gs.Depth('enc/layers', 'w', 2)
+# the first unnamed group, though a named one comes before
+gs.unrolled(r'(?P<stack>enc|dec)oder/layers_(\d+)/(\d)')  encoder/layers_2/3/w
+gs.Depth('enc', 'w', 2)
+# stack= wins over a group named stack
+gs.unrolled(r'(?P<stack>enc|dec)oder/layers_(\d+)/', stack=('all', 1))  encoder/layers_2/w
+gs.Depth(('all', 1), 'w', 2)
+# a group named role is put before what follows the match
+gs.unrolled(r'layers_(\d+)/(?P<role>\w+)_local/')  layers_1/mlp_local/wo/kernel
+gs.Depth('layers', 'mlp/wo/kernel', 1)
+# a number with a sign
+gs.unrolled(r'layers/(-?\d+)')  layers/-2/w
+gs.Depth('layers', 'w', -2)
+# the largest number
+gs.unrolled(r'_(\d+)')  layers_2147483647/w
+gs.Depth('layers', 'w', 2147483647)
+# scanned: the path up to the match
+gs.scanned('blocks')  params/blocks/mlp/kernel
+gs.Depth('params/blocks', 'mlp/kernel', axis=0)
+# scanned: start is the first layer
+gs.scanned('blocks/', start=4, axis=1)  blocks/w
+gs.Depth('blocks', 'w', 4, axis=1)
+# scanned: the position in a cycle is added to start
+gs.scanned(r'layers_(\d+)/', start=4, axis=2, stride=6, stack='s')  d/layers_3/mlp/w
+gs.Depth('s', 'mlp/w', 7, axis=2, stride=6)
+# scanned: the number is in the stack's name no more
+gs.scanned(r'stage_(\d+)/')  stage_2/w
+gs.Depth('stage', 'w', 2, axis=0)
+# scanned: an axis counted from the end
+gs.scanned('blocks/', axis=-1, stride=-1, start=2)  blocks/w
+gs.Depth('blocks', 'w', 2, axis=2, stride=-1)
+# scanned: two axes, the last one fastest
+gs.scanned('blocks/', axis=(2, 0))  blocks/w
+gs.Depth('blocks', 'w', axis=(2, 0))
+"""
 
 
-@pytest.mark.parametrize("row", READ)
+@pytest.mark.parametrize("row", READ.split("\n# ")[1:])
 def test_a_pattern_reads(row):
-    spec, path, expected = READ[row]
-    path = tuple(path.split("/")) if isinstance(path, str) else path
-    shape = (3, 4, 2)
-    (group,) = gs.describe(spec, nested(path, np.ones(shape, np.float32))).groups
+    _, reading, depth = row.strip().splitlines()
+    spec, path = reading.split("  ")
+    expected, shape = eval(depth), (3, 4, 2)
+    tree = nested(path.split("/"), np.ones(shape, np.float32))
+    (group,) = gs.describe(eval(spec), tree).groups
     assert (group.stack, group.role) == (expected.stack, expected.role)
-    axes = () if expected.axis is None else np.atleast_1d(expected.axis).tolist()
+    axes = [] if expected.axis is None else np.atleast_1d(expected.axis).tolist()
     (member,) = group.members
     assert member.axes == tuple(sorted(axes))
     layers = expected.layers(shape)
