@@ -164,16 +164,16 @@ class Row(NamedTuple):
     call: str
 
 
-def rows(file):
-    """{name: row}; a row without a name is called by its source."""
-    blocks = Path(__file__).with_name(file).read_text().split("\n\n")[1:]
-    found = map(row_of, blocks)
-    return {row.name or row.source: row for row in found if row.source}
+def rows(file, start="# "):
+    """{name: row}; a row begins with `start`, and one without a name is its source."""
+    text = Path(__file__).with_name(file).read_text()
+    found = map(row_of, re.split(f"^(?={start})", text, flags=re.MULTILINE)[1:])
+    return {row.name or row.source: row for row in found}
 
 
-def row_of(block):
+def row_of(text):
     parts, mark = dict.fromkeys("# |-+", ""), " "
-    for line in block.splitlines():
+    for line in text.splitlines():
         if line.startswith("##"):
             continue  # a headline
         if line[1:2] == " " and line[0] in "#|-+":
@@ -182,9 +182,9 @@ def row_of(block):
         elif not line.startswith(" "):
             mark = " "
         parts[mark] += f" {line.strip()}" if parts[mark] else line.strip()
-    name, source, tree, said, call = (text.strip() for text in parts.values())
+    name, source, tree, said, call = (part.strip() for part in parts.values())
     fragments = filter(None, map(str.strip, said.split("|")))
-    said = [".*".join(map(re.escape, text.split("..."))) for text in fragments]
+    said = [".*".join(map(re.escape, part.split("..."))) for part in fragments]
     return Row(name, source, tree, said, call)
 
 
@@ -349,7 +349,7 @@ def numbered_otherwise(depth):
     return gs.muon(0.1, PLACE, smoothing).init({"blocks": {"w": ones(5, 2, 2)}})
 
 
-CALLS = rows("wrong_arguments.txt")
+CALLS = rows("wrong_arguments.txt", start="[A-Za-z]")
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -50,7 +50,7 @@ gs.Depth('enc/layers', 'w', 2)
 gs.unrolled(r'(?P<stack>enc|dec)oder/layers_(\d+)/(\d)')  encoder/layers_2/3/w
 gs.Depth('enc', 'w', 2)
 # stack= wins over a group named stack
-gs.unrolled(r'(?P<stack>enc|dec)oder/layers_(\d+)/', stack=('all', 1))  encoder/layers_2/w
+gs.unrolled(r'(?P<stack>e|d)/layers_(\d+)/', stack=('all', 1))  e/layers_2/w
 gs.Depth(('all', 1), 'w', 2)
 # a group named role is put before what follows the match
 gs.unrolled(r'layers_(\d+)/(?P<role>\w+)_local/')  layers_1/mlp_local/wo/kernel
