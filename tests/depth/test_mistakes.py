@@ -324,6 +324,9 @@ SMOOTH = gs.smooth_over_depth(PLACE)
 PARAMS = {"blocks": {"w": ones(3, 2)}}
 
 
+THREE = {"blocks": {"w": ones(3, 2, 2), "v": ones(3, 2, 2)}}
+
+
 def updated(tx, tree=PARAMS):
     return tx.update(tree, tx.init(tree), tree)
 
@@ -401,6 +404,11 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
     gs.adamw(-(2**31) + 1, SMOOTH)
     gs.smooth_over_depth(PLACE, norm_axis_names=["a", "b"], axis_name="c")
     gs.contrib.learn_alpha(ADAM, PLACE, decay=0)
+    gs.layer_scale(abs)
+    # A smoothing of less than `depth`, or of what `depth` only leaves out.
+    for depth in (PLACE, PLACE.only(lambda path, leaf: path[-1] == "w")):
+        gs.muon(0.1, depth, gs.smooth_over_depth(PLACE)).init(THREE)
+        gs.muon(0.1, PLACE, gs.smooth_over_depth(depth)).init(THREE)
     with pytest.raises(ValueError, match=r"between 0 and 1, but is 101\.$"):
         gs.window(101)
 
@@ -408,10 +416,13 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
 def test_a_traced_alpha_and_an_array_of_jax_are_never_checked():
     jaxpr = jax.make_jaxpr(lambda x: updated(gs.smooth_over_depth(PLACE, x)))(jnp.nan)
     assert jaxpr.in_avals[0].shape == ()
+    jax.make_jaxpr(lambda x: by_matrix(gs.dense(x)))(np.full((3, 3), np.nan))
+    jax.make_jaxpr(lambda x: repr(gs.window(x)) and x)(2.0)
     # Of a number `optax.inject_hyperparams` makes such an array.
     gs.smooth_over_depth(PLACE, jnp.asarray(1.5))
     gs.window(jnp.asarray(-0.5))
     gs.layer_scale(jnp.asarray([jnp.nan]))
+    gs.contrib.learn_alpha(ADAM, PLACE, alpha=0.1, alpha_max=jnp.asarray(jnp.nan))
 
 
 def test_a_function_that_fails_tells_the_leaf_or_the_flattening():

@@ -440,6 +440,7 @@ SPECS = [
     r"gs.unrolled(r'layers_(\d+)/', stack='a', num_layers=3)",
     r"""gs.unrolled('it\'s "so"_(\\d)')""",
     "gs.scanned('blocks/')",
+    r"gs.scanned('blocks/', stack='a\\')",
     "gs.scanned('blocks/', axis=1)",
     "gs.scanned('blocks/', axis=(0,))",
     "gs.scanned('blocks/', axis=(0, 1))",
@@ -514,6 +515,8 @@ def test_specs_are_different_frozen_hashable_picklable_and_not_callable():
             with pytest.raises((AttributeError, TypeError)):
                 setattr(value, name, 1)
     assert gs.layouts.equinox() == gs.layouts.flax_nnx()
+    partial = gs.depth_fn(functools.partial(by_hand))
+    assert repr(pickle.loads(pickle.dumps(partial))) == repr(partial)
 
 
 @pytest.mark.parametrize(
