@@ -413,6 +413,12 @@ def test_values_at_the_ends_of_their_ranges_are_taken():
         gs.window(101)
 
 
+def test_a_long_value_is_shown_by_its_ends():
+    for length, shown in ((158, "x" * 158), (159, f"{'x' * 119} … {'x' * 29}")):
+        call = functools.partial(smooth_with, variant="x" * length)
+        assert_refused(call, f"`variant` must be .*, but is '{shown}'\\.$")
+
+
 def test_a_traced_alpha_and_an_array_of_jax_are_never_checked():
     jaxpr = jax.make_jaxpr(lambda x: updated(gs.smooth_over_depth(PLACE, x)))(jnp.nan)
     assert jaxpr.in_avals[0].shape == ()
