@@ -1,7 +1,8 @@
-"""The evidence: tasks are trained as `trial` asks, and their options fit together."""
+"""The evidence: a task is trained as `trial` asks, and goes on where it was ended."""
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import subprocess
@@ -17,8 +18,10 @@ import pytest
 pytest.importorskip("flax")
 
 import tiny_task
+from small_tasks import random_like
 
 import gradsmooth_optax as gs
+from benchmarks import signals
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import presets, training
 from benchmarks.evidence.tasks import TASKS, rl
@@ -27,7 +30,6 @@ from benchmarks.models.gpt import init_gpt
 from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.training import data_key, init_params
 
-ROOT = Path(__file__).parent.parent
 RATE, SEEDS = 0.1, (3, 5)
 
 
@@ -37,54 +39,31 @@ def tiny():
     return tiny_task.build(3), dataclasses.replace(job, micro_batches=2)
 
 
-@functools.cache
-def trained():
+def test_a_training_is_what_loops_give_and_its_updates_are_measured_around_smoothing():
     task, job = tiny()
     smoothing = gs.smooth_over_depth(task.depth, 0.5)
     optimizer = training.optimizer_of(job, task)(smoothing, RATE)
     train = training.train_of(job, task)
-    return optimizer, jax.jit(lambda seeds: train(optimizer, seeds))(jnp.array(SEEDS))
-
-
-@functools.cache
-def by_hand(seed):
-    """Parameters and state after a plain loop over the steps."""
-    task, job = tiny()
-    tx = trained()[0].whole
-    params = jax.tree.map(lambda x: x[0], init_params(task.init, jnp.array([seed])))
-    state = tx.init(params)
+    values = jax.jit(lambda seeds: train(optimizer, seeds))(jnp.array(SEEDS))
 
     @jax.jit
     def step(params, state, batch):
         gradients = jax.grad(task.loss)(params, batch)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for index in range(job.steps):
-        batch = task.draw(task.data, data_key(jnp.int32(seed)), jnp.int32(index))
-        params, state = step(params, state, batch)
-    return params, state
-
-
-def test_a_training_is_what_a_loop_over_seeds_and_steps_gives():
-    task, _ = tiny()
-    _, values = trained()
-    for lane, seed in enumerate(SEEDS):
-        params, _ = by_hand(seed)
-        expected = float(task.evaluate(params)["validation loss"])
-        assert values["validation loss"][lane] == pytest.approx(expected, rel=2e-4)
-
-
-def test_updates_are_measured_before_and_after_smoothing_on_the_next_batch():
-    task, job = tiny()
-    optimizer, values = trained()
-    for lane, seed in enumerate(SEEDS):
-        params, state = by_hand(seed)
-        batch = task.draw(task.data, data_key(jnp.int32(seed)), jnp.int32(job.steps))
-        gradients = jax.grad(task.loss)(params, batch)
         before, _ = optimizer.base.update(gradients, state[0], params)
-        leaves = jax.tree.leaves(before["blocks"])
-        blocks = np.hstack([np.asarray(x, float).reshape(3, -1) for x in leaves])
+        updates, state = optimizer.whole.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, before
+
+    for lane, seed in enumerate(SEEDS):
+        params = jax.tree.map(lambda x: x[0], init_params(task.init, jnp.array([seed])))
+        state = optimizer.whole.init(params)
+        for index in range(job.steps + 1):
+            if index == job.steps:
+                loss = task.evaluate(params)["validation loss"]
+                assert values["validation loss"][lane] == pytest.approx(loss, rel=1e-3)
+            batch = task.draw(task.data, data_key(jnp.int32(seed)), jnp.int32(index))
+            params, state, before = step(params, state, batch)
+        # Of the step that comes next, whose batch no parameter had seen.
+        blocks = np.asarray(before["blocks"]["kernel"], float).reshape(3, -1)
         mixed = np.asarray(gs.window(0.5).matrix(3)) @ blocks
         for moment, u in (("before", blocks), ("after", mixed)):
             roughness = np.sum(np.diff(u, axis=0) ** 2) / np.sum(u**2)
@@ -92,32 +71,42 @@ def test_updates_are_measured_before_and_after_smoothing_on_the_next_batch():
             assert found == pytest.approx(roughness, rel=1e-3)
 
 
-def quick(made, seeds):
-    smoothing, rate = made
-    updates = {"blocks": {"kernel": jnp.ones((6, 3, 3))}}
-    smoothing.update(updates, smoothing.init(updates))
-    noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s)))(seeds)
-    return {"validation loss": jnp.log(rate / RATE) ** 2 + noise, "roughness": noise}
-
-
-def test_a_run_leaves_a_finished_trial_and_trains_nothing_again(
+def test_a_run_that_is_ended_goes_on_and_a_finished_one_trains_nothing_again(
     tmp_path, monkeypatch, capsys
 ):
     arms = {"window(0.5)": gs.window(0.5)}
     monkeypatch.setitem(command.trial.compare.__kwdefaults__, "arms", arms)
     # The trainings themselves are tested above.
     monkeypatch.setattr(command, "optimizer_of", lambda *_: lambda *made: made)
-    monkeypatch.setattr(command, "train_of", lambda *_: quick)
     monkeypatch.setitem(command.TASKS, "reverse", tiny_task)
     options = ["--task", "reverse", "--preset", "quick", "--out", str(tmp_path)]
+    traced, most = [], [3]
+
+    def quick(made, seeds):
+        traced.append(made)
+        if len(traced) > most[0]:
+            raise KeyboardInterrupt
+        smoothing, rate = made
+        updates = {"blocks": {"kernel": jnp.ones((6, 3, 3))}}
+        smoothing.update(updates, smoothing.init(updates))
+        noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s)))(seeds)
+        return {"validation loss": jnp.log(rate / RATE) ** 2 + noise}
+
+    monkeypatch.setattr(command, "train_of", lambda *_: quick)
+    assert command.main(options) == 130
+    path = tmp_path / "reverse-adamw-6-quick.json"
+    first = json.loads(path.read_text())
+    assert not gs.trial.read_result(path).is_complete
+    most[0] = np.inf
     assert command.main(options) == 0
     assert "reverse, adamw, 6 layers" in capsys.readouterr().out
-    result = gs.trial.read_result(tmp_path / "reverse-adamw-6-quick.json")
+    result = gs.trial.read_result(path)
     assert result.is_complete
     assert result.settings.metric == "validation loss"
-    (finding,) = result.findings
-    assert finding.word == "exploratory"
-    monkeypatch.setattr(command, "train_of", lambda *_: len)
+    assert [finding.word for finding in result.findings] == ["exploratory"]
+    kept = json.loads(path.read_text())
+    assert kept["runs"][: len(first["runs"])] == first["runs"]
+    most[0] = 0
     assert command.main(options) == 0
 
 
@@ -136,27 +125,25 @@ def test_what_does_not_exist_is_an_error_that_lists_what_does(arguments, words, 
     assert words in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_on_two_devices_weights_and_batches_are_split():
     program = """
-import jax
+import jax, tiny_task
 from benchmarks.evidence import placement
-from benchmarks.evidence.tasks import reverse
 leaf = jax.ShapeDtypeStruct
 shapes = {"kernel": leaf((2, 3, 8, 4), "f4"), "odd": leaf((2, 3, 5), "f4")}
 split, whole = jax.tree.leaves(placement.shardings(shapes))
 assert split.shard_shape((2, 3, 8, 4)) == (2, 3, 8, 2)
 assert whole.is_fully_replicated
-sizes = dict(width=8, heads=2, length=4, vocabulary=8, batch=4, eval_sequences=2)
-task = placement.with_split_batches(reverse.build(2, **sizes))
+task = placement.with_split_batches(tiny_task.build(2))
 batch = jax.jit(lambda key: task.draw(None, key, 0))(jax.random.key(0))
-assert batch.sharding.shard_shape((4, 4)) == (2, 4)
+assert batch.sharding.shard_shape(batch.shape) == (2, 4)
 """
-    subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        check=True,
-    )
+    here = Path(__file__).parent
+    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent.parent)])
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, env=os.environ | two, check=True)
 
 
 # The presets.
@@ -188,8 +175,7 @@ def test_the_options_of_every_preset_fit_together(name, monkeypatch):
 
     def start(layers, width, heads, *_):
         init = init_gpt(rl._model(layers, width, heads))
-        shapes = jax.eval_shape(init, jax.random.key(0))
-        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return random_like(jax.eval_shape(init, jax.random.key(0)))
 
     monkeypatch.setattr(rl, "_trained_start", start)
     names = presets.NAMES if name == "lm" else ("full", "quick")
@@ -206,17 +192,11 @@ def test_the_options_of_every_preset_fit_together(name, monkeypatch):
         smoothing = gs.smooth_over_depth(task.depth, 0.2)
         tx = training.optimizer_of(job, task)(smoothing, 1.0)
         jax.eval_shape(tx.whole.init, params)
-    batch = jax.eval_shape(
-        functools.partial(task.draw, task.data), jax.random.key(0), np.int32(0)
-    )
+    draw = functools.partial(task.draw, task.data)
+    batch = jax.eval_shape(draw, jax.random.key(0), np.int32(0))
     assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {full["batch"]}
-    if task.rollout is not None:
-        batches = jax.eval_shape(task.rollout, params, batch)
-        batch = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), batches)
     metrics = jax.eval_shape(task.evaluate, params)
     assert set(metrics) == {metric.name for metric in TASKS[name].METRICS}
-    states = jax.eval_shape(task.states, params, batch)
-    assert (states.shape[0], states.shape[-1]) == (6, full["width"])
     for scope in ("full", "proj", *task.scopes):
         assert gs.describe(command.scope_of(task, scope), params).groups, scope
 
@@ -224,3 +204,21 @@ def test_the_options_of_every_preset_fit_together(name, monkeypatch):
 def test_committed_trials_are_complete():
     for path in TRIALS.glob("*.json"):
         assert gs.trial.read_result(path).is_complete, path
+
+
+def test_signals_are_measured_at_three_moments_and_not_again(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(signals.TASKS, "reverse", tiny_task)
+    out = tmp_path / "signals.json"
+    arguments = ["--task", "reverse", "--optimizer", "adamw", "--steps", "2"]
+    arguments += ["--batches", "16", "--out", str(out)]
+    assert signals.main(arguments) == 0
+    table = capsys.readouterr().out
+    found = json.loads(out.read_text())["signals"]
+    moments = [(of["moment"], of["step"]) for of in found]
+    assert moments == [("start", 0), ("middle", 1), ("end", 2)]
+    assert set(found[0]["block"]["left"]) >= {"best filter", "window(0.5)"}
+    monkeypatch.setattr(signals, "signals", None)
+    assert signals.main(arguments) == 0
+    assert capsys.readouterr().out == table

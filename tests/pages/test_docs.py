@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = "gradsmooth_optax"
 
 needs_mkdocs = pytest.mark.skipif(
@@ -64,26 +64,6 @@ def test_every_public_name_is_on_one_page_and_no_page_has_another():
     assert [name for name, count in named.items() if count > 1] == []
 
 
-def _build(project: Path, site: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
-        cwd=project,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    site = tmp_path_factory.mktemp("site")
-    built = _build(ROOT, site)
-    assert built.returncode == 0, built.stderr
-    assert "WARNING" not in built.stdout + built.stderr
-    return site
-
-
 class _Page(HTMLParser):
     """What a page loads, and what it links to."""
 
@@ -101,8 +81,22 @@ class _Page(HTMLParser):
                 (self.loaded if tag == "link" else self.linked).append(value or "")
 
 
+@pytest.mark.slow
 @needs_mkdocs
-def test_nothing_is_loaded_from_elsewhere_and_every_link_has_a_target(site):
+def test_the_site_builds_loads_nothing_from_elsewhere_and_has_what_it_links_to(
+    tmp_path,
+):
+    site = tmp_path / "site"
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stdout + built.stderr
     for path in site.rglob("*.html"):
         page = _Page(path)
         assert [url for url in page.loaded if re.match(r"(\w+:)?//", url)] == []
