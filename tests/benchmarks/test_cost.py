@@ -1,4 +1,4 @@
-"""Times on the CPU are of what they say; the PyTorch twins do what the window does.
+"""Times on the CPU are of what they say they are.
 
 No test looks at how long anything took.
 """
@@ -135,10 +135,6 @@ def test_a_tiny_run_measures_every_section_and_prints_what_it_writes(
     assert all(compiled["window"][of] > 0 for of in ("trace", "lower", "compile"))
 
 
-def test_compile_times_are_of_ten_leaves_per_layer():
-    assert len(jax.tree.leaves(compile_time.layered_params(2))) == 20
-
-
 @pytest.mark.parametrize("layout", cost_updates.LAYOUTS)
 def test_every_operator_couples_updates_of_the_size_and_dtype_asked_for(layout):
     for dtype in ("float32", "bfloat16"):
@@ -173,29 +169,6 @@ def test_twins_get_the_layers_in_order():
     assert [*cost_peers.in_order(updates, "unrolled")] == [*range(12)]
 
 
-@pytest.mark.parametrize("variant", ["window", "norm_preserving"])
-@pytest.mark.parametrize("num_layers", [2, 3, 7])
-def test_pytorch_twins_compute_the_window(variant, num_layers):
-    torch = pytest.importorskip("torch", reason="PyTorch is an optional peer")
-    from benchmarks.cost.cpu import torch_twins
-
-    u = np.random.default_rng(0).normal(size=(num_layers, 3, 4)).astype("f4")
-    u[-1] = 0  # has no norm to keep
-    neighbors = u[[0, *range(num_layers - 1)]] + u[[*range(1, num_layers), -1]]
-    expected = 0.7 * u + 0.15 * neighbors
-    if variant == "norm_preserving":
-        before, after = (
-            np.sqrt((x**2).sum((1, 2), keepdims=True)) for x in (u, expected)
-        )
-        expected[:-1] *= (before / after)[:-1]
-    hooked = [torch.tensor(layer) for layer in u]
-    torch_twins.HOOK[variant](hooked, 0.3)
-    listed = torch_twins.LISTED[variant]([torch.tensor(layer) for layer in u], 0.3)
-    for found in (hooked, listed, torch_twins.STACKED[variant](torch.tensor(u), 0.3)):
-        found = np.stack([np.asarray(layer) for layer in found])
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
 # The bars.
 
 
@@ -228,18 +201,6 @@ def test_every_bar_is_of_what_is_measured_and_cleared_up_to_its_bound_alone():
             report = report_with(value, bar)
             assert holds(bar, figure(report, bar)) is clears, bar.what
             assert failures(report) == ([] if clears else [bar.what])
-
-
-def test_a_bar_that_fails_is_an_error_only_where_that_is_asked_for(
-    tmp_path, monkeypatch
-):
-    (bar,) = (bar for bar in bars() if bar.where[0] == "training")
-    found = report_with(2.0, bar)["training"]
-    monkeypatch.setattr(command, "sections", lambda plan: {"training": lambda: found})
-    monkeypatch.setattr(command, "tables", lambda report: "")
-    options = ["cpu", "--only", "training", "--out", str(tmp_path / "cpu.json")]
-    assert cost.main(options) == 0
-    assert cost.main([*options, "--check"]) == 1
 
 
 def test_the_committed_times_are_of_operators_that_there_are():

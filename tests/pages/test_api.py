@@ -1,10 +1,11 @@
-"""Every public object says what it is, what it takes and returns, with an example."""
+"""Every public object is documented: what it is, takes and returns, with an example."""
 
 import doctest
 import functools
 import inspect
 import re
 import types
+from pathlib import Path
 
 import gradsmooth_optax as gs
 
@@ -38,21 +39,30 @@ def section(doc, title):
     return found[1] if found else ""
 
 
-def test_the_help_of_the_public_modules_lists_what_they_hold():
+def held():
+    """Every public name: modules, what they hold, and a constant."""
+    modules = [module.__name__ for module in public_modules()]
+    return {*public_objects(), *modules, "gradsmooth_optax.trial.DEFAULT"}
+
+
+def test_the_public_modules_list_in_their_help_what_they_hold():
     names = [m.__name__.removeprefix("gradsmooth_optax.") for m in public_modules()]
     assert sorted(names) == [
         *("contrib", "controls", "diagnostics", "gradsmooth_optax", "layouts"),
         *("plots", "trial"),
     ]
-    held = {*public_objects(), *(module.__name__ for module in public_modules())}
-    held.add("gradsmooth_optax.trial.DEFAULT")  # a constant
     for module in public_modules():
         lines = re.findall(r"^- (`.*`): ", inspect.getdoc(module), re.MULTILINE)
         listed = sorted(re.findall(r"`(\w+)`", str(lines)))
-        of_module = [name.rpartition(".") for name in held]
-        assert listed == sorted(
-            name for parent, _, name in of_module if parent == module.__name__
-        ), module.__name__
+        of_all = [name.rpartition(".") for name in held()]
+        there = sorted(name for of, _, name in of_all if of == module.__name__)
+        assert listed == there, module.__name__
+
+
+def test_every_public_name_is_on_one_page_of_the_site_and_no_page_has_another():
+    pages = (Path(__file__).parents[2] / "docs" / "api").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
+    assert sorted(re.findall(r"^::: (\S+)", text, re.MULTILINE)) == sorted(held())
 
 
 def test_public_objects_have_a_docstring_with_all_sections_and_an_example_that_is_run():

@@ -49,14 +49,14 @@ def stand_ins():
     noise = np.random.default_rng(0).normal(size=(16, 3, 2))
     smooth = gs.smooth_over_depth(depth, 0.2)
     window = gs.window(0.2)
-    rates = ("alpha", "decay", "sigma", "strength", "rho", "rates", "lr")
+    rates = ("alpha", "decay", "sigma", "strength", "rho", "rates", "lr", "wd")
     return {
         **dict.fromkeys(rates, 0.2),
         **dict.fromkeys(("operator", "op", "first", "second"), window),
         **dict.fromkeys(("smooth", "smoothing", "S"), smooth),
         **dict.fromkeys(("inner", "preconditioner"), optax.scale_by_adam()),
         **{"gs": gs, "optax": optax, "depth": depth, "params": params},
-        **{"learning_rate": 1e-3, "radius": 1, "seed": 0, "n": 3},
+        **{"learning_rate": 1e-3, "radius": 1, "seed": 0, "n": 3, "k": 10},
         "state": optax.contrib.schedule_free_sgd().init(params),
         "record": gs.diagnostics.monitored(monitored),
         "train": lambda optimizer, seeds: seeds,
