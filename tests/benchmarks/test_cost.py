@@ -21,7 +21,7 @@ from benchmarks.cost.cpu import peers as cost_peers
 from benchmarks.cost.cpu import steps as cost_steps
 from benchmarks.cost.cpu import updates as cost_updates
 from benchmarks.cost.cpu.bars import bars, figure, holds
-from benchmarks.cost.cpu.report import failures, tables
+from benchmarks.cost.cpu.report import tables
 from benchmarks.cost.operators import operators
 from benchmarks.json_files import COST
 
@@ -172,18 +172,6 @@ def test_twins_get_the_layers_in_order():
 # The bars.
 
 
-def report_with(value, bar):
-    """A report that has one figure, and 1.0 where that is divided by another."""
-    report = {}
-    for where, figure_there in ((bar.over, 1.0), (bar.where, value)):
-        place = report
-        for key in where[:-1]:
-            place = place.setdefault(key, {})
-        if where:
-            place[where[-1]] = figure_there
-    return report
-
-
 def test_every_bar_is_of_what_is_measured_and_cleared_up_to_its_bound_alone():
     assert tuple(command.sections(command.FULL)) == cost.SECTIONS
     names = {
@@ -191,30 +179,14 @@ def test_every_bar_is_of_what_is_measured_and_cleared_up_to_its_bound_alone():
         "chains": set(cost_steps.chains_of(gs.unrolled())),
         "compile": set(compile_time.optimizers()),
     }
-    for bar in bars():
-        section, *_, name, _ = bar.where
-        assert section in cost.SECTIONS
-        assert name in names.get(section, {name}), bar.what
-        assert figure({}, bar) is None
-        beyond = bar.bound - 0.01 if bar.is_least else bar.bound + 0.01
-        for value, clears in ((bar.bound, True), (beyond, False)):
-            report = report_with(value, bar)
-            assert holds(bar, figure(report, bar)) is clears, bar.what
-            assert failures(report) == ([] if clears else [bar.what])
-
-
-def test_the_committed_times_are_of_operators_that_there_are():
-    # Not of all: a new operator is measured when somebody measures.
     report = json.loads((COST / "cpu.json").read_text())
-    assert set(report["seconds"]) <= set(cost.SECTIONS)
-    names = set(cost_updates.smoothings("stacked"))
-    for of_layout in report["operators"].values():
-        for found in of_layout.values():
-            assert {WINDOW} <= set(found) <= names
     for bar in bars():
         section, *_, name, _ = bar.where
+        # Not all has been measured: a new operator is when somebody measures.
         is_there = f'"{name}"' in json.dumps(report.get(section))
         assert (figure(report, bar) is not None) == is_there, bar.what
-    for ways in report["crossover"].values():
-        # The library goes over to the matmul after radius 3.
-        assert ways["radius 4, matmul"]["median"] < ways["radius 4, shifts"]["median"]
+        assert section in cost.SECTIONS
+        assert name in names.get(section, {name}), bar.what
+        # A figure that clears it by nothing, and one that doesn't.
+        assert holds(bar, bar.bound)
+        assert not holds(bar, bar.bound + (-0.01 if bar.is_least else 0.01))

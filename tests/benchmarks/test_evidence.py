@@ -3,11 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +20,7 @@ import gradsmooth_optax as gs
 from benchmarks import signals
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import presets, training
-from benchmarks.evidence.tasks import TASKS, rl
+from benchmarks.evidence.tasks import TASKS, diffusion, rl
 from benchmarks.json_files import TRIALS
 from benchmarks.models.gpt import init_gpt
 from benchmarks.optimizers import OPTIMIZERS
@@ -58,7 +54,7 @@ def test_a_training_is_what_loops_give_and_its_updates_are_measured_around_smoot
         state = optimizer.whole.init(params)
         for index in range(job.steps + 1):
             if index == job.steps:
-                loss = task.evaluate(params)["validation loss"]
+                loss = float(task.evaluate(params)["validation loss"])
                 assert values["validation loss"][lane] == pytest.approx(loss, rel=1e-3)
             batch = task.draw(task.data, data_key(jnp.int32(seed)), jnp.int32(index))
             params, state, before = step(params, state, batch)
@@ -110,42 +106,6 @@ def test_a_run_that_is_ended_goes_on_and_a_finished_one_trains_nothing_again(
     assert command.main(options) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--option", "width=8"], "name another directory with --out"),
-        (["--option", "no=1", "--out", "x"], "there is no option 'no' of 'lm'"),
-        (["--option", "width"], "'width' is not NAME=VALUE"),
-        (["--scope", "no", "--preset", "quick"], "there is no scope 'no' of this task"),
-    ],
-)
-def test_what_does_not_exist_is_an_error_that_lists_what_does(arguments, words, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--task", "lm", *arguments])
-    assert words in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.slow
-def test_on_two_devices_weights_and_batches_are_split():
-    program = """
-import jax, tiny_task
-from benchmarks.evidence import placement
-leaf = jax.ShapeDtypeStruct
-shapes = {"kernel": leaf((2, 3, 8, 4), "f4"), "odd": leaf((2, 3, 5), "f4")}
-split, whole = jax.tree.leaves(placement.shardings(shapes))
-assert split.shard_shape((2, 3, 8, 4)) == (2, 3, 8, 2)
-assert whole.is_fully_replicated
-task = placement.with_split_batches(tiny_task.build(2))
-batch = jax.jit(lambda key: task.draw(None, key, 0))(jax.random.key(0))
-assert batch.sharding.shard_shape(batch.shape) == (2, 4)
-"""
-    here = Path(__file__).parent
-    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    two["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent.parent)])
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, env=os.environ | two, check=True)
-
-
 # The presets.
 
 
@@ -171,13 +131,17 @@ def test_options_that_cannot_work_are_refused_before_anything_is_built(
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_options_of_every_preset_fit_together(name, monkeypatch):
-    """By shapes alone, without training a start or any parameter."""
+    """By shapes alone, without training anything."""
 
     def start(layers, width, heads, *_):
         init = init_gpt(rl._model(layers, width, heads))
         return random_like(jax.eval_shape(init, jax.random.key(0)))
 
+    def classifier(_):
+        return lambda images: (jnp.zeros((len(images), 2)), None)
+
     monkeypatch.setattr(rl, "_trained_start", start)
+    monkeypatch.setattr(diffusion, "trained_classifier", classifier)
     names = presets.NAMES if name == "lm" else ("full", "quick")
     found = {preset: presets.options_of(name, "adamw", preset) for preset in names}
     full = found["full"]
@@ -206,6 +170,7 @@ def test_committed_trials_are_complete():
         assert gs.trial.read_result(path).is_complete, path
 
 
+@pytest.mark.slow
 def test_signals_are_measured_at_three_moments_and_not_again(
     tmp_path, monkeypatch, capsys
 ):

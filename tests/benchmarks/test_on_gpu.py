@@ -28,9 +28,9 @@ def test_a_quick_run_times_a_group_of_each_kind_and_pairs_every_seed(
         kinds = {}
         for name, measure in every_group(plan):
             kinds.setdefault(name.split()[0], (name, measure))
-        assert {*kinds} == {
-            *("copies", "operators", "training_step", "optimizers", "peers"),
-        }
+        # Which has many programs to compile.
+        assert kinds.pop("optimizers")
+        assert {*kinds} == {"copies", "operators", "training_step", "peers"}
         return kinds.values()
 
     monkeypatch.setattr(times, "groups", first_of_each_kind)
@@ -43,8 +43,8 @@ def test_a_quick_run_times_a_group_of_each_kind_and_pairs_every_seed(
     assert (report["commit"]["sha"], report["card"]) == ("abc", None)
     assert [of["group"].split()[0] for of in report["skipped"]] == ["peers"]
     groups = [of for case in report["operators"].values() for of in case.values()]
-    groups += [*report["optimizers"].values(), report["training_step"]]
-    assert len(groups) == 3
+    groups.append(report["training_step"])
+    assert len(groups) == 2
     for group in groups:
         assert any("window(0.2)" in name for name in group)
         for case in group.values():

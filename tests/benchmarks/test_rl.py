@@ -17,6 +17,8 @@ from benchmarks.data import arithmetic
 from benchmarks.evidence.tasks import grpo, rl
 from benchmarks.models.gpt import GPT
 
+pytestmark = pytest.mark.slow  # the task trains something before it begins
+
 POLICY = functools.partial(rl._policy, GPT(8, LAYERS, WIDTH, HEADS, context=5))
 
 

@@ -33,7 +33,15 @@ import gradsmooth_optax as gs
 from benchmarks.data.digits import split_digits
 from benchmarks.evidence.tasks import TASKS
 
-of_every_task = pytest.mark.parametrize("name", TASKS)
+
+def rows(names):
+    """Two of the tasks train something before they begin."""
+    slow = pytest.mark.slow
+    marks = {"diffusion": slow, "rl": slow}
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
+
+
+of_every_task = pytest.mark.parametrize("name", rows(TASKS))
 
 # Loss, gradient and states, next to plain NumPy: (states, losses) of a batch.
 
@@ -97,7 +105,7 @@ BY_HAND = {"lm": lm, "lm, remat": lm, "reverse": reverse, "vit": vit}
 BY_HAND |= {"diffusion": diffusion, "rl": rl}
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", rows(BY_HAND))
 def test_loss_gradient_and_states_are_those_of_the_model_in_plain_numpy(name):
     _, params, _, batch, look = seen(name)
     if name == "rl":  # as if a policy not far from this one had sampled the answers
@@ -143,7 +151,7 @@ def test_a_batch_depends_on_the_key_and_the_step(name):
         assert not np.array_equal(first, of_key)
 
 
-@pytest.mark.parametrize("name", ["vit", "diffusion"])
+@pytest.mark.parametrize("name", rows(["vit", "diffusion"]))
 def test_no_held_out_image_is_trained_on(name):
     train, held_out = split_digits(OPTIONS[name]["eval_images"])
     data = seen(name).task.data

@@ -16,7 +16,15 @@ import gradsmooth_optax as gs
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+SLOW = ("evidence", "trainers")
+
+every_page = pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.stem in SLOW), id=page.stem)
+        for page in PAGES
+    ],
+)
 
 
 @pytest.fixture
