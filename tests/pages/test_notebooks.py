@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NAMES = ["01_quickstart", "02_where_is_depth", "03_operators_and_theory"]
+NAMES += ["04_does_it_help", "05_every_layer_by_itself"]
 
 
 def cells_of(name):
@@ -15,16 +17,7 @@ def cells_of(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "01_quickstart",
-        "02_where_is_depth",
-        "03_operators_and_theory",
-        "04_does_it_help",
-        "05_every_layer_by_itself",
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_without_a_warning(name, monkeypatch):
     """In this process, where what jax has compiled is there already."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -35,7 +28,7 @@ def test_a_notebook_runs_without_a_warning(name, monkeypatch):
         for number, cell in enumerate(cells_of(name)):
             # Magics: of installing, and of showing no output.
             lines = "".join(cell["source"]).splitlines()
-            lines = ["pass  # \\" if x.startswith("%%") else x for x in lines]
+            lines = ["pass" if line.startswith("%%") else line for line in lines]
             text = "\n".join(lines).replace("%pip", "pass  #")
             tree, where = ast.parse(text), f"{name}, cell {number}"
             last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
@@ -53,12 +46,8 @@ def show(value):
 
 
 def test_notebooks_are_committed_as_they_ran_and_first_install_what_they_need():
-    names = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-    (mark,) = (
-        of for of in test_a_notebook_runs_without_a_warning.pytestmark if of.args
-    )
-    assert names == mark.args[1]
-    for name in names:
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == NAMES
+    for name in NAMES:
         cells = cells_of(name)
         installs = ["%pip install" in "".join(cell["source"]) for cell in cells]
         assert installs == [True, *[False] * (len(cells) - 1)], name
