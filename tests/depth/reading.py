@@ -70,7 +70,7 @@ class Pattern(NamedTuple):
     options: dict
 
     def build(self):
-        # What `unrolled` takes without a pattern is read in `test_fuzz_reading.py`.
+        # What `unrolled` takes without a pattern is another table's.
         return self.make(self.pattern or FIRST_NUMBER, **self.options)
 
     def assign(self, leaves):
@@ -172,13 +172,6 @@ class OnlyProjections(NamedTuple):
             at if type(at) is Wrong or in_scope(path) else None
             for at, (path, _) in found
         ]
-
-
-def looked_up(depths):
-    """A function for `depth` that finds it in a tree like the parameters."""
-    flat = jax.tree_util.tree_leaves_with_path(depths)
-    table = {path_of(key_path): depth for key_path, depth in flat}
-    return lambda path, leaf: table.get(path)
 
 
 def as_tuple(value):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gradsmooth_optax as gs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 CITATION = (ROOT / "CITATION.cff").read_text()
 

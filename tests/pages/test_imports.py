@@ -4,7 +4,7 @@ import ast
 import graphlib
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "gradsmooth_optax"
+PACKAGE = Path(__file__).parents[2] / "gradsmooth_optax"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 # Each imports from its own row and from those above.
 ROWS = [
