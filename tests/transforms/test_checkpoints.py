@@ -99,22 +99,6 @@ def test_a_checkpoint_resumes_with_smoothing_on_and_back_off(tmp_path):
     by_layer.update(unrolled, restored["per_layer"])
 
 
-def test_a_plain_state_goes_on_with_a_schedule_once_its_count_is_added():
-    # As the message for the wrong state says.
-    params = params_of(0)
-    plain, _ = on_and_off()["adamw"]
-    adam, *others = plain.init(params)
-    count = gs.DepthSmoothingState(jnp.int32(5))
-    state = (gs.WithDepthSmoothingState(adam, count), *others)
-    ramp = gs.adamw(0.1, smoothed(optax.linear_schedule(0.0, 0.6, 10)))
-    assert jax.tree.structure(state) == jax.tree.structure(ramp.init(params))
-    got, state = ramp.update(params, state, params)
-    _, constant = on_and_off()["adamw"]
-    expected, _ = constant.update(params, (adam, *others), params)
-    chex.assert_trees_all_close(got, expected, rtol=1e-6)
-    assert state[0].smoothing_state.count == 6
-
-
 # A run that is killed.
 
 STEPS = 10

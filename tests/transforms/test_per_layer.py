@@ -17,7 +17,8 @@ from optax import contrib
 
 import gradsmooth_optax as gs
 
-core = pytest.mark.core
+# `.ci/core` leaves out what is slow.
+pytestmark = pytest.mark.core
 
 LAYERS = gs.scanned("layers/")
 
@@ -99,7 +100,6 @@ def of_every_kind():
     )
 
 
-@core
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_law_holds_wherever_the_layers_are(layout):
     check(of_every_kind(), layout)
@@ -202,7 +202,6 @@ def test_on_a_scanned_model_the_numbers_are_those_of_each_layer(name):
 # How it runs.
 
 
-@core
 def test_a_scanned_stack_is_traced_once_whatever_its_depth():
     tx = gs.per_layer(optax.lamb(0.1), LAYERS)
 
@@ -214,7 +213,6 @@ def test_a_scanned_stack_is_traced_once_whatever_its_depth():
     assert num_equations(2) == num_equations(50)
 
 
-@core
 def test_inner_gets_extra_arguments_whole():
     def update(updates, state, params=None, *, value):
         return jax.tree.map(lambda u: u * value, updates), state
@@ -225,7 +223,6 @@ def test_inner_gets_extra_arguments_whole():
     assert_close(found, jax.tree.map(lambda u: 2 * u, updates))
 
 
-@core
 def test_every_dtype_of_a_layer_stays_what_it_is():
     shapes = {"a": (3, 4), "b": (3, 4, 2), "c": (3,)}
     dtypes = {"a": "bfloat16", "b": "float32", "c": "float16"}
@@ -236,22 +233,18 @@ def test_every_dtype_of_a_layer_stays_what_it_is():
     np.testing.assert_allclose(clipped["layers"]["b"], 1 / np.sqrt(13), rtol=1e-6)
 
 
-@core
 def test_parameters_are_those_of_the_same_place_whatever_the_names():
     params = {"layers": ONES, "x.y": np.ones(1), "x": {"y": 2 * np.ones(1)}}
     zeros = jax.tree.map(np.zeros_like, params)
     found, _ = run(optax.add_decayed_weights(1.0), zeros, params=params)
     assert float(found["x"]["y"][0]) == 2
     # By their paths, if they have more leaves than the updates.
-    params, zeros = (
-        {"layers": ONES, "frozen": np.ones(5)},
-        {"layers": {"w": 0 * ONES["w"]}},
-    )
+    zeros = jax.tree.map(np.zeros_like, ONLY)
+    params = ONLY | {"frozen": np.ones(5)}
     found, _ = run(optax.add_decayed_weights(3.0), zeros, params=params)
     assert np.all(found["layers"]["w"] == 3)
 
 
-@core
 def test_flax_nnx_trains_a_stacked_model():
     nnx = pytest.importorskip("flax.nnx")
 
@@ -288,32 +281,23 @@ def shapes_of(tree):
     return jax.tree.map(jnp.shape, tree)
 
 
-@core
-def test_moments_are_trees_like_the_parameters_with_layers_on_their_axis():
+def test_a_state_has_the_layers_on_the_axis_of_the_parameter_or_in_front():
     params, depth = params_of("axis 1")
     state = gs.per_layer(optax.scale_by_adam(), depth).init(params)
     assert shapes_of(state.mu) == shapes_of(params)
     assert shapes_of(state.count) == {"layers": (3,), "(rest)": ()}
-
-
-@core
-def test_what_has_another_shape_than_the_parameter_has_layers_in_front():
-    params, depth = params_of("axis 1")
-    inner = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
-    state = gs.per_layer(inner, depth).init(params)
+    # What has another shape than the parameter has them in front.
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    state = gs.per_layer(factored, depth).init(params)
     assert state.v_row["layers"]["mlp"]["kernel"].shape == (3, 4)
     assert state.v_col["layers"]["mlp"]["kernel"].shape == (3, 6)
-
-
-@core
-def test_unrolled_layers_have_one_entry_each():
+    # Unrolled layers have one entry each.
     params, depth = params_of("unrolled")
     state = gs.per_layer(optax.scale_by_adam(), depth).init(params)
     assert state.mu.keys() == params.keys()
     assert shapes_of(state.count) == {"layers": {0: (), 1: (), 2: ()}, "(rest)": ()}
 
 
-@core
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tree_map_params_maps_the_state(layout):
     params, depth = params_of(layout)
@@ -327,7 +311,6 @@ def test_tree_map_params_maps_the_state(layout):
     assert mapped[0].count == "other"
 
 
-@core
 def test_without_a_tree_like_the_parameters_it_is_a_state_for_each_stack():
     def init(params):
         if not jax.tree.leaves(params):
@@ -345,13 +328,11 @@ def test_without_a_tree_like_the_parameters_it_is_a_state_for_each_stack():
     check(inner, "axis 1")
 
 
-@core
 def test_nothing_is_left_of_the_state_of_a_stateless_inner():
     tx = gs.per_layer(optax.clip_by_block_rms(1.0), LAYERS)
     assert tx.init(ONLY) == optax.EmptyState()
 
 
-@core
 def test_trees_without_leaves_have_the_state_of_inner():
     tx = gs.per_layer(optax.adam(0.1), LAYERS)
     masked = {"layers": {"w": optax.MaskedNode()}}
@@ -364,7 +345,6 @@ def test_trees_without_leaves_have_the_state_of_inner():
 # The rest of the tree.
 
 
-@core
 def test_the_rest_may_have_a_transformation_of_its_own():
     params = {"layers": ONES, "embed": np.float32([1.0, -2.0])}
     tx = gs.per_layer(optax.sgd(0.5), LAYERS, rest=optax.sgd(2.0, momentum=0.5))
@@ -376,7 +356,6 @@ def test_the_rest_may_have_a_transformation_of_its_own():
         np.testing.assert_allclose(updates["layers"]["w"], -0.5 * ONES["w"])
 
 
-@core
 def test_identity_passes_the_rest_on_as_the_same_object():
     params = {"layers": ONES, "embed": jnp.ones(2)}
     tx = gs.per_layer(optax.sgd(0.1), LAYERS, rest=optax.identity())
@@ -384,7 +363,6 @@ def test_identity_passes_the_rest_on_as_the_same_object():
     assert updates["embed"] is params["embed"]
 
 
-@core
 def test_masks_and_none_pass_through():
     params = {"layers": ONES | {"frozen": optax.MaskedNode()}}
     params |= {"none": None, "head": np.ones(2)}
@@ -393,7 +371,6 @@ def test_masks_and_none_pass_through():
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
-@core
 def test_a_layer_that_some_roles_lack_is_no_gap():
     updates = {f"layers_{i}": {"w": ones(2)} for i in range(3)}
     updates["layers_1"]["extra"] = ones(3)
@@ -402,7 +379,6 @@ def test_a_layer_that_some_roles_lack_is_no_gap():
     np.testing.assert_allclose(found["layers_1"]["extra"], 1 / np.sqrt(5), rtol=1e-6)
 
 
-@core
 def test_without_strict_a_gap_is_none():
     updates = {f"layers_{i}": {"w": ones(4)} for i in (0, 1, 3)}
     found, _ = run(optax.clip_by_global_norm(1.0), updates, gs.unrolled(), strict=False)
@@ -557,7 +533,6 @@ ERRORS = {
 }
 
 
-@core
 @pytest.mark.parametrize("name", ERRORS)
 def test_bad_input_is_an_error_that_says_what_to_do(name):
     call, words = ERRORS[name]
@@ -565,7 +540,6 @@ def test_bad_input_is_an_error_that_says_what_to_do(name):
         call()
 
 
-@core
 def test_equal_noise_in_all_layers_is_warned_of():
     tx = gs.per_layer(optax.add_noise(0.1, 0.5, 0), LAYERS)
     with pytest.warns(gs.DepthWarning, match="same in every layer"):

@@ -29,7 +29,8 @@ from transformations import (
 
 import gradsmooth_optax as gs
 
-core = pytest.mark.core
+# `.ci/core` leaves out what is slow.
+pytestmark = pytest.mark.core
 
 SCANNED = gs.scanned("blocks/")
 
@@ -68,7 +69,6 @@ ADAMW = {
 }
 
 
-@core
 @pytest.mark.parametrize("smoothing", SMOOTHINGS)
 @pytest.mark.parametrize("options", ADAMW)
 def test_adamw_is_adam_then_smoothing_then_decay_then_learning_rate(smoothing, options):
@@ -86,7 +86,6 @@ def test_adamw_is_adam_then_smoothing_then_decay_then_learning_rate(smoothing, o
     assert program(recipe) == program(by_hand)
 
 
-@core
 @pytest.mark.parametrize("options", ADAMW)
 @pytest.mark.parametrize("rate", [0.1, optax.constant_schedule(0.1)])
 def test_adamws_state_is_optaxs_and_so_is_adamw_without_smoothing(options, rate):
@@ -101,7 +100,6 @@ def test_adamws_state_is_optaxs_and_so_is_adamw_without_smoothing(options, rate)
     assert program(gs.adamw(rate, smooth(0.0), **options)) == program(theirs)
 
 
-@core
 def test_adamw_works_under_inject_hyperparams():
     tx = optax.inject_hyperparams(gs.adamw)(0.1, smooth(), weight_decay=0.1)
     params = tree_of(PARAMS)
@@ -223,7 +221,6 @@ def test_muon_with_every_option_is_optaxs_on_each_layer(name):
     check_law(ours, contrib.muon(0.1, **options), num_layers, made, which, tol=2e-4)
 
 
-@core
 @pytest.mark.parametrize("layout", ["axis 1", "last axis", "unrolled", "nested scans"])
 def test_muon_is_optaxs_on_each_layer_wherever_the_layers_are(layout):
     num_layers, made, depth = LAYOUTS[layout]
@@ -237,7 +234,6 @@ def optaxs_muon():
     return contrib.muon(0.1, weight_decay=0.2, adam_weight_decay=0.2, ns_steps=1)
 
 
-@core
 def test_muons_options_are_those_of_optax_and_all_are_tried():
     theirs = set(inspect.signature(contrib.muon).parameters)
     ours = set(inspect.signature(gs.muon).parameters)
@@ -250,7 +246,6 @@ def test_muons_options_are_those_of_optax_and_all_are_tried():
             assert parameter.default == defaults[name].default, name
 
 
-@core
 @pytest.mark.parametrize("smoothing", ["block", "schedule"])
 def test_muon_smooths_its_direction_before_decay_and_learning_rate(smoothing):
     smoothing = SMOOTHINGS[smoothing]()
@@ -277,7 +272,6 @@ def test_muon_smooths_its_direction_before_decay_and_learning_rate(smoothing):
     chex.assert_trees_all_close(found, expected, rtol=1e-5)
 
 
-@core
 def test_muon_takes_matrices_without_entries():
     params = {"blocks": {"w": jnp.zeros((3, 0, 4)), "v": jnp.ones((3, 4, 4))}}
     tx = gs.muon(1e-3, SCANNED, smooth(), ns_steps=1)
@@ -302,7 +296,6 @@ def kinds_of(tx, params):
     )
 
 
-@core
 def test_a_matrix_is_a_leaf_of_two_axes_in_each_layer_or_what_is_said_to_be_one():
     numbers = contrib.MuonDimensionNumbers(1, 2)
     params = MUON_PARAMS | {"embed": jnp.ones((5, 4)), "head": jnp.ones(3)}
@@ -327,7 +320,6 @@ def test_a_matrix_is_a_leaf_of_two_axes_in_each_layer_or_what_is_said_to_be_one(
         assert kinds_of(tx, params) == expected
 
 
-@core
 @pytest.mark.parametrize("numbers", [(0, 1), (-3, 2), ((0, 1), 2), (1, (2, 0))])
 def test_dimension_numbers_that_name_a_depth_axis_are_refused(numbers):
     params = {"blocks": {"kernel": jnp.ones((3, 4, 2))}}
@@ -353,7 +345,6 @@ ENSEMBLE = {
 }
 
 
-@core
 @pytest.mark.parametrize(
     ("depth", "shapes", "unknown"),
     [
@@ -383,7 +374,6 @@ def test_muon_takes_no_leaf_that_looks_stacked_for_a_matrix(depth, shapes, unkno
 # Errors.
 
 
-@core
 @pytest.mark.parametrize("name", ["dion2", "muon", ""])
 def test_the_name_of_no_preset_is_refused_at_construction(name):
     with pytest.raises(ValueError, match=r"ns_coeffs.*0\.2\.8") as info:
@@ -391,35 +381,11 @@ def test_the_name_of_no_preset_is_refused_at_construction(name):
     assert repr(name) in str(info.value)
 
 
-@core
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"ns_coeffs": (1.0, 2.0)}, TypeError, "`ns_coeffs` must be three numbers"),
-        ({"ns_coeffs": np.ones((6, 3))}, ValueError, "has 6 rows.*Write `ns_steps=6`"),
-        ({"ns_coeffs": np.ones((0, 3))}, ValueError, "has 0 rows.*`ns_steps=1`"),
-        ({"ns_steps": 0}, ValueError, "`ns_steps`"),
-        ({"ns_steps": jnp.ones(2, int)}, TypeError, "`ns_steps`"),
-        ({"muon_weight_dimension_numbers": {"w": 3}}, TypeError, r"\['w'\] is 3"),
-        (
-            {"muon_weight_dimension_numbers": lambda params: (0, 1)},
-            TypeError,
-            r"MuonDimensionNumbers.*\[0\] is 0",
-        ),
-    ],
-)
-def test_options_that_cannot_be_meant_are_refused(options, error, words):
-    with pytest.raises(error, match=words):
-        gs.muon(0.1, SCANNED, smooth(), **options).init(MUON_PARAMS)
-
-
-@core
 def test_as_many_rows_of_coefficients_as_steps_and_steps_in_an_array_are_taken():
     gs.muon(0.1, SCANNED, smooth(), ns_coeffs=np.ones((5, 3)))
     gs.muon(0.1, SCANNED, smooth(), ns_coeffs=np.ones((1, 3)), ns_steps=jnp.asarray(1))
 
 
-@core
 def test_what_an_older_optax_lacks_is_refused_only_where_it_is_asked_for(monkeypatch):
     def scale_by_muon(ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov, adaptive):
         return optax.identity()
@@ -430,7 +396,6 @@ def test_what_an_older_optax_lacks_is_refused_only_where_it_is_asked_for(monkeyp
     gs.muon(0.1, SCANNED, smooth())
 
 
-@core
 def test_options_are_keywords_only():
     with pytest.raises(TypeError, match="positional"):
         gs.adamw(0.1, smooth(), 0.9)
@@ -438,7 +403,6 @@ def test_options_are_keywords_only():
         gs.muon(0.1, SCANNED, smooth(), 0.9)
 
 
-@core
 def test_a_recipe_is_as_strict_as_its_smoothing():
     params, depth = {f"layers_{i}": {"w": jnp.ones(3)} for i in (0, 2)}, gs.unrolled()
     for recipe in (gs.adamw, lambda rate, s: gs.muon(rate, depth, s)):
@@ -452,7 +416,6 @@ def test_a_recipe_is_as_strict_as_its_smoothing():
 # Two depths in one optimizer.
 
 
-@core
 @pytest.mark.parametrize("other", [{"start": 1}, {"axis": 1}], ids=str)
 def test_muon_refuses_a_smoothing_that_numbers_a_leaf_differently(other):
     smoothed = smooth(0.2, gs.scanned("blocks/", **other), strict=False)
@@ -470,7 +433,6 @@ def test_muon_refuses_a_smoothing_that_numbers_a_leaf_differently(other):
     smoothed.init(MUON_PARAMS)
 
 
-@core
 def test_muon_takes_a_smoothing_of_less_and_a_depth_by_name():
     narrower = smooth(depth=SCANNED.only_projections())
     for named in (

@@ -277,9 +277,3 @@ def test_a_smoothing_whose_mask_is_a_tree_is_told_why_it_was_asked_for_its_state
     with pytest.raises((TypeError, ValueError)) as info:
         gs.with_depth_smoothing(adam(), smoothing)
     assert "mask as a function of the tree" in "".join(info.value.__notes__)
-
-
-def test_what_is_no_transformation_is_refused():
-    for args, name in (((adam, constant()), "inner"), ((adam(), 0.3), "smoothing")):
-        with pytest.raises(TypeError, match=f"`{name}` must be an optax.Gradient"):
-            gs.with_depth_smoothing(*args)
