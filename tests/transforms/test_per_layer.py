@@ -298,6 +298,16 @@ def test_a_state_has_the_layers_on_the_axis_of_the_parameter_or_in_front():
     assert shapes_of(state.count) == {"layers": {0: (), 1: (), 2: ()}, "(rest)": ()}
 
 
+def test_numbers_of_layers_may_be_strings_as_some_checkpoints_give_them_back():
+    params, depth = params_of("unrolled")
+    tx = gs.per_layer(optax.scale_by_adam(), depth)
+    state = tx.init(params)
+    layers = {str(i): count for i, count in state.count["layers"].items()}
+    restored = state._replace(count=state.count | {"layers": layers})
+    shapes = jax.eval_shape(tx.update, params, restored)
+    assert shapes == jax.eval_shape(tx.update, params, state)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tree_map_params_maps_the_state(layout):
     params, depth = params_of(layout)
@@ -379,10 +389,25 @@ def test_a_layer_that_some_roles_lack_is_no_gap():
     np.testing.assert_allclose(found["layers_1"]["extra"], 1 / np.sqrt(5), rtol=1e-6)
 
 
-def test_without_strict_a_gap_is_none():
+def test_without_strict_a_gap_is_none_and_ranked_closes_it():
     updates = {f"layers_{i}": {"w": ones(4)} for i in (0, 1, 3)}
-    found, _ = run(optax.clip_by_global_norm(1.0), updates, gs.unrolled(), strict=False)
-    np.testing.assert_allclose(found["layers_3"]["w"], 1 / 2, rtol=1e-6)
+    clip = optax.clip_by_global_norm(1.0)
+    for depth, strict in ((gs.unrolled(), False), (gs.ranked(gs.unrolled()), True)):
+        found, _ = run(clip, updates, depth, strict=strict)
+        np.testing.assert_allclose(found["layers_3"]["w"], 1 / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("roles", [("z", "y", "x"), ("w", "w/b", "w/a/c")])
+def test_roles_may_have_another_order_than_leaves_and_be_above_one_another(roles):
+    updates = {"a": 1 * ones(2, 1), "b": 2 * ones(2, 2), "c": 3 * ones(2, 1)}
+    names = dict(zip("abc", roles, strict=True))
+
+    def depth(path, leaf):
+        return gs.Depth("net", names[path[0]], axis=0)
+
+    found, state = run(optax.trace(0.5), updates, depth)
+    assert_close(found, updates)
+    assert_close(state.trace, updates)
 
 
 # Bad input.

@@ -298,7 +298,7 @@ def kinds_of(tx, params):
 
 def test_a_matrix_is_a_leaf_of_two_axes_in_each_layer_or_what_is_said_to_be_one():
     numbers = contrib.MuonDimensionNumbers(1, 2)
-    params = MUON_PARAMS | {"embed": jnp.ones((5, 4)), "head": jnp.ones(3)}
+    params = MUON_PARAMS | {"embed": jnp.ones((5, 4)), "head": jnp.ones((3, 2, 2))}
 
     def kinds(kernel, embed):
         blocks = {"kernel": kernel, "scale": False}
