@@ -296,6 +296,9 @@ def test_a_state_has_the_layers_on_the_axis_of_the_parameter_or_in_front():
     state = gs.per_layer(optax.scale_by_adam(), depth).init(params)
     assert state.mu.keys() == params.keys()
     assert shapes_of(state.count) == {"layers": {0: (), 1: (), 2: ()}, "(rest)": ()}
+    one, depth = {"layers_0": ONES}, gs.unrolled(r"layers_(\d+)/")
+    state = gs.per_layer(optax.scale_by_adam(), depth).init(one)
+    assert shapes_of(state.count) == {"layers": {0: ()}}
 
 
 def test_numbers_of_layers_may_be_strings_as_some_checkpoints_give_them_back():
