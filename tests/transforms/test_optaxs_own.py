@@ -1,9 +1,9 @@
 """The common tests of optax, with our optimizers in the place of theirs.
 
-Not part of a plain run: `python -m pytest -m optax_suite`. The
-wheel of optax holds no tests, so pip downloads the sdist of the installed version, and
-nothing of it is kept here. Parameters there are single arrays, each of which is taken
-for a stack of layers along its first axis.
+Not part of a plain run: `python -m pytest -m optax_suite`. The wheel of optax holds no
+tests, so pip downloads the sdist of the installed version, and nothing of it is kept
+here. Parameters there are single arrays, each of which is taken for a stack of layers
+along its first axis.
 """
 
 import ast
