@@ -15,7 +15,7 @@ import gradsmooth_optax as gs
 
 
 class Verdict(NamedTuple):
-    """Word: "right", "loud", silently "partly" (some true pairs are missing) or "wrong"."""
+    """Right, loud; or silently "partly", where true pairs are missing, or "wrong"."""
 
     word: str
     why: str = ""
