@@ -191,6 +191,13 @@ def test_real_trees_come_back_from_a_leaf_for_each_layer(file):
         num_layers = sum(group.num_layers - len(group.members) for group in groups)
         assert len(jax.tree.leaves(flat)) == num_layers + len(jax.tree.leaves(params))
         same(gs.stack(flat, spec, name=form, like=params), params)
+        shapes = notation.built(tree)
+        moved = gs.unstack(shapes, spec, name=form)
+        assert list(map(np.shape, jax.tree.leaves(moved))) == [
+            x.shape for x in jax.tree.leaves(flat)
+        ]
+        back = gs.stack(moved, spec, name=form, like=shapes)
+        assert jax.tree.leaves(back) == jax.tree.leaves(shapes)
 
 
 def test_a_state_of_adam_is_that_of_the_unrolled_model():
