@@ -260,49 +260,42 @@ def haiku_transformer(hk, tokens):
     return LanguageModel(name="language_model")(tokens)
 
 
-# name: (the package to import, a function that builds the tree)
-MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "linen-wmt-encoder-and-decoder": ("flax", lambda: linen(encoder_and_decoder)),
-    "linen-loop": ("flax", lambda: linen(loop())),
-    "linen-remat-loop": ("flax", lambda: linen(loop(wrap=remat))),
-    "linen-scan-axis-0": ("flax", lambda: linen(nn_scan(0))),
-    "linen-scan-axis-1": ("flax", lambda: linen(nn_scan(1))),
-    "linen-boxed-scan-with_partitioning-axis-0": (
-        "flax",
-        lambda: linen(boxed_scan(0), "with_partitioning"),
-    ),
-    "linen-boxed-scan-with_partitioning-axis-1": (
-        "flax",
-        lambda: linen(boxed_scan(1), "with_partitioning"),
-    ),
-    "linen-boxed-scan-with_logical_partitioning-axis-1": (
-        "flax",
-        lambda: linen(boxed_scan(1), "with_logical_partitioning"),
-    ),
-    "linen-boxed-loop": ("flax", lambda: linen(loop(), "with_partitioning")),
-    "linen-remat-scan": ("flax", lambda: linen(nn_remat_scan)),
-    "linen-loop-beside-a-vmap": ("flax", lambda: linen(loop_and_nn_vmap)),
-    "nnx-list": ("flax", lambda: nnx(nnx_list)),
-    "nnx-sequential-with-gaps": ("flax", lambda: nnx(nnx_sequential)),
-    "nnx-vmap-and-scan": ("flax", lambda: nnx(nnx_vmap)),
-    "equinox-list": (
-        "equinox",
-        lambda: equinox(lambda eqx, make, keys: [make(key) for key in keys]),
-    ),
-    "equinox-filter-vmap": (
-        "equinox",
-        lambda: equinox(lambda eqx, make, keys: eqx.filter_vmap(make)(keys)),
-    ),
+def haiku_mlp(hk, x):
+    return hk.nets.MLP([4, 4, 4, 2])(x)
+
+
+def listed(eqx, make, keys):
+    return [make(key) for key in keys]
+
+
+def vmapped(eqx, make, keys):
+    return eqx.filter_vmap(make)(keys)
+
+
+BOXED = "linen-boxed-scan-with_partitioning-axis"
+LOGICAL = "linen-boxed-scan-with_logical_partitioning-axis-1"
+# name: the package to import, the function that builds the tree, its arguments.
+MODELS: dict[str, tuple[Any, ...]] = {
+    "linen-wmt-encoder-and-decoder": ("flax", linen, encoder_and_decoder),
+    "linen-loop": ("flax", linen, loop()),
+    "linen-remat-loop": ("flax", linen, loop(wrap=remat)),
+    "linen-scan-axis-0": ("flax", linen, nn_scan(0)),
+    "linen-scan-axis-1": ("flax", linen, nn_scan(1)),
+    f"{BOXED}-0": ("flax", linen, boxed_scan(0), "with_partitioning"),
+    f"{BOXED}-1": ("flax", linen, boxed_scan(1), "with_partitioning"),
+    LOGICAL: ("flax", linen, boxed_scan(1), "with_logical_partitioning"),
+    "linen-boxed-loop": ("flax", linen, loop(), "with_partitioning"),
+    "linen-remat-scan": ("flax", linen, nn_remat_scan),
+    "linen-loop-beside-a-vmap": ("flax", linen, loop_and_nn_vmap),
+    "nnx-list": ("flax", nnx, nnx_list),
+    "nnx-sequential-with-gaps": ("flax", nnx, nnx_sequential),
+    "nnx-vmap-and-scan": ("flax", nnx, nnx_vmap),
+    "equinox-list": ("equinox", equinox, listed),
+    "equinox-filter-vmap": ("equinox", equinox, vmapped),
     "eqx-mlp": ("equinox", equinox_mlp),
-    "haiku-made-in-call": ("haiku", lambda: haiku(made_in_call)),
-    "haiku-made-in-init": ("haiku", lambda: haiku(made_in_init)),
-    "haiku-two-layer-stacks": ("haiku", lambda: haiku(layer_stacks)),
-    "haiku-mlp": (
-        "haiku",
-        lambda: haiku(lambda hk, x: hk.nets.MLP([4, 4, 4, 2])(x), (1, 4)),
-    ),
-    "haiku-transformer-example": (
-        "haiku",
-        lambda: haiku(haiku_transformer, (1, 5), int),
-    ),
+    "haiku-made-in-call": ("haiku", haiku, made_in_call),
+    "haiku-made-in-init": ("haiku", haiku, made_in_init),
+    "haiku-two-layer-stacks": ("haiku", haiku, layer_stacks),
+    "haiku-mlp": ("haiku", haiku, haiku_mlp, (1, 4)),
+    "haiku-transformer-example": ("haiku", haiku, haiku_transformer, (1, 5), int),
 }

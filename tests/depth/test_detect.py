@@ -87,31 +87,52 @@ def test_where_nothing_is_found_the_spec_raises(accept_uncertain):
             _ = detection.spec
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "maxtext-scanned-axis-1",
-        "maxtext-mixtral-experts-on-axis-0",
-        "big-vision-vit-scan",
-        "big-vision-cappa-scan-axes-0-and-1",
-        "t5x-scanned",
-        "linen-scan-axis-0",
-        "linen-scan-axis-1",
-        "linen-remat-scan",
-        "nnx-vmap-and-scan",
-        "equinox-filter-vmap",
-        "haiku-two-layer-stacks",
-    ],
-)
-def test_a_stack_that_shapes_show_is_in_its_headline(name):
-    shown = str(detected(name))
-    assert "scanned(" in shown.splitlines()[0]
-    assert "on axis" in shown
+# What a person would correct, if it is doubted.
+PROPOSALS = {
+    "maxtext-scanned-axis-1": "gs.scanned('layers/', axis=1)",
+    "maxtext-qwen3-next-cycle-of-4": (
+        r"gs.ranked(gs.scanned(r'layers/layer_(\d+)/', axis=1, stride=4))"
+    ),
+    "maxtext-pipeline-repeats-stages-and-layers-boxed": (
+        "gs.scanned('layers/', axis=(0, 1, 3))"
+    ),
+    "big-vision-cappa-scan-axes-0-and-1": (
+        "gs.first_match(gs.scanned('EncDecBlock/', axis=1), "
+        "gs.scanned('encoderblock/'))"
+    ),
+    "t5x-scanned": (
+        "gs.first_match(gs.scanned('decoder/decoder/'), "
+        "gs.scanned('encoder/encoder/', axis=1))"
+    ),
+    "linen-remat-scan": "gs.scanned('block/', axis=1)",
+    "a stack with names alone in a decoder": "gs.scanned('layers/')",
+    "nnx-vmap-and-scan": "gs.scanned('layers/')",
+    "nnx-sequential-with-gaps": r"gs.ranked(gs.unrolled(r'layers/(\d+)/'))",
+    "haiku-two-layer-stacks": (
+        "gs.first_match(gs.scanned('__layer_stack_no_per_layer/'), "
+        "gs.scanned('__layer_stack_no_per_layer_1/'))"
+    ),
+    "hf-t5-block-and-layer": r"gs.unrolled(r'block/(\d+)/')",
+    "hidden-stack-in-a-tuple": "gs.scanned('^1/')",
+    "stages of one layer each": r"gs.unrolled(r'layer/(\d+)/')",
+    "a cycle of modules on axis 1": r"gs.scanned(r'blocks/(\d+)/', axis=1, stride=3)",
+    "a cycle of two matrices": r"gs.scanned(r'layers/(\d+)/', stride=3)",
+    "a first layer without a number before a gap": (
+        r"gs.ranked(gs.unrolled(r'block(?:_(\d+))?/'))"
+    ),
+    "a width that no other leaf has, and a depth that some have": (
+        "gs.scanned('layers/')"
+    ),
+}
 
 
-def test_a_width_that_no_other_leaf_has_is_not_taken_for_the_depth():
-    found = detected("a width that no other leaf has, and a depth that some have")
-    assert found.code == "gs.scanned('layers/')"
+@pytest.mark.parametrize("name", PROPOSALS)
+def test_the_proposal_is_the_headline_doubted_or_not(name):
+    detection = detected(name)
+    assert detection.code == PROPOSALS[name]
+    assert str(detection).startswith(f"{detection.code}\n\nbecause:\n  - ")
+    is_doubted = notation.all_trees()[name].words["detect"] == "loud"
+    assert bool(detection.uncertain) == is_doubted == ("not sure:" in str(detection))
 
 
 def test_layers_of_two_kinds_are_a_doubt_and_say_which_parameters():

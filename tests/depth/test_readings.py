@@ -215,9 +215,9 @@ def elements_of(numbers, path, place):
 @pytest.mark.filterwarnings("ignore")  # of packages that build the models
 @pytest.mark.parametrize("name", built_models.MODELS)
 def test_what_a_package_builds_is_what_the_text_says_and_is_read_alike(name):
-    package, build = built_models.MODELS[name]
+    package, build, *arguments = built_models.MODELS[name]
     pytest.importorskip(package)
-    tree, params = notation.trees_of("built_here")[name], build()
+    tree, params = notation.trees_of("built_here")[name], build(*arguments)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     assert {notation.unboxed(notation.written(path)): x.shape for path, x in flat} == {
         notation.unboxed(leaf.path): leaf.shape for leaf in tree.leaves
