@@ -157,6 +157,7 @@ def restriction(rng, params):
     )
 
 
+@pytest.mark.slow
 def test_a_call_that_is_a_bit_wrong_couples_all_true_neighbors_or_is_loud():
     counts, wrong = Counter(), []
     for seed, model in models(50, first=10_000):

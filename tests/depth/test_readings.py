@@ -16,6 +16,7 @@ import pytest
 import gradsmooth_optax as gs
 
 FILES = sorted(file.stem for file in notation.FILES.glob("*.txt"))
+LONG = {"hugging_face", "maxtext"}
 
 
 @functools.cache
@@ -40,7 +41,10 @@ def misread(tree, params, shown):
 # -- Every tree, every reader ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=[pytest.mark.slow] if f in LONG else []) for f in FILES],
+)
 def test_every_reader_is_right_or_loud_as_the_tree_says(file):
     found = [
         line
