@@ -1,1 +1,0 @@
-"""Parameter trees of many families of models, and who judges a reading of them."""
