@@ -41,11 +41,13 @@ def ulps_apart(a, b):
 def test_an_update_that_is_constant_over_depth_comes_back_bit_exact(dtype, enable_x64):
     blocks = oracle.random_blocks(1, jnp.dtype(dtype), {"kernel": (2, 3), "b": (2, 3)})
     exact = [(gs.window(alpha, r), 0) for alpha in (0.1, 1 / 3, 1.0) for r in (1, 2, 3)]
-    wide = gs.dense(oracle.window_matrix(5, 0.3, 2, 0.4))
-    rounded = [(wide, 0), (gs.window(0.3, 8, decay=0.3), 0)]
-    cases = [(0, *case) for case in exact] + [(2, *case) for case in rounded]
-    cases += [(0, gs.similarity_window(0.3), 0), (0, gs.window(0.3), 1)]
-    cases += [(0, gs.window(0.3), 2), (2, gs.window(0.3), 3), (2, gs.window(0.3), 4)]
+    cases = [(0, *case) for case in (*exact, (gs.window(0.3), 1), (gs.window(0.3), 2))]
+    if dtype == "float32":
+        wide = gs.dense(oracle.window_matrix(5, 0.3, 2, 0.4))
+        cases += [(0, gs.similarity_window(0.3), 0)]
+        # Within two units in the last place where they are not computed as differences.
+        cases += [(2, wide, 0), (2, gs.window(0.3, 8, decay=0.3), 0)]
+        cases += [(2, gs.window(0.3), 3), (2, gs.window(0.3), 4)]
     for layout in BOTH:
         for ulps, operator, variant in cases:
             with enable_x64():
@@ -206,6 +208,8 @@ def test_a_blocks_cosine_is_of_the_roles_in_which_two_layers_are_neighbors():
     out = smoothed("unrolled", blocks, operator, strict=False)
     oracle.assert_blocks_close(out, want)
     # Ranked, the other's layers 1 and 3 are neighbors: a pair that no other role has.
+    blocks = blocks_for("unrolled")
+    del blocks[2]["other"]
     want = oracle.similarity_window(blocks, 0.8, ranked=True)
     oracle.assert_blocks_close(smoothed("ranked over a gap", blocks, operator), want)
     # Stacks do not share cosines.
