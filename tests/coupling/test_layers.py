@@ -102,6 +102,15 @@ NUMBERS = {  # (layers, scope) -> values; (of the plain loops, layer, role) -> n
         lambda u, s: u.norms(s).shifted(1),
         lambda n, i, r: n[i + 1, r] if i < 4 else 0,
     ),
+    # What is made of shifted layers is of all layers again.
+    "norms of a sum": (
+        lambda u, s: (u.shifted(1).map(jnp.zeros_like) + u).norms(s),
+        lambda n, i, r: n[i, r],
+    ),
+    "norms there and back": (
+        lambda u, s: u.shifted(1).shifted(-1).norms(s),
+        lambda n, i, r: n[max(i, 1), r],
+    ),
     "exists": (lambda u, s: u.exists(-2), lambda n, i, r: i >= 2),
     "exists after": (lambda u, s: u.exists(3), lambda n, i, r: i < 2),
     "position": (lambda u, s: u.positions()[0], lambda n, i, r: i),
@@ -228,7 +237,17 @@ def test_layers_are_added_subtracted_negated_and_scaled_by_their_runs(layout):
     out = smoothed(layout, blocks, Own(function))
     want = each(blocks, lambda i, r, x: -(i - 1) * (x + x * np.abs(x)) - 0.5 * x)
     oracle.assert_blocks_close(out, want)
-    # Weights wait until they are needed: of shifted copies, and of a product.
+    # Weights wait until they are needed: also where they are not the same ones.
+    for function, want in (
+        (lambda u: u.scaled(u.positions()[0]) - u, lambda i, r, x: (i - 1) * x),
+        (lambda u: u.scaled(np.ones).scaled(u.positions()[0]), lambda i, r, x: i * x),
+        (lambda u: u.scaled(u.positions()[0]).scaled(np.ones), lambda i, r, x: i * x),
+        (lambda u: (u - u) - u, lambda i, r, x: -x),
+        (lambda u: (u - u) + u - u.scaled(0.5), lambda i, r, x: 0.5 * x),
+    ):
+        out = smoothed(layout, blocks, Own(function))
+        oracle.assert_blocks_close(out, each(blocks, want))
+    # So they do for shifted copies, and for a product.
     scaled = each(blocks, lambda i, r, x: i * x)
     numbers = functools.partial(jnp.arange, dtype=jnp.float32)
     one_sided = (lambda n: jnp.eye(n, k=-2), lambda n: [-2])

@@ -117,6 +117,15 @@ def test_the_norms_of_parameters_or_of_blocks_are_kept(variant, norm_scope):
             assert max(abs(after[key] - before[key]) for key in before) > 1e-2
 
 
+def test_a_layer_that_is_alone_in_its_role_is_in_no_block():
+    blocks = blocks_for("unrolled")
+    del blocks[1]["other"]  # so that the first layer's has no neighbor
+    for variant in ("norm_preserving", "directional"):
+        kwargs = how(variant, "block")
+        out = smoothed("unrolled", blocks, gs.window(0.8), strict=False, **kwargs)
+        oracle.assert_blocks_close(out, oracle.window(blocks, 0.8, **kwargs))
+
+
 def test_smoothing_shrinks_the_variation_over_depth():
     u = blocks_for("stacked")
     out = smoothed("stacked", u, gs.window(0.2))

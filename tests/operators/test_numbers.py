@@ -110,6 +110,22 @@ def test_runs_of_any_length_are_the_plain_loops():
     assert not failures
 
 
+def test_one_leaf_may_hold_several_runs():
+    blocks = oracle.random_blocks(11, shapes={"w": (2, 3)})
+    blocks[5] = {}
+    stack = np.stack([block["w"] for block in blocks if block])
+    tree = {"w": jnp.asarray(stack.reshape(2, 5, 2, 3))}
+
+    def depth(path, leaf):
+        return gs.Depth("s", "w", axis=(0, 1), stride=(6, 1))
+
+    for name in ("window", "gaussian", "tikhonov"):
+        tx = gs.smooth_over_depth(depth, make(name), strict=False)
+        out = tx.update(tree, tx.init(tree))[0]["w"].reshape(10, 2, 3)
+        want = [block for block in expected_of(name, blocks) if block]
+        oracle.assert_blocks_close([{"w": x} for x in out], want)
+
+
 def test_parameters_of_every_rank_share_a_block_each_on_an_axis_of_its_own():
     axes = {"kernel": 1, "bias": -1, "heads": 2, "gain": 0}
     blocks = oracle.random_blocks(4, shapes=oracle.EVERY_RANK)
