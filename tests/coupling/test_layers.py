@@ -17,9 +17,11 @@ import gradsmooth_optax as gs
 
 by_layout = pytest.mark.parametrize(
     "layout",
-    ["stacked", "unrolled", "stacked on the last axis", "cycles and a remainder"],
+    [
+        pytest.param("stacked", marks=pytest.mark.core),
+        *("unrolled", "stacked on the last axis", "cycles and a remainder"),
+    ],
 )
-pytestmark = pytest.mark.core
 FIVE = 5
 
 

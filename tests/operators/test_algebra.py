@@ -11,8 +11,6 @@ from operator_table import VARIANTS, make
 
 import gradsmooth_optax as gs
 
-pytestmark = pytest.mark.core
-
 BOTH = ("stacked", "unrolled")
 KEEP_NORMS = VARIANTS[1:]
 

@@ -25,7 +25,7 @@ BOTH = ("stacked", "unrolled")
 MIXED = ("bfloat16", "float32", "float64", "complex64", "complex128")
 SHAPES_OF_FOUR = {"a": (2, 3), "b": (2, 3), "c": (2, 3), "d": (3, 2)}
 by_layout = pytest.mark.parametrize("layout", BOTH)
-core = pytest.mark.core
+core, slow = pytest.mark.core, pytest.mark.slow
 
 
 class Failures(list):
@@ -52,9 +52,12 @@ def random_layers(num_layers=3, seed=0):
 # Every layout, variant, dtype and number of layers.
 
 
+MARKS = {"stacked": core, "nested scans": slow, "stacked on the last axis": slow}
+
+
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(name, marks=core) if name in BOTH else name for name in LAYOUTS],
+    [pytest.param(name, marks=MARKS.get(name, ())) for name in LAYOUTS],
 )
 def test_every_operator_in_every_layout_and_variant_is_the_plain_loops(layout):
     failures = Failures()
@@ -263,7 +266,6 @@ def test_the_program_of_an_unrolled_model_grows_linearly(make_tx):
 # Rounding and promotion.
 
 
-@core
 def test_half_precision_is_computed_in_float32_and_rounded_once():
     shapes = {"kernel": (2, 3)}
     for dtype, names in ((jnp.bfloat16, KINDS), (jnp.float16, ("window", "ema"))):
@@ -357,7 +359,6 @@ def assert_traces_strictly(operator, dtypes, layout, **kwargs):
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
 
 
-@core
 def test_no_operator_and_no_variant_promotes_dtypes_or_ranks(enable_x64):
     strengths = [STRENGTH, np.float16(STRENGTH), jnp.bfloat16(STRENGTH)]
     strengths += [lambda count: np.float64(STRENGTH), lambda count: jnp.float16(0.3)]
@@ -455,6 +456,7 @@ def test_norms_are_right_over_the_whole_range_of_float32(layout):
                     )
 
 
+@slow
 @by_layout
 def test_norms_of_a_million_numbers_of_very_different_layers_are_right(layout):
     u = np.random.default_rng(0).normal(size=(4, 1024, 256))
