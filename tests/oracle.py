@@ -59,6 +59,28 @@ def ema_matrix(num_layers, rho, reverse):
     return matrix
 
 
+def gaussian_matrix(num_layers, sigma, radius):
+    """exp(-j² / 2σ²), normalized over -radius..radius; at the ends as the window."""
+    weights = [
+        np.exp(-0.5 * (j / sigma) ** 2) if sigma else 0.0 for j in range(1, radius + 1)
+    ]
+    total = 1 + 2 * sum(weights)
+    matrix = np.zeros((num_layers, num_layers))
+    for layer in range(num_layers):
+        matrix[layer, layer] += 1 / total
+        for distance, weight in enumerate(weights, start=1):
+            for other in (layer - distance, layer + distance):
+                exists = 0 <= other < num_layers
+                matrix[layer, other if exists else layer] += weight / total
+    return matrix
+
+
+def tikhonov_matrix(num_layers, strength):
+    """(I + strength · path-graph Laplacian)^-1."""
+    differences = np.diff(np.eye(num_layers), axis=0)
+    return np.linalg.inv(np.eye(num_layers) + strength * differences.T @ differences)
+
+
 # The method.
 
 
@@ -77,62 +99,131 @@ def runs_of(blocks, role, ranked=False):
     return [run for run in runs if len(run) > 1]
 
 
+def all_runs(blocks, ranked=False):
+    """(role, run) of all roles. `ranked` closes the gaps of all roles or of some."""
+    roles = sorted({role for block in blocks for role in block})
+    closed = roles if ranked is True else ranked or ()
+    return [(r, run) for r in roles for run in runs_of(blocks, r, r in closed)]
+
+
 def smooth(blocks, matrix_of, variant="standard", norm_scope="param", ranked=False):
-    """Smooths `blocks` with the L x L matrix `matrix_of(L)` of every run of L layers.
+    """`couple` with the L x L matrix `matrix_of(L)` of every run of L layers."""
+
+    def coupling(source):
+        result = [dict(block) for block in source]
+        for role, run in all_runs(source, ranked):
+            matrix = matrix_of(len(run))
+            for i, layer in enumerate(run):
+                total = np.zeros_like(source[layer][role])
+                for j, other in enumerate(run):
+                    total = total + matrix[i, j] * source[other][role]
+                result[layer][role] = total
+        return result
+
+    return couple(blocks, coupling, variant, norm_scope, ranked)
+
+
+def couple(blocks, coupling, variant="standard", norm_scope="param", ranked=False):
+    """A variant of any `coupling(source blocks) -> coupled blocks`, linear or not.
 
     Returns blocks in float64 (complex128). `ranked` closes the gaps, of all roles or of
     those in it.
     """
     blocks = [{role: _double(x) for role, x in block.items()} for block in blocks]
-    roles = sorted({role for block in blocks for role in block})
-    closed = roles if ranked is True else ranked or ()
-    runs = [(r, run) for r in roles for run in runs_of(blocks, r, r in closed)]
-
-    def norm(some, role, layer):
-        if norm_scope == "param":
-            return np.linalg.norm(some[layer][role].ravel())
-        squares = 0.0  # The block: every slice of this layer that takes part.
-        for other, run in runs:
-            if layer in run:
-                squares += np.sum(np.abs(some[layer][other]) ** 2)
-        return np.sqrt(squares)
-
+    before = layer_norms(blocks, norm_scope, ranked)
     source = [dict(block) for block in blocks]
     if variant == "directional":
-        for role, run in runs:
-            for layer in run:
-                size = norm(blocks, role, layer)
-                unit = blocks[layer][role] / size if size > 0 else 0.0
-                source[layer][role] = unit * np.ones_like(blocks[layer][role])
+        for (layer, role), norm in before.items():
+            source[layer][role] = blocks[layer][role] / (norm if norm > 0 else np.inf)
+    coupled = coupling(source)
+    if variant == "standard":
+        return coupled
+    after = layer_norms(coupled, norm_scope, ranked)
+    for (layer, role), norm in before.items():
+        if norm > 0 and after[layer, role] > 0:
+            coupled[layer][role] = norm * coupled[layer][role] / after[layer, role]
+        elif variant == "directional":
+            coupled[layer][role] = blocks[layer][role]  # comes back unchanged
+    return coupled
 
-    smoothed = [dict(block) for block in source]
-    for role, run in runs:
-        matrix = matrix_of(len(run))
-        for i, layer in enumerate(run):
-            total = np.zeros_like(source[layer][role])
-            for j, other in enumerate(run):
-                total = total + matrix[i, j] * source[other][role]
-            smoothed[layer][role] = total
 
-    result = [dict(block) for block in blocks]
-    for role, run in runs:
-        for layer in run:
-            before = norm(blocks, role, layer)
-            after = norm(smoothed, role, layer)
-            if variant == "standard":
-                result[layer][role] = smoothed[layer][role]
-            elif before > 0 and after > 0:
-                result[layer][role] = before * smoothed[layer][role] / after
-            elif variant == "norm_preserving":
-                result[layer][role] = smoothed[layer][role]
-            else:  # Directional: comes back unchanged.
-                result[layer][role] = blocks[layer][role]
-    return result
+def layer_norms(blocks, norm_scope, ranked=False):
+    """{(layer, role): norm}, of the parameter or of its block, for layers in runs."""
+    squares = {
+        (layer, role): np.sum(np.abs(_double(blocks[layer][role])) ** 2)
+        for role, run in all_runs(blocks, ranked)
+        for layer in run
+    }
+    if norm_scope == "param":
+        return {key: np.sqrt(square) for key, square in squares.items()}
+    return {
+        (layer, role): np.sqrt(sum(s for (k, _), s in squares.items() if k == layer))
+        for layer, role in squares
+    }
 
 
 def window(blocks, alpha, radius=1, decay=None, **kwargs):
     """`smooth` with the window."""
     return smooth(blocks, lambda n: window_matrix(n, alpha, radius, decay), **kwargs)
+
+
+# Operators that look at the updates.
+
+
+def norm_matched(blocks, coupling, norm_scope="param", ranked=False):
+    """Each update at the norm that `coupling` would give it, a zero update at 0."""
+    own = layer_norms(blocks, norm_scope, ranked)
+    wanted = layer_norms(coupling(blocks), norm_scope, ranked)
+    result = [dict(block) for block in blocks]
+    for (layer, role), norm in own.items():
+        factor = wanted[layer, role] / norm if norm > 0 else 0.0
+        result[layer][role] = factor * blocks[layer][role]
+    return result
+
+
+def similarity_window(blocks, alpha, norm_scope="block", sharpness=1.0, ranked=False):
+    """u + Σ_k α/2 · max(0, cos)^sharpness (u_k - u) over the neighbors k."""
+    blocks = [{role: _double(x) for role, x in block.items()} for block in blocks]
+    pairs = _pairs(blocks, ranked)
+
+    def cosine(role, a, b):
+        roles = [r for r, *pair in pairs if pair == [a, b]]
+        roles = roles if norm_scope == "block" else [role]
+        x, y = (np.concatenate([blocks[k][r].ravel() for r in roles]) for k in (a, b))
+        norms = np.linalg.norm(x) * np.linalg.norm(y)
+        return np.vdot(x, y).real / norms if norms > 0 else 0.0
+
+    result = [dict(block) for block in blocks]
+    for role, a, b in pairs:
+        agreement = cosine(role, a, b)
+        weight = alpha / 2 * agreement**sharpness if agreement > 0 else 0.0
+        difference = blocks[b][role] - blocks[a][role]
+        result[a][role] = result[a][role] + weight * difference
+        result[b][role] = result[b][role] - weight * difference
+    return result
+
+
+def alike_window(blocks, alpha, factor, ranked=False):
+    """u + Σ_k α/2 (u_k - u) over the neighbors k of a block norm alike."""
+    blocks = [{role: _double(x) for role, x in block.items()} for block in blocks]
+    norms = layer_norms(blocks, "block", ranked)
+    result = [dict(block) for block in blocks]
+    for role, a, b in _pairs(blocks, ranked):
+        x, y = norms[a, role], norms[b, role]
+        if x <= factor * y and y <= factor * x:
+            difference = alpha / 2 * (blocks[b][role] - blocks[a][role])
+            result[a][role] = result[a][role] + difference
+            result[b][role] = result[b][role] - difference
+    return result
+
+
+def _pairs(blocks, ranked):
+    """(role, layer, next layer) of all neighbors."""
+    return [
+        (role, a, b)
+        for role, run in all_runs(blocks, ranked)
+        for a, b in itertools.pairwise(run)
+    ]
 
 
 def _double(array):
@@ -224,118 +315,3 @@ def assert_blocks_close(actual, expected):
             assert np.all(error <= bound), (
                 f"layer {layer}, {role}: {np.max(error):.1e} of {scale:.1e}"
             )
-
-
-# Operators of later sections of the contract, and what has no matrix.
-
-
-def gaussian_matrix(num_layers, sigma, radius):
-    """exp(-j² / 2σ²), normalized over -radius..radius; at the ends as the window."""
-    weights = [
-        np.exp(-0.5 * (j / sigma) ** 2) if sigma else 0.0 for j in range(1, radius + 1)
-    ]
-    total = 1 + 2 * sum(weights)
-    matrix = np.zeros((num_layers, num_layers))
-    for layer in range(num_layers):
-        matrix[layer, layer] += 1 / total
-        for distance, weight in enumerate(weights, start=1):
-            for other in (layer - distance, layer + distance):
-                exists = 0 <= other < num_layers
-                matrix[layer, other if exists else layer] += weight / total
-    return matrix
-
-
-def tikhonov_matrix(num_layers, strength):
-    """(I + strength · path-graph Laplacian)^-1."""
-    differences = np.diff(np.eye(num_layers), axis=0)
-    return np.linalg.inv(np.eye(num_layers) + strength * differences.T @ differences)
-
-
-def couple(blocks, coupling, variant="standard", norm_scope="param", ranked=False):
-    """`smooth` with any `coupling(source blocks) -> coupled blocks`, linear or not."""
-    blocks = [{role: _double(x) for role, x in block.items()} for block in blocks]
-    before = layer_norms(blocks, norm_scope, ranked)
-    source = [dict(block) for block in blocks]
-    if variant == "directional":
-        for (layer, role), norm in before.items():
-            source[layer][role] = blocks[layer][role] / (norm if norm > 0 else np.inf)
-    coupled = coupling(source)
-    if variant == "standard":
-        return coupled
-    after = layer_norms(coupled, norm_scope, ranked)
-    for (layer, role), norm in before.items():
-        if norm > 0 and after[layer, role] > 0:
-            coupled[layer][role] = norm * coupled[layer][role] / after[layer, role]
-        elif variant == "directional":
-            coupled[layer][role] = blocks[layer][role]
-    return coupled
-
-
-def layer_norms(blocks, norm_scope, ranked=False):
-    """{(layer, role): norm}, of the parameter or of its block, for layers in runs."""
-    squares = {
-        (layer, role): np.sum(np.abs(_double(blocks[layer][role])) ** 2)
-        for role in sorted({role for block in blocks for role in block})
-        for run in runs_of(blocks, role, ranked)
-        for layer in run
-    }
-    if norm_scope == "param":
-        return {key: np.sqrt(square) for key, square in squares.items()}
-    return {
-        (layer, role): np.sqrt(sum(s for (k, _), s in squares.items() if k == layer))
-        for layer, role in squares
-    }
-
-
-def norm_matched(blocks, coupling, norm_scope="param", ranked=False):
-    """Each update at the norm that `coupling` would give it, a zero update at 0."""
-    own = layer_norms(blocks, norm_scope, ranked)
-    wanted = layer_norms(coupling(blocks), norm_scope, ranked)
-    result = [dict(block) for block in blocks]
-    for (layer, role), norm in own.items():
-        factor = wanted[layer, role] / norm if norm > 0 else 0.0
-        result[layer][role] = factor * blocks[layer][role]
-    return result
-
-
-def similarity_window(blocks, alpha, norm_scope="block", sharpness=1.0, ranked=False):
-    """u + Σ_k α/2 · max(0, cos)^sharpness (u_k - u) over the neighbors k."""
-    blocks = [{role: _double(x) for role, x in block.items()} for block in blocks]
-    pairs = [  # (role, layer, next layer)
-        (role, a, b)
-        for role in sorted({role for block in blocks for role in block})
-        for run in runs_of(blocks, role, ranked)
-        for a, b in itertools.pairwise(run)
-    ]
-
-    def cosine(role, a, b):
-        roles = [r for r, *pair in pairs if pair == [a, b]]
-        roles = roles if norm_scope == "block" else [role]
-        x, y = (np.concatenate([blocks[k][r].ravel() for r in roles]) for k in (a, b))
-        norms = np.linalg.norm(x) * np.linalg.norm(y)
-        return np.vdot(x, y).real / norms if norms > 0 else 0.0
-
-    result = [dict(block) for block in blocks]
-    for role, a, b in pairs:
-        agreement = cosine(role, a, b)
-        weight = alpha / 2 * agreement**sharpness if agreement > 0 else 0.0
-        difference = blocks[b][role] - blocks[a][role]
-        result[a][role] = result[a][role] + weight * difference
-        result[b][role] = result[b][role] - weight * difference
-    return result
-
-
-def alike_window(blocks, alpha, factor, ranked=False):
-    """u + Σ_k α/2 (u_k - u) over the neighbors k of a block norm alike."""
-    blocks = [{role: _double(x) for role, x in block.items()} for block in blocks]
-    norms = layer_norms(blocks, "block", ranked)
-    result = [dict(block) for block in blocks]
-    for role in sorted({role for block in blocks for role in block}):
-        for run in runs_of(blocks, role, ranked):
-            for a, b in itertools.pairwise(run):
-                x, y = norms[a, role], norms[b, role]
-                if x <= factor * y and y <= factor * x:
-                    difference = alpha / 2 * (blocks[b][role] - blocks[a][role])
-                    result[a][role] = result[a][role] + difference
-                    result[b][role] = result[b][role] - difference
-    return result

@@ -1,10 +1,24 @@
 """Operators as a user would write them, for tests of several kinds."""
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import optax
 
 import gradsmooth_optax as gs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TowardsMean(gs.Operator):
+    """By a matrix: towards the mean of the run."""
+
+    weight: Any
+    strengths = ("weight",)
+
+    def matrix(self, num_layers):
+        eye, mean = np.eye(num_layers), np.full((num_layers,) * 2, 1 / num_layers)
+        return eye + self.weight * (mean - eye)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
