@@ -16,6 +16,8 @@ import pytest
 import two_processes
 
 HERE = pathlib.Path(__file__).parent
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 180  # Seconds.
 
 
@@ -34,7 +36,7 @@ class Processes:
             with out.open("w") as stdout, err.open("w") as stderr:
                 started = subprocess.Popen(
                     [sys.executable, HERE / "two_processes.py", *map(str, arguments)],
-                    env={**os.environ, "PYTHONPATH": f"{HERE.parent}"},
+                    env={**os.environ, "PYTHONPATH": f"{HERE.parents[1]}"},
                     stdout=stdout,
                     stderr=stderr,
                 )
