@@ -128,6 +128,9 @@ def case(layout, name="window", variant="standard", norm_scope="param", **option
     return Case(tx, layout.tree, layout.specs, check, check_vma)
 
 
+BLOCKWISE = ("similarity per block", "a user's own that looks at norms")
+
+
 def operators():
     """Every banded operator in a variant, and all variants of some."""
     every = ("window", "similarity per block")
@@ -143,9 +146,10 @@ def operators():
         zero = k % 3 != 1  # Without a layer of zeros norms are summed once.
         # A role of several axes, also split over another mesh axis; and one that is
         # not. Without `check_vma` it cannot be told that it is not.
-        blocks = make_blocks(9, {"kernel": (1, 4), "bias": (4,)}, dtype, zero=zero)
-        specs = {}
-        for role, rank in (("kernel", 3), ("bias", 2)):
+        blockwise = norm_scope == "block" or name in BLOCKWISE
+        shapes = {"kernel": (1, 4)} | ({"bias": (4,)} if blockwise else {})
+        blocks, specs = make_blocks(9, shapes, dtype, zero=zero), {}
+        for role, rank in ((role, len(shape) + 1) for role, shape in shapes.items()):
             names = [None] * rank
             names[min(axis, rank - 1)] = "stage"
             if is_split and (role == "kernel" or not check_vma):
