@@ -241,7 +241,7 @@ def others():
 
     # Without `norm_axis_names` norms are of each device's part alone. Where some are 0
     # these are summed again: no device may wait for others that do not.
-    blocks = make_blocks(9, {"kernel": (2, 4), "bias": (4,)})
+    blocks = make_blocks(9, {"kernel": (2, 4), "bias": (4,)}, zero=False)
     blocks[4] = {r: x * np.float32([0, 0, 1, 1]) for r, x in blocks[4].items()}
     halves = [
         [{r: x[..., h] for r, x in b.items()} for b in blocks]
