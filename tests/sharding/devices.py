@@ -275,7 +275,10 @@ def others():
     # A NaN reaches the neighbors, across stages, and does not wrap around.
     line = scanned(make_blocks(9, dict.fromkeys("abc", (2,))))
     rounds = circular(2, 2, "srl", shapes=dict.fromkeys("abc", (2,)))
-    for layout, places in ((line, (5, 8, 0)), (rounds, (5, 11, 1))):
+    for layout, places, name in (
+        (line, (5, 8, 0), "window of radius 2"),
+        (rounds, (5, 11, 1), "gaussian"),
+    ):
         spoiled = [dict(block) for block in layout.blocks]
         for role, layer in zip("abc", places, strict=True):
             spoiled[layer][role] = np.full(2, np.nan, "float32")
@@ -287,9 +290,9 @@ def others():
             for (role, x), layer in zip(layout.tree.items(), places, strict=True)
         }
 
-        def check_nan(tree, layout=layout, places=places):
+        def check_nan(tree, layout=layout, places=places, name=name):
             got = layout.blocks_of(tree)
-            want = expected("window of radius 2", layout.blocks)
+            want = expected(name, layout.blocks)
             for role, layer in zip("abc", places, strict=True):
                 for i, block in enumerate(want):
                     near = abs(i - layer) <= 2
@@ -297,7 +300,7 @@ def others():
                         got[i][role], np.nan if near else block[role], 1e-5, 1e-6
                     )
 
-        one = case(layout, "window of radius 2")
+        one = case(layout, name)
         yield f"NaN, {places}", one._replace(tree=tree, check=check_nan)
 
     # Transformations of other kinds see their own layers alone.
