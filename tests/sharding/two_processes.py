@@ -1,8 +1,8 @@
 """One of two processes that train a model whose layers are split over both.
 
-`python two_processes.py PORT PROCESS DIRECTORY KILLED_AFTER CHECKPOINTS`, see
-`test_processes`. What happens before they have met is not the library's affair, so it
-is imported only then.
+`python two_processes.py PORT PROCESS DIRECTORY KILLED_AFTER`, see `test_processes`.
+What happens before they have met is not the library's affair, so it is imported only
+then.
 """
 
 import os
@@ -19,9 +19,7 @@ SAVE_EVERY = 2
 def start(port, process):
     """Says so once both processes have heard of each other."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    )
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     import jax
     from jax.experimental import multihost_utils
 
@@ -94,7 +92,7 @@ def train_step(updates_of):
     return step
 
 
-def train(process, directory, killed_after, checkpoints):
+def train(process, directory, killed_after):
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding
@@ -126,14 +124,14 @@ def train(process, directory, killed_after, checkpoints):
     step = jax.jit(train_step(updates_of), out_shardings=shardings)
 
     begin = 0
-    manager = open_checkpoints(directory) if checkpoints else None
-    if checkpoints and manager.latest_step() is not None:
+    manager = open_checkpoints(directory)
+    if manager.latest_step() is not None:
         begin = manager.latest_step()
         run = restore(manager, run)
     print("begins after step", begin, flush=True)
     for number in range(begin + 1, STEPS + 1):
         run = step(run, number)
-        if checkpoints and number % SAVE_EVERY == 0:
+        if number % SAVE_EVERY == 0:
             save(manager, number, run)
         if number == killed_after:
             jax.block_until_ready(run)
@@ -185,6 +183,6 @@ def restore(manager, like):
 
 
 if __name__ == "__main__":
-    port, process, directory, killed_after, checkpoints = sys.argv[1:]
+    port, process, directory, killed_after = sys.argv[1:]
     start(int(port), int(process))
-    train(int(process), directory, int(killed_after), bool(int(checkpoints)))
+    train(int(process), directory, int(killed_after))
