@@ -1,4 +1,4 @@
-"""`gradsmooth_optax.plots`: what is drawn, where, whether it can be read, and errors."""
+"""`gradsmooth_optax.plots`: what is drawn, where, whether it can be read; errors."""
 
 import functools
 import os
@@ -106,9 +106,6 @@ DRAW = {
         gs.laplacian(0.5), 200, **kw
     ),
     "cosine_matrix": lambda **kw: plots.cosine_matrix(updates_of(12), SCANNED, **kw),
-    "cosine_matrix of 200": lambda **kw: plots.cosine_matrix(
-        updates_of(200), SCANNED, **kw
-    ),
     "depth_signal": lambda **kw: plots.depth_signal(signal(), **kw),
     "roughness_over_training": lambda **kw: plots.roughness_over_training(
         record_of(range(0, 200_000, 500)), role="mlp/kernel", **kw
@@ -117,7 +114,6 @@ DRAW = {
         record_of(range(100), stacks=["params/decoder/layers"]), **kw
     ),
     "layer_norms": lambda **kw: plots.layer_norms(record_of(3), **kw),
-    "layer_norms of 200": lambda **kw: plots.layer_norms(record_of(3, 200), **kw),
     "paired_differences": lambda **kw: plots.paired_differences(arms(), **kw),
 }
 FUNCTIONS = [name for name in DRAW if " of " not in name]
@@ -250,18 +246,20 @@ def test_the_picture_of_an_operator_is_its_matrix_row_by_row(num_layers):
     assert ax.get_xlabel() == "from layer"
 
 
-# {an operator, its layers: its matrix, which no formula of a window is.}
-MATRICES = [
-    (gs.operator_fn(lambda n: np.eye(n)[[0] * n]), np.eye(3)[[0, 0, 0]]),
-    (gs.dense(np.zeros((3, 3))), np.zeros((3, 3))),
-    (gs.ema(0.5), np.ones((1, 1))),
-]
-
-
 def test_rows_are_what_receives_also_of_zeros_and_of_one_layer():
-    for operator, wanted in MATRICES:
+    for operator, wanted in (
+        (gs.operator_fn(lambda n: np.eye(n)[[0] * n]), np.eye(3)[[0, 0, 0]]),
+        (gs.dense(np.zeros((3, 3))), np.zeros((3, 3))),
+        (gs.ema(0.5), np.ones((1, 1))),
+    ):
         ax = plots.operator_matrix(operator, len(wanted))
         np.testing.assert_array_equal(ax.images[0].get_array(), wanted)
+
+
+def test_a_schedule_is_drawn_at_a_step():
+    ax = plots.operator_matrix(scheduled().at(10), 12)
+    s = window_matrix(0.2, 12)
+    np.testing.assert_allclose(ax.images[0].get_array(), s @ s, atol=1e-6)
 
 
 def test_a_weight_has_one_color_in_the_pictures_of_all_operators():
@@ -303,8 +301,10 @@ def test_numbers_in_cells_are_read_on_dark_and_on_light_and_fit_in():
         assert text.get_window_extent().width < cell
 
 
-def test_many_layers_or_little_room_have_no_numbers():
-    assert not plots.operator_matrix(gs.window(0.2), 13).texts
+def test_many_layers_or_little_room_have_no_numbers_and_no_hatches_where_none_is_due():
+    many = plots.operator_matrix(gs.window(0.2), 13)
+    assert not many.texts
+    assert not many.patches
     small = Figure(figsize=(2, 2)).subplots()
     assert not plots.operator_matrix(gs.window(0.2), 12, ax=small).texts
 
@@ -333,10 +333,6 @@ def test_cosines_of_all_pairs_of_layers_are_on_a_fixed_scale(num_layers):
         assert ax.figure.axes[1].patches  # and on the color bar
 
 
-def test_without_negative_cells_nothing_is_hatched():
-    assert not plots.operator_matrix(gs.window(0.2), 24).patches
-
-
 def test_cosines_are_written_with_two_digits_and_zeros_as_well(monkeypatch):
     cosines = np.array([[1.0, -0.6, 0.0], [-0.6, 1.0, 0.125], [-0.004, -0.999, np.nan]])
     found = {"blocks": cosines}
@@ -346,25 +342,12 @@ def test_cosines_are_written_with_two_digits_and_zeros_as_well(monkeypatch):
     assert written == ["1", "-.6", "0", "-.6", "1", ".12", "0", "-1", "nan"]
 
 
-TITLES = {
-    "window(0.2), L = 3": lambda: gs.window(0.2),
-    "window(0.25, radius=2), L = 3": lambda: gs.window(jnp.float32(0.25), radius=2),
-    "dense([[1.0, 0.0], [0.0, 1.0]]), L = 2": lambda: gs.dense(np.eye(2)),
-    "operator_fn(<numpy.eye>), L = 3": lambda: gs.operator_fn(np.eye),
-    "compose(ema(0.5), mean_over_depth()), L = 3": lambda: gs.compose(
-        gs.ema(0.5), gs.mean_over_depth()
-    ),
-}
-
-
-@pytest.mark.parametrize("title", TITLES)
-def test_the_title_names_the_operator_and_the_number_of_layers(title):
-    assert plots.operator_matrix(TITLES[title](), int(title[-1])).get_title() == title
-
-
-def test_a_long_name_takes_two_lines_and_keeps_the_number_of_layers():
-    operator = gs.compose(*[gs.window(0.1 * i) for i in range(1, 9)])
-    title = plots.operator_matrix(operator, 24).get_title()
+def test_the_title_names_the_operator_and_the_number_of_layers():
+    given = gs.window(jnp.float32(0.25), radius=2)
+    title = plots.operator_matrix(given, 3).get_title()
+    assert title == "window(0.25, radius=2), L = 3"
+    long = gs.compose(*[gs.window(0.1 * i) for i in range(1, 9)])
+    title = plots.operator_matrix(long, 24).get_title()
     assert re.fullmatch(r"compose\(.{20,40}\n.{20,46} …, L = 24", title)
 
 
@@ -635,170 +618,11 @@ def test_there_is_a_line_at_zero_that_is_always_in_sight():
     assert ax.get_xlim()[0] <= 0
 
 
-# Errors: the call; the fragments of what it says. None leaves an empty figure behind.
+# Errors.
 
 
-def scheduled():
-    return gs.repeat(gs.window(optax.linear_schedule(0.0, 0.2, 10)), 2)
-
-
-def two_stacks():
-    return {"a": updates_of(12), "b": updates_of(12)}
-
-
-WRONG = {
-    "an ax that is a figure": (
-        lambda: plots.operator_matrix(gs.window(0.2), 3, ax=Figure()),
-        ("`ax` must be a matplotlib Axes, but is of type Figure.", "(..., ax=ax)`"),
-    ),
-    "an ax that is an array": (
-        lambda: plots.layer_norms(record_of(0), ax=np.array([None])),
-        ("`ax` must be", "of type ndarray.", "`plots.layer_norms(..., ax=ax)`"),
-    ),
-    "an operator without a matrix": (
-        lambda: plots.operator_matrix(gs.similarity_window(0.2), 3),
-        ("`plots.operator_matrix` needs an operator",),
-    ),
-    "a schedule": (
-        lambda: plots.operator_matrix(scheduled(), 12),
-        (
-            "gs.window(",
-            "is a schedule",
-            "`plots.operator_matrix(operator.at(step), 12)`",
-        ),
-    ),
-    **{
-        f"{number!r} layers": (
-            lambda number=number: plots.operator_matrix(gs.window(0.2), number),
-            ("`num_layers` must be an int",),
-        )
-        for number in (0, 2.5, "12")
-    },
-    "several stacks of updates": (
-        lambda: plots.cosine_matrix(two_stacks(), SCANNED),
-        (
-            "several stacks",
-            "'a/blocks', 'b/blocks'",
-            "`plots.cosine_matrix(updates, depth, stack='a/blocks')`",
-        ),
-    ),
-    "no such stack of updates": (
-        lambda: plots.cosine_matrix(two_stacks(), SCANNED, stack="c"),
-        ("`stack` is 'c'", "'a/blocks', 'b/blocks'"),
-    ),
-    "nothing matched": (
-        lambda: plots.cosine_matrix(updates_of(12), gs.scanned("layers/")),
-        ("matched none of the 1 leaves",),
-    ),
-    "nothing matched, as permitted": (
-        lambda: plots.cosine_matrix(
-            updates_of(12), gs.scanned("layers/"), strict=False
-        ),
-        ("print(describe(depth, updates))",),
-    ),
-    "`relative`": (
-        lambda: plots.roughness_over_training(record_of([0]), relative="w"),
-        ("`relative` must be True or False",),
-    ),
-    "norms of many steps": (
-        lambda: plots.layer_norms(record_of([0, 1])),
-        (
-            "`step` has shape (2,)",
-            "`plots.layer_norms(jax.tree.map(lambda x: x[-1], record))`",
-        ),
-    ),
-    "norms of a list": (
-        lambda: plots.layer_norms(as_list(record_of([0, 1]))),
-        ("sequence of 2", "layer_norms(records[-1]"),
-    ),
-    "differences in a list": (
-        lambda: plots.paired_differences([0.1, 0.2]),
-        ("is of type list. Write `plots.paired_differences",),
-    ),
-    "no differences": (
-        lambda: plots.paired_differences({}),
-        ("`differences` has no arms",),
-    ),
-    "no seeds": (
-        lambda: plots.paired_differences({"a": []}),
-        ("`differences['a']`", "but is empty"),
-    ),
-    "a number": (
-        lambda: plots.paired_differences({"a": 0.1}),
-        ("number for each seed", "has shape ()"),
-    ),
-    "curves": (
-        lambda: plots.paired_differences({"a": np.ones((2, 3))}),
-        ("has shape (2, 3)", "metrics[:, -1]"),
-    ),
-    "text": (
-        lambda: plots.paired_differences({"a": ["x"]}),
-        ("`differences['a']` must be an array of numbers",),
-    ),
-    "a level of 95": (
-        lambda: plots.paired_differences(arms(), level=95),
-        ("between 0 and 1, but is 95. Write 0.95",),
-    ),
-    "a level of text": (
-        lambda: plots.paired_differences(arms(), level="95 %"),
-        ("`level` must be a number between 0 and 1",),
-    ),
-}
-# Of what was recorded: for each of the three functions.
-WRONG_RECORDS = {
-    **{
-        f"a {type(found).__name__}": (
-            lambda draw, found=found: draw(found),
-            (
-                "DepthRecord`",
-                ", but there is a ",
-                "gs.diagnostics.monitored(opt_state)",
-            ),
-        )
-        for found in (
-            None,
-            (optax.EmptyState(), optax.EmptyState()),
-            optax.ScaleByAdamState(0, {}, {}),
-            {"blocks": 1},
-            np.zeros(3),
-            DepthRecord(np.zeros(()), np.zeros(()), np.zeros(())),
-        )
-    },
-    "nothing recorded": (
-        lambda draw: draw(record_of(-1)),
-        ("`step` is -1", "after an update"),
-    ),
-    "several stacks": (
-        lambda draw: draw(record_of(0, stacks=["encoder", "decoder"])),
-        ("several stacks", "'encoder', 'decoder'", ", stack='encoder')`"),
-    ),
-    "no such stack": (
-        lambda draw: draw(record_of(0, stacks=["encoder", "decoder"]), stack="x"),
-        ("`stack` is 'x'", "'encoder', 'decoder'"),
-    ),
-    "no stacks": (
-        lambda draw: draw(DepthRecord(np.int32(0), {}, {})),
-        ("no stacks in this record",),
-    ),
-    "no such role": (
-        lambda draw: draw(record_of(0, stacks=["a", "b"]), stack="b", role="v"),
-        ("`role` is 'v'", "'w', 'mlp/kernel'", ", stack='b', role='w')`"),
-    ),
-}
-WRONG_HISTORIES = {
-    "no records": (lambda draw: draw([]), ("nothing is recorded in `records`",)),
-    "none recorded": (
-        lambda draw: draw(record_of([-1, -1])),
-        ("nothing is recorded in `records`",),
-    ),
-    "over seeds": (
-        lambda draw: draw(record_of(np.zeros((3, 2)))),
-        ("shape (3, 2)", "x[0]"),
-    ),
-}
-
-
-def assert_told(call, fragments):
+def told(call, *fragments):
+    """It is an error that says this, and leaves no empty figure behind."""
     with pytest.raises((TypeError, ValueError)) as info:
         call()
     for fragment in fragments:
@@ -806,38 +630,77 @@ def assert_told(call, fragments):
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_argument_is_told_with_what_to_write(name):
-    assert_told(*WRONG[name])
+def scheduled():
+    return gs.repeat(gs.window(optax.linear_schedule(0.0, 0.2, 10)), 2)
+
+
+def test_an_operator_that_cannot_be_drawn_is_told():
+    draw, window = plots.operator_matrix, gs.window(0.2)
+    told(lambda: draw(gs.similarity_window(0.2), 3), "`plots.operator_matrix` needs an")
+    to_write = "`plots.operator_matrix(operator.at(step), 12)`"
+    told(lambda: draw(scheduled(), 12), "gs.window(", "is a schedule", to_write)
+    for number in (0, 2.5, "12"):
+        told(lambda number=number: draw(window, number), "`num_layers` must be an int")
+    for ax in (Figure(), np.array([None]), "left"):
+        found = f"`ax` must be a matplotlib Axes, but is of type {type(ax).__name__}."
+        to_write = "`plots.operator_matrix(..., ax=ax)`"
+        told(lambda ax=ax: draw(window, 3, ax=ax), found, to_write)
+
+
+def test_updates_of_no_or_of_several_stacks_are_told():
+    two = {"a": updates_of(12), "b": updates_of(12)}
+    draw, names = plots.cosine_matrix, "'a/blocks', 'b/blocks'"
+    to_write = "`plots.cosine_matrix(updates, depth, stack='a/blocks')`"
+    told(lambda: draw(two, SCANNED), "several stacks", names, to_write)
+    told(lambda: draw(two, SCANNED, stack="c"), "`stack` is 'c'", names)
+    title = draw(two, SCANNED, stack="b/blocks").get_title()
+    assert title.endswith("b/blocks")
+    plt.close("all")
+    one, other = updates_of(12), gs.scanned("layers/")
+    told(lambda: draw(one, other), "matched none of the 1 leaves")
+    to_write = "print(describe(depth, updates))"
+    told(lambda: draw(one, other, strict=False), to_write)
 
 
 @pytest.mark.parametrize("draw", OF_RECORDS)
-@pytest.mark.parametrize("name", WRONG_RECORDS)
-def test_what_is_no_record_or_not_in_it_is_told_with_what_to_write(name, draw):
-    call, fragments = WRONG_RECORDS[name]
+def test_what_is_no_record_or_not_in_it_is_told_with_what_to_write(draw):
     argument = "record" if draw is plots.layer_norms else "records"
-    whole = f"`plots.{draw.__name__}({argument}"
-    fragments = [whole + x if x.startswith(", stack=") else x for x in fragments]
-    assert_told(functools.partial(call, draw), fragments)
+    call = f"`plots.{draw.__name__}("
+    for found in (
+        (optax.EmptyState(), optax.EmptyState()),
+        optax.ScaleByAdamState(0, {}, {}),
+        {"blocks": 1},
+        np.zeros(3),
+        DepthRecord(np.zeros(()), np.zeros(()), np.zeros(())),
+    ):
+        fragments = "DepthRecord`", ", but there is a ", f"{call}gs.diagnostics.monit"
+        told(lambda found=found: draw(found), *fragments)
+    told(lambda: draw(record_of(-1)), "`step` is -1", "after an update")
+    told(lambda: draw(DepthRecord(np.int32(0), {}, {})), "no stacks in this record")
+
+    several, names = record_of(0, stacks=["encoder", "decoder"]), "'encoder', 'decoder'"
+    to_write = f"{call}{argument}, stack='encoder')`"
+    told(lambda: draw(several), "several stacks", names, to_write)
+    told(lambda: draw(several, stack="x"), "`stack` is 'x'", names)
+    to_write = f"{call}{argument}, stack='decoder', role='w')`"
+    no_role = functools.partial(draw, several, stack="decoder", role="v")
+    told(no_role, "`role` is 'v'", "'w', 'mlp/kernel'", to_write)
+    assert "decoder" in draw(several, stack="decoder").get_title()
 
 
-@pytest.mark.parametrize("draw", OVER_TRAINING)
-@pytest.mark.parametrize("name", WRONG_HISTORIES)
-def test_a_history_of_nothing_or_over_seeds_is_told_with_what_to_write(name, draw):
-    call, fragments = WRONG_HISTORIES[name]
-    assert_told(functools.partial(call, draw), fragments)
-
-
-def test_what_the_errors_tell_to_write_is_drawn():
-    several = record_of(0, stacks=["encoder", "decoder"])
-    for draw in OF_RECORDS:
-        assert "decoder" in draw(several, stack="decoder").get_title()
-    ax = plots.cosine_matrix(two_stacks(), SCANNED, stack="b/blocks")
-    assert ax.get_title().endswith("b/blocks")
-    plots.layer_norms(jax.tree.map(lambda x: x[-1], record_of([0, 1])))
-    ax = plots.operator_matrix(scheduled().at(10), 12)
-    s = window_matrix(0.2, 12)
-    np.testing.assert_allclose(ax.images[0].get_array(), s @ s, atol=1e-6)
+def test_records_of_no_step_of_many_or_of_many_seeds_are_told():
+    for draw in OVER_TRAINING:
+        for nothing in ([], record_of([-1, -1])):
+            told(lambda draw=draw, x=nothing: draw(x), "nothing is recorded in `record")
+        of_seeds = record_of(np.zeros((3, 2)))
+        told(lambda draw=draw, x=of_seeds: draw(x), "shape (3, 2)", "x[0]")
+    record = record_of([0, 1])
+    to_write = "`plots.layer_norms(jax.tree.map(lambda x: x[-1], record))`"
+    told(lambda: plots.layer_norms(record), "`step` has shape (2,)", to_write)
+    as_written = "layer_norms(records[-1]"
+    told(lambda: plots.layer_norms(as_list(record)), "sequence of 2", as_written)
+    wrong = functools.partial(plots.roughness_over_training, record, relative="w")
+    told(wrong, "`relative` must be True or False")
 
 
 @pytest.mark.parametrize("kind", ["one layer", "no layers", "a gap"])
@@ -851,8 +714,21 @@ def test_layers_without_neighbors_are_not_said_to_be_unmatched(kind):
     tx = diagnostics.monitor_depth(optax.identity(), depth, strict=False)
     record = diagnostics.monitored(tx.update(tree, tx.init(tree))[1])
     for draw in OF_RECORDS:
-        assert_told(lambda draw=draw: draw(record), ("that have a neighbor",))
-    assert_told(
-        lambda: plots.cosine_matrix(tree, depth, strict=False),
-        ("that have a neighbor",),
-    )
+        told(lambda draw=draw: draw(record), "that have a neighbor")
+    told(lambda: plots.cosine_matrix(tree, depth, strict=False), "have a neighbor")
+
+
+def test_differences_of_another_form_and_a_level_in_percent_are_told():
+    draw = plots.paired_differences
+    for differences, *fragments in (
+        ([0.1, 0.2], "is of type list. Write `plots.paired_differences"),
+        ({}, "`differences` has no arms"),
+        ({"a": []}, "`differences['a']`", "but is empty"),
+        ({"a": 0.1}, "number for each seed", "has shape ()"),
+        ({"a": np.ones((2, 3))}, "has shape (2, 3)", "metrics[:, -1]"),
+        ({"a": ["x"]}, "`differences['a']` must be an array of numbers"),
+    ):
+        told(lambda differences=differences: draw(differences), *fragments)
+    told(lambda: draw(arms(), level=95), "between 0 and 1, but is 95. Write 0.95 f")
+    told(lambda: draw(arms(), level=1.0), "between 0 and 1, but is 1.0")
+    told(lambda: draw(arms(), level="95 %"), "`level` must be a number between 0 and 1")
