@@ -23,6 +23,13 @@ RATES, BLOCKS = Ladder((0.5, 1.0, 2.0)), Ladder((0.25, 0.5, 1.0))
 # The search.
 
 
+def test_a_ladder_goes_on_by_its_own_factors_and_by_2_where_it_has_one_rate():
+    ladder = Ladder((1.0, 2.0, 6.0))
+    assert [ladder.at(i) for i in (-1, 0, 2, 3)] == [0.5, 1.0, 6.0, 18.0]
+    assert [Ladder((1.0,)).at(i) for i in (-1, 1)] == [0.5, 2.0]
+    assert list(ladder.places) == list(range(-6, 9))
+
+
 def searched(cost, rates, blocks):
     costs = {}
     while points := next_points(costs, rates, blocks):
@@ -133,11 +140,20 @@ def test_a_contrast_is_the_paired_t_test_with_its_interval_and_the_flips_of_sign
 def test_equal_differences_and_one_seed_have_no_spread_to_judge_by():
     same = rules.contrast("a", "b", np.ones(4), np.ones(4))
     assert (same.mean, same.low, same.high, same.p, same.p_flip) == (0, 0, 0, 1, 1)
+    assert same.wins == 0
     shifted = rules.contrast("a", "b", np.full(4, 0.9), np.ones(4))
     assert (shifted.p, shifted.p_flip, shifted.wins) == (0.0, 2 / 2**4, 4)
     one = rules.contrast("a", "b", [1.0], [2.0])
     assert (one.mean, one.p_flip, one.p_flip_floor) == (-1, 1, 1)
     assert math.isnan(one.p)
+
+
+def test_the_same_is_where_the_90_percent_interval_lies_within_the_margin():
+    found = rules.contrast("a", "b", np.tile([-0.9, 1.1], 6), np.zeros(12))
+    assert found.mean == pytest.approx(0.1)
+    assert found.inner > 0.1
+    for margin, is_same in ((0.99, False), (1.01, True)):
+        assert found.is_the_same(margin * (0.1 + found.inner)) == is_same
 
 
 def test_a_diverged_run_is_worse_than_all_others_and_is_never_dropped():
