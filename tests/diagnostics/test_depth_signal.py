@@ -71,6 +71,13 @@ def test_what_filters_leave_is_right_within_their_intervals(known, momentum):
     assert found.left_by(gs.dense(EYE)).value == pytest.approx(1.0)
 
 
+def test_raw_shares_are_those_without_momentum():
+    _, batches = batches_of(*KNOWN["both alike"], coordinates=200, number=16)
+    smoothed, raw = (signal_of(batches, momentum=m).blocks["h"] for m in (0.9, 0.0))
+    assert smoothed.left_raw == raw.left == raw.left_raw
+    assert smoothed.left != raw.left
+
+
 def test_cosines_and_noise_are_those_of_the_signal_though_batches_are_noisy():
     mean, batches = batches_of(*KNOWN["noise alike, signals not"], number=64)
     block = signal_of(batches).blocks["h"]

@@ -75,10 +75,12 @@ LINE = np.array([0, 1, 3, 3.5, 10])[:, None, None] * [[3, 4], [0, -2]]
 SQUARE = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])  # three sides of it, of integers
 EVEN_LINE = np.array([[0, 0], [1, 0], [2, 0], [3, 0]])
 PAUSE = np.array([[0.0], [1.0], [1.0], [2.0]])
+ONE_MOVE = np.array([[0, 0], [0, 0], [1, 0], [1, 0]])
 BY_HAND = {
     "a straight line at any speed": (LINE, 1.0, 1.0),
     "three sides of a square": (SQUARE, 3.0, 0.0),
     "positions are averaged": (np.stack([SQUARE, EVEN_LINE], 1), 2.0, 0.5),
+    "one position that moves once": (np.stack([SQUARE, ONE_MOVE], 1), 2.0, 0.0),
     "there and back": (np.array([[0.0, 1.0], [3.0, 5.0], [0.0, 1.0]]), np.inf, -1.0),
     "a pause": (PAUSE, 1.0, 0.0),
     "never a move": (np.ones((4, 2, 3)), np.nan, 0.0),

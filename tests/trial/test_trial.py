@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -122,9 +121,10 @@ def test_a_killed_comparison_goes_on_to_the_same_file(finished, tmp_path):
     path, _ = finished
     new = tmp_path / "trial.json"
     killed = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("trial_runs.py"))],
-        env=os.environ | {"TRIAL": str(new), "KILL_AFTER": "57"},
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "trial_runs"],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        | {"TRIAL": str(new), "KILL_AFTER": "57"},
         capture_output=True,
         text=True,
     )
