@@ -16,6 +16,8 @@ ARGUMENTS = {
     **{"rates": [0.5, 1.0, 2.0], "seeds": 8, "screen_seeds": 2},
     **{"arms": {"window(0.5)": gs.window(0.5)}},
 }
+# Where it is not about the numbers: as few runs as there can be.
+SMALL = {"seeds": 2, "screen_seeds": 1, "rates": [1.0, 2.0], "block_rates": [0.5]}
 
 
 def optimizer(smoothing, rate):
@@ -25,8 +27,7 @@ def optimizer(smoothing, rate):
 
 def block_factor(smoothing):
     """How much shorter the blocks' updates become."""
-    updates = {"h": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))}
-    updates = {"h": updates["h"].astype(jnp.float32)}
+    updates = {"h": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), "f4")}
     smoothed, _ = smoothing.update(updates, smoothing.init(updates))
     return jnp.linalg.norm(smoothed["h"]) / jnp.linalg.norm(updates["h"])
 
