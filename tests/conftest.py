@@ -14,8 +14,7 @@ import pytest
 if jaxlib.version.__version_info__ < (0, 11):
     os.environ.setdefault(
         "XLA_FLAGS",
-        "--xla_cpu_use_fusion_emitters=false"
-        " --xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
     )
 
 hypothesis.settings.register_profile(

@@ -85,7 +85,8 @@ def neighbor(
     # Put together in the leaf's own dtype: under sharding that crosses devices.
     other = widened(assemble(group, m, pieces, xs))
     if scales is not None:
-        other *= assemble(group, m, pieces, scales).astype(other.dtype)
+        factors = [scale.astype(other.dtype) for scale in scales]
+        other *= assemble(group, m, pieces, factors)
     return other
 
 

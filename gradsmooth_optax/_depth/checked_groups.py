@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from gradsmooth_optax._depth.doubts import DepthWarning
+from gradsmooth_optax._depth.doubts import warn
 from gradsmooth_optax._depth.groups import (
     Group,
     Grouping,
@@ -61,7 +60,7 @@ def _warn(grouping: Grouping, said: set[Hashable]) -> None:
     new = [warning for warning in warnings_of(grouping) if warning not in said]
     said.update((tree, *new))
     for warning in new:
-        warnings.warn(warning, DepthWarning, stacklevel=4)
+        warn(warning)
 
 
 def check_structure(

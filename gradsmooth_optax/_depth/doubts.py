@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from gradsmooth_optax._depth.contradictions import (
     contradictions,
@@ -37,6 +39,21 @@ class DepthWarning(UserWarning):
       >>> [warning.category.__name__ for warning in caught]
       ['DepthWarning']
     """
+
+
+_BETWEEN = {"gradsmooth_optax", "optax", "jax"}
+
+
+def warn(message: str) -> None:
+    """Gives a `DepthWarning` at the line that called this library, optax or jax."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and _package_of(frame.f_globals) in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, DepthWarning, stacklevel=level)
+
+
+def _package_of(names: Mapping[str, Any]) -> str:
+    return str(names.get("__name__")).partition(".")[0]
 
 
 class Doubt(NamedTuple):

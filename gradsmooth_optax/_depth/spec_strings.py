@@ -75,13 +75,19 @@ def _argument(node: ast.expr, text: str, argument: str, calls: Mapping) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        if isinstance(node, ast.Call) and _name(node.func) in calls:
+        if isinstance(node, ast.Call) and (
+            _name(node.func) in calls or _is_restriction(node.func)
+        ):
             return _value(node, text, argument, calls)
         raise ValueError(
             f"`{argument}`={text!r} holds {ast.unparse(node)!r}, which is no literal. "
             f"A string is never evaluated as code: write numbers, strings and tuples, "
             f"or pass a spec instead of its name."
         ) from None
+
+
+def _is_restriction(function: ast.expr) -> bool:
+    return isinstance(function, ast.Attribute) and function.attr in _METHODS
 
 
 def _call(node: ast.expr, text: str, argument: str, calls: Mapping) -> Callable:

@@ -528,14 +528,16 @@ def _gaussian_kernel(
     kernel = xnp.exp(-0.5 * (distances / sigma) ** 2)
     total = 1 + 2 * kernel[:terms].sum()
 
-    def beyond(number: Any) -> Any:  # of all terms beyond, by Euler and Maclaurin
+    def beyond(number: Any) -> Any:
+        # Of all terms beyond, in units of σ, by Euler and Maclaurin: a sum of two that
+        # are too large for a float would have no difference.
         x = xnp.minimum((number + 0.5) / sigma, 1e3)
-        integral = math.sqrt(math.pi / 2) * sigma * (1 - erf(x / math.sqrt(2)))
-        return integral - x / (24 * sigma) * xnp.exp(-0.5 * x**2)
+        integral = math.sqrt(math.pi / 2) * (1 - erf(x / math.sqrt(2)))
+        return integral - x / (24 * sigma * sigma) * xnp.exp(-0.5 * x**2)
 
     if width > terms:
         last = min(width, float(jnp.finfo(dtype).max))
-        total = total + 2 * (beyond(terms) - beyond(last))
+        total = total + 2 * sigma * (beyond(terms) - beyond(last))
     return kernel[: num_layers - 1], total
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, cast
 
@@ -14,7 +13,7 @@ import optax
 
 from gradsmooth_optax._arrays import is_split, laid_out_like, like, split_like
 from gradsmooth_optax._checks import check_flag, transformation
-from gradsmooth_optax._depth.doubts import DepthWarning
+from gradsmooth_optax._depth.doubts import warn
 from gradsmooth_optax._depth.paths import MASKED, places_of, show_path
 from gradsmooth_optax._depth.specs import DepthLike, as_spec
 from gradsmooth_optax._transforms.blocks import Block, Blocks, blocks_of
@@ -403,9 +402,7 @@ def _check_kind(states: Sequence[Any]) -> None:
             f"`optax.chain(per_layer(...), it)`."
         )
     if "AddNoiseState" in kinds:
-        warnings.warn(
+        warn(
             "`inner` of `per_layer` adds noise, which is the same in every layer: each "
-            "starts from the same key. Chain `optax.add_noise` outside.",
-            DepthWarning,
-            stacklevel=4,
+            "starts from the same key. Chain `optax.add_noise` outside."
         )

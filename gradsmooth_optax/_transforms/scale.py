@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from gradsmooth_optax._arrays import inexact_dtype, widened
 from gradsmooth_optax._calls import reduce_by_name, shown_call
@@ -318,8 +319,10 @@ def _along(of_stack: Any, ranks: np.ndarray, part: Part, blocks: Blocks) -> Any:
 def _scaled(leaf: Any, scale: Any) -> jax.Array:
     leaf = jnp.asarray(leaf)
     wide = widened(leaf)
-    real = jnp.finfo(wide.dtype).dtype
-    return (wide * jnp.asarray(scale).astype(real)).astype(leaf.dtype)
+    factor = jnp.asarray(scale).astype(jnp.finfo(wide.dtype).dtype)
+    if jnp.iscomplexobj(wide):  # part by part: infinities stay what they are
+        return lax.complex(wide.real * factor, wide.imag * factor).astype(leaf.dtype)
+    return (wide * factor).astype(leaf.dtype)
 
 
 def _is_one(scale: Any) -> bool:

@@ -329,7 +329,6 @@ def test_layer_scale_also_scales_a_layer_that_is_alone():
             np.testing.assert_array_equal(operator.matrix(1), [[0.5]])
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's factors are padded in float64")
 def test_layer_scale_before_an_operator_that_looks_at_the_updates_warns_of_nothing():
     blocks = blocks_for("stacked")
     operator = gs.compose(gs.layer_scale(0.5), gs.similarity_window(0.3))

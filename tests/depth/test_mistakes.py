@@ -265,8 +265,9 @@ def test_unequal_scans_are_taken_as_they_are_where_not_strict():
         lambda smoothing: smoothing,
         lambda smoothing: gs.with_depth_smoothing(ADAM, smoothing),
         lambda smoothing: gs.adamw(1e-3, smoothing),
+        lambda smoothing: optax.chain(ADAM, optax.masked(smoothing, lambda _: True)),
     ],
-    ids=["smooth_over_depth", "with_depth_smoothing", "adamw"],
+    ids=["smooth_over_depth", "with_depth_smoothing", "adamw", "chain"],
 )
 def test_a_warning_is_given_once_by_every_transformation(make):
     smoothing = gs.smooth_over_depth(gs.unrolled(r"Transformer_(\d+)/"), gs.window(0.1))
@@ -274,6 +275,7 @@ def test_a_warning_is_given_once_by_every_transformation(make):
     with pytest.warns(gs.DepthWarning, match=r"EncoderBlock_\(\\d\+\)") as caught:
         state = tx.init(tree)
     assert len(caught) == 1
+    assert caught[0].filename == __file__  # at the user's line
     assert said(jax.eval_shape, tx.update, tree, state, tree) == []
     assert said(tx.init, tree) == []
 

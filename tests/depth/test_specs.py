@@ -496,6 +496,12 @@ def test_specs_and_operators_show_the_call_that_makes_an_equal_value():
         assert repr(make()) == shown.format(here=__name__)
 
 
+def test_a_name_may_hold_a_restriction_of_what_it_ranks():
+    source = "gs.ranked(gs.unrolled().only_projections())"
+    tree = {f"layer_{i}": {"kernel": np.ones((2, 3))} for i in (0, 2)}
+    assert gs.describe(source, tree).spec == eval(source, {"gs": gs})
+
+
 def test_specs_are_different_frozen_hashable_picklable_and_not_callable():
     values = [eval(source, {"gs": gs}) for source in SPECS]
     values += [make() for make in list(WITH_FUNCTIONS.values())[:-2]]

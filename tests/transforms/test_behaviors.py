@@ -406,7 +406,6 @@ def test_nothing_of_ours_promotes_dtypes_or_ranks(name, enable_x64):
 RATES = ("layer-wise decay", "scheduled rates")
 
 
-@pytest.mark.xfail(strict=True, reason="complex updates are multiplied by real factors")
 @pytest.mark.parametrize("name", RATES)
 def test_factors_of_complex_updates_promote_nothing(name):
     assert_traces_strictly(ROWS[name].make(), tree_of_dtypes(["complex64"]))
