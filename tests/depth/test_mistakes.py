@@ -375,7 +375,7 @@ def assert_refused(call, *patterns):
 @pytest.mark.parametrize(
     "operator",
     ["window", "0.1", None, [0.1], True, UNROLLED, optax.identity()],
-    ids=str,
+    ids=["name", "number as text", "None", "list", "bool", "depth", "optax"],
 )
 def test_what_is_no_operator_is_refused_at_construction(operator):
     found = type(operator).__name__
