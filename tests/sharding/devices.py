@@ -49,21 +49,6 @@ def mesh_of(kind=AxisType.Auto):
     return Mesh(devices, ("stage", "model", "single"), axis_types=(kind,) * 3)
 
 
-@functools.cache
-def options():
-    """What compiles in two thirds of the time, where XLA has it."""
-    wanted = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=wanted)()
-        return wanted
-    except jax.errors.JaxRuntimeError:
-        return None
-
-
-def jit(function):
-    return jax.jit(function, compiler_options=options())
-
-
 def message(error):
     """The error and the line of the library that it comes from."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -310,7 +295,7 @@ def others():
 
     def check_lamb(got):
         params = jax.tree.map(jnp.asarray, tree)
-        assert_close(got, jit(lambda p: tx.update(p, tx.init(p), p)[0])(params))
+        assert_close(got, jax.jit(lambda p: tx.update(p, tx.init(p), p)[0])(params))
 
     def with_params(alpha):
         return optax.GradientTransformation(
@@ -324,7 +309,7 @@ def smoothed_by_hand(cases):
     """All cases as one program."""
     mesh, errors = mesh_of(), {}
 
-    @jit
+    @jax.jit
     def apply(trees, alpha):
         results = {}
         for name, one in cases.items():
@@ -407,7 +392,7 @@ def optimizers():
             lambda x: P("stage") if x.ndim > 1 and x.shape[0] in (3, 9) else P(), tree
         )
 
-    @jit
+    @jax.jit
     def apart(params):
         results = {}
         for name, tx in make_optimizers("stage").items():
@@ -420,7 +405,7 @@ def optimizers():
             results[name] = inside(params), train(params, state)
         return results
 
-    @jit
+    @jax.jit
     def together(params):
         results = {}
         for name, tx in make_optimizers(None).items():
@@ -595,10 +580,10 @@ def by_compiler(cases, kind=AxisType.Auto, at_most=None):
                 errors[name] = message(error)
         return results
 
-    program = jit(apply).lower(split, alpha).compile()
+    program = jax.jit(apply).lower(split, alpha).compile()
     results = program(split, alpha)
     untold = {n: trees[n] for n, one in cases.items() if one.check is None}
-    want = jit(apply)(untold, alpha) if untold else {}
+    want = jax.jit(apply)(untold, alpha) if untold else {}
 
     def check(name):
         result, one = results[name], cases[name]
@@ -656,7 +641,7 @@ def counted():
     ):
         axis_name = None if wrap is not by_hand else "stage"
         tx = gs.smooth_over_depth(gs.scanned("^"), operator, axis_name=axis_name)
-        update = jit(wrap(functools.partial(step, tx)))
+        update = jax.jit(wrap(functools.partial(step, tx)))
         text = update.lower(dict.fromkeys(roles, leaf)).compile().as_text()
         found = {
             kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in MOVES
@@ -708,10 +693,10 @@ def other_programs():
 
     return {
         "shard_map over an Explicit mesh": went_wrong(
-            check, jit(by_hand), explicit_mesh
+            check, jax.jit(by_hand), explicit_mesh
         ),
         "shard_map over depth only, the rest Auto": went_wrong(
-            check, jit(depth_only), auto_mesh
+            check, jax.jit(depth_only), auto_mesh
         ),
         "outside of jit": went_wrong(check, update, explicit_mesh),
         "states": went_wrong(states),

@@ -22,7 +22,8 @@ def test_on_six_devices_it_is_what_it_is_on_one(group):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=6",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+            "--xla_force_host_platform_device_count=6",
             "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE.parent))),
         },
         capture_output=True,

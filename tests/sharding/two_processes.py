@@ -19,7 +19,8 @@ SAVE_EVERY = 2
 def start(port, process):
     """Says so once both processes have heard of each other."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2"
     import jax
     from jax.experimental import multihost_utils
 

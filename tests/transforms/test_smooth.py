@@ -676,7 +676,8 @@ def test_sharded_leaves_get_the_same_numbers_and_keep_their_shardings():
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+            "--xla_force_host_platform_device_count=4",
             "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
         },
     )
