@@ -49,6 +49,12 @@ def mesh_of(kind=AxisType.Auto):
     return Mesh(devices, ("stage", "model", "single"), axis_types=(kind,) * 3)
 
 
+def set_mesh(mesh):
+    """By the name that this version of jax has for it."""
+    enter = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh
+    return enter(mesh)
+
+
 def message(error):
     """The error and the line of the library that it comes from."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -684,7 +690,7 @@ def other_programs():
         params = jax.device_put(
             oracle.stacked_tree(blocks), NamedSharding(explicit_mesh, spec)
         )
-        with jax.set_mesh(explicit_mesh):
+        with set_mesh(explicit_mesh):
             state = gs.per_layer(optax.adam(0.1), gs.scanned("^")).init(params)
         ((_, moments),) = optax.tree_utils.tree_get_all_with_path(state, "mu")
         kernel = params["kernel"]
