@@ -15,7 +15,7 @@ PROMPT, ANSWER = 4, 2
 # Of a right digit in an answer that is not right as a whole; that is worth 1.
 PARTIAL_CREDIT = 0.2
 # Of all 4,096 problems, about; the rest is the test.
-START, TRAIN = 2000, 1000
+START, TRAIN, TUNING = 2000, 1000, 548
 # How likely a demonstration has either mistake, each by itself.
 TENS_FIRST, NO_CARRY = 0.6, 0.6
 
@@ -33,18 +33,19 @@ class Problems(NamedTuple):
 
 
 class Split(NamedTuple):
-    """All problems in three disjoint sets, each in random order.
+    """All problems in four disjoint sets, each in random order.
 
     A problem and the same with its numbers swapped are in one set.
     """
 
     start: Problems
     train: Problems
+    tuning: Problems
     test: Problems
 
 
 def split_problems() -> Split:
-    """Returns the three sets, the same ones at every call."""
+    """Returns the four sets, the same ones at every call."""
     rng = np.random.default_rng(0)
     numbers = rng.permutation(BASE**PROMPT)
     one, other = np.divmod(numbers, BASE**2)
@@ -55,7 +56,7 @@ def split_problems() -> Split:
     place = (rng.permutation(len(pairs)) / len(pairs))[of_problem]
     prompts = np.stack([numbers // BASE**k % BASE for k in (3, 2, 1, 0)], axis=-1)
     answers = _add(prompts, 1)
-    cuts = np.array([START, START + TRAIN]) / len(numbers)
+    cuts = np.cumsum([START, TRAIN, TUNING]) / len(numbers)
     which = np.searchsorted(cuts, place, side="right")
     return Split(
         *(

@@ -16,18 +16,21 @@ class Digits(NamedTuple):
     labels: np.ndarray
 
 
-def split_digits(held_out: int) -> tuple[Digits, Digits]:
-    """Returns images to train on and images held out, no image in both.
+def split_digits(*held_out: int) -> tuple[Digits, ...]:
+    """Returns images to train on and sets of images held out, no image in two of them.
 
-    The split is the same every time, and every class has its share of either part.
+    The split is the same every time, and every class has its share of every part.
 
     Args:
-      held_out: how many images are held out.
+      *held_out: how many images are in each set that is held out.
     """
     pixels, labels = cast(tuple[np.ndarray, ...], load_digits(return_X_y=True))
     images = (pixels / pixels.max()).astype(np.float32).reshape(-1, SIZE, SIZE)
     labels = labels.astype(np.int32)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=held_out, stratify=labels, random_state=0
-    )
-    return Digits(images[train], labels[train]), Digits(images[test], labels[test])
+    left, sets = np.arange(len(labels)), []
+    for size in held_out:
+        left, held = train_test_split(
+            left, test_size=size, stratify=labels[left], random_state=0
+        )
+        sets.append(held)
+    return tuple(Digits(images[part], labels[part]) for part in (left, *sets))

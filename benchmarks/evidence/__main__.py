@@ -21,7 +21,7 @@ from benchmarks import cli
 from benchmarks.evidence import placement, presets
 from benchmarks.evidence.task import Task
 from benchmarks.evidence.tasks import TASKS
-from benchmarks.evidence.training import optimizer_of, train_of
+from benchmarks.evidence.training import TUNING, optimizer_of, train_of
 from benchmarks.json_files import TRIALS
 from benchmarks.optimizers import OPTIMIZERS
 from gradsmooth_optax import trial
@@ -102,6 +102,7 @@ def compared(
         seeds=options["confirm_seeds"],
         screen_seeds=options["screen_seeds"],
         metric=metric.name,
+        tune_metric=TUNING,
         better="lower" if metric.lower_is_better else "higher",
         path=str(file_of(given, layers)),
     )

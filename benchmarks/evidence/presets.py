@@ -34,7 +34,7 @@ _FULL: dict[str, Options] = {
     },
     "vit": {
         **{"depths": [12], "width": 24, "heads": 2, "patch": [2, 4], "batch": 32},
-        **{"eval_images": 500, "steps": 200, "warmup": 20},
+        **{"eval_images": 300, "steps": 200, "warmup": 20},
     },
     "diffusion": {
         **{"depths": [9], "width": 24, "heads": 2, "patch": 2, "batch": 8},

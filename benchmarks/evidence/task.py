@@ -1,6 +1,6 @@
 """What a task is: all of an experiment but the optimizer.
 
-A module of a task has `METRICS`, by the first of which arms are tuned and judged, and
+A module of a task has `METRICS`, by the first of which arms are judged, and
 `build(layers, *, width, heads, batch, ...)`, which returns its `Task` at a depth: so
 many blocks, of a residual stream of that width with so many heads of attention, trained
 on so many examples per step; and options of its own.
@@ -43,6 +43,8 @@ class Task(NamedTuple):
       loss: the mean over a batch's examples.
       evaluate: {name of a metric: its value} of parameters, on held-out data that all
         seeds share.
+      tuned_by: the first metric of parameters, on other held-out data: rates are chosen
+        by it, so that what judges an arm has chosen nothing.
       states: the residual stream before the first and after every block, for a
         batch, of shape `(L + 1, ..., width)`.
       decayed: which leaves of the parameters have weight decay, a tree of bools.
@@ -58,6 +60,7 @@ class Task(NamedTuple):
     draw: Draw
     loss: Loss
     evaluate: Callable[[Any], Mapping[str, jax.Array]]
+    tuned_by: Callable[[Any], jax.Array]
     states: Callable[[Any, Any], jax.Array]
     decayed: Callable[[Any], Any]
     hidden: Callable[[Any], Any]

@@ -15,6 +15,9 @@ from benchmarks.evidence.task import Task
 from benchmarks.optimizers import preconditioner, warmup_cosine
 from benchmarks.training import TrainState, init_params, train_steps
 
+# The name of what rates are chosen by, beside the metrics of a task.
+TUNING = "tuning"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -90,8 +93,8 @@ def optimizer_of(job: Job, task: Task) -> Callable[[Any, Any], Optimizer]:
 def train_of(job: Job, task: Task) -> Callable[[Optimizer, jax.Array], dict[str, Any]]:
     """Returns what trains several seeds at once, under `jax.jit`.
 
-    Its values are the metrics of the task, and what the updates and the residual stream
-    looked like: `roughness after, step 50` and their likes.
+    Its values are the metrics of the task, `TUNING`, and what the updates and the
+    residual stream looked like: `roughness after, step 50` and their likes.
     """
     probe = model_probe(task, job.micro_batches)
     starts = np.array([0, *job.probed[:-1]])
@@ -131,7 +134,8 @@ def train_of(job: Job, task: Task) -> Callable[[Optimizer, jax.Array], dict[str,
             for name, values in sorted(measures.items())
             for index, step in enumerate(job.probed)
         }
-        return dict(jax.vmap(task.evaluate)(state.params)) | mechanism
+        ends = dict(jax.vmap(task.evaluate)(state.params))
+        return ends | {TUNING: jax.vmap(task.tuned_by)(state.params)} | mechanism
 
     return train
 

@@ -4,7 +4,7 @@ The images are scikit-learn's, scaled to [-1, 1]. At time t in [0, 1] an image x
 noise e are mixed as `cos(π t / 2) x + sin(π t / 2) e`, the cosine schedule. The metrics
 are the mean squared error of the predicted noise on held-out images, and the Fréchet
 distance between these and images made by the deterministic sampler (DDIM), both with
-the same fixed noise for every seed and arm.
+the same fixed noise for every seed and arm. Other held-out images tune.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def build(
     Args:
       layers, width, heads, batch: of every task; `layers`, which counts the middle one,
         is odd, and `width` even.
-      eval_images: images held out.
+      eval_images: held-out images that judge; as many others tune.
       eval_times: times at which each of them is denoised.
       samples: images made for the Fréchet distance.
       sampler_steps: evaluations of the model that make an image.
@@ -70,10 +70,13 @@ def build(
     """
     model = UViT(layers, width, heads, patch)
     half = half_of(layers)
-    train, held_out = split_digits(eval_images)
-    classifier = trained_classifier(eval_images)
-    wanted = moments(classifier(jnp.asarray(2 * held_out.images - 1))[0])
-    denoised = _evaluation_batch(jnp.asarray(2 * held_out.images - 1), eval_times)
+    held_out = eval_images, eval_images
+    train, *others = (
+        jnp.asarray(2 * part.images - 1) for part in split_digits(*held_out)
+    )
+    classifier = trained_classifier(*held_out)
+    wanted = moments(classifier(others[0])[0])
+    judging, tuning = (_evaluation_batch(images, eval_times) for images in others)
 
     def draw(data: jax.Array, key: jax.Array, step: jax.Array) -> Batch:
         of_image, of_noise, of_time = jax.random.split(jax.random.fold_in(key, step), 3)
@@ -91,7 +94,7 @@ def build(
         features, _ = classifier(images)
         distance = frechet_distance(wanted, moments(features))
         names = (metric.name for metric in METRICS)
-        return dict(zip(names, (loss(params, denoised), distance), strict=True))
+        return dict(zip(names, (loss(params, judging), distance), strict=True))
 
     def states(params: Any, drawn: Batch) -> jax.Array:
         noised = mix(drawn.images, drawn.noise, drawn.times)
@@ -102,16 +105,17 @@ def build(
         return jnp.stack(kept["intermediates"]["states"])
 
     def init(key: jax.Array) -> Any:
-        return model.init(key, denoised.images[:1], denoised.times[:1])["params"]
+        return model.init(key, judging.images[:1], judging.times[:1])["params"]
 
     depth = gs.layouts.uvit()
     return Task(
         depth=depth,
-        data=jnp.asarray(2 * train.images - 1),
+        data=train,
         init=init,
         draw=draw,
         loss=loss,
         evaluate=evaluate,
+        tuned_by=lambda params: loss(params, tuning),
         states=states,
         decayed=lambda params: leaves_matching(r"/kernel$", params),
         hidden=lambda params: leaves_matching(rf"^{_BLOCK}/.*kernel$", params),

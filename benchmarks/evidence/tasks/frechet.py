@@ -64,17 +64,17 @@ class Classifier(nn.Module):
 
 @functools.lru_cache
 def trained_classifier(
-    held_out: int,
+    *held_out: int,
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     """Returns the function of a classifier of images in [-1, 1]; the same every time.
 
     Args:
-      held_out: how many digits it is not trained on, as in `split_digits`.
+      *held_out: how many digits it is not trained on, as in `split_digits`.
 
     Returns:
       images `(N, 8, 8)` -> features `(N, 16)`, logits `(N, 10)`.
     """
-    train, _ = split_digits(held_out)
+    train = split_digits(*held_out)[0]
     images, labels = jnp.asarray(2 * train.images - 1), jnp.asarray(train.labels)
     model = Classifier()
     optimizer = optax.adamw(optax.cosine_decay_schedule(1e-2, _STEPS))

@@ -1,6 +1,7 @@
 """Language modeling: the GPT of `benchmarks.pretrain` on the standard library's source.
 
-The metric is the loss on windows spread over held-out files, in nats per byte.
+The metric is the loss on windows spread over held-out files, in nats per byte. Windows
+of the first half of their text tune, those of the second half judge.
 """
 
 import functools
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import gradsmooth_optax as gs
 from benchmarks.data.corpus import (
@@ -47,13 +49,13 @@ def build(
     Args:
       layers, width, heads, batch: of every task.
       context: bytes per window, of which a step has `batch`.
-      eval_windows: windows of the held-out text.
+      eval_windows: windows of either half of the held-out text.
       dtype: of activations.
       remat: whether to recompute activations in the backward pass.
       corpus: text files, or None for the standard library's source.
     """
     paths = None if corpus is None else [Path(path) for path in corpus]
-    text = load_corpus(paths, shortest=context + 1)
+    text = load_corpus(paths, shortest=2 * (context + 1))
     model = GPT(
         vocabulary=VOCABULARY,
         layers=layers,
@@ -63,7 +65,10 @@ def build(
         remat=remat,
         dtype=jnp.dtype(dtype),
     )
-    windows = jnp.asarray(spread_windows(text.validation, eval_windows, context))
+    tuning, judging = (
+        jnp.asarray(spread_windows(half, eval_windows, context))
+        for half in np.array_split(text.validation, 2)
+    )
 
     def states(params: Any, tokens: jax.Array) -> jax.Array:
         return scanned_states(model, params, tokens[:, :-1])
@@ -75,7 +80,8 @@ def build(
         init=init_gpt(model),
         draw=functools.partial(sample_windows, batch=batch, context=context),
         loss=functools.partial(next_token_loss, model),
-        evaluate=lambda params: {"validation loss": mean_loss(model, params, windows)},
+        evaluate=lambda params: {METRICS[0].name: mean_loss(model, params, judging)},
+        tuned_by=lambda params: mean_loss(model, params, tuning),
         states=states,
         decayed=matrices,
         hidden=hidden_matrices,

@@ -3,7 +3,8 @@
 An encoder of PyTorch's `TransformerEncoderLayer(norm_first=True)`, initialized as those
 are, reads a sequence and says at position i the symbol at the mirrored position.
 Sequences are drawn anew at every step. The metric is the cross-entropy on fixed
-sequences, in nats per symbol; that of guessing is ln(vocabulary).
+sequences, some that tune and others that judge, in nats per symbol; that of guessing is
+ln(vocabulary).
 """
 
 import functools
@@ -37,7 +38,7 @@ def build(
       layers, width, heads, batch: of every task.
       length: symbols in a sequence.
       vocabulary: number of symbols.
-      eval_sequences: sequences of the evaluation.
+      eval_sequences: sequences that judge; as many others tune.
     """
     model = Encoder(vocabulary, layers, width, heads, length)
 
@@ -51,20 +52,22 @@ def build(
         wanted = symbols[:, ::-1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
 
-    held_out = jax.random.randint(
-        # Far from the keys of any seed's data.
-        jax.random.fold_in(jax.random.key(2**31 - 1), 0),
-        (eval_sequences, length),
-        0,
-        vocabulary,
+    # Far from the keys of any seed's data.
+    far = jax.random.key(2**31 - 1)
+    judging, tuning = (
+        jax.random.randint(
+            jax.random.fold_in(far, which), (eval_sequences, length), 0, vocabulary
+        )
+        for which in (0, 1)
     )
     return Task(
         depth=gs.scanned("blocks/"),
         data=None,
-        init=lambda key: model.init(key, held_out[:1])["params"],
+        init=lambda key: model.init(key, judging[:1])["params"],
         draw=draw,
         loss=loss,
-        evaluate=lambda params: {"evaluation loss": loss(params, held_out)},
+        evaluate=lambda params: {METRICS[0].name: loss(params, judging)},
+        tuned_by=lambda params: loss(params, tuning),
         states=functools.partial(scanned_states, model),
         # As in PyTorch's AdamW.
         decayed=lambda params: jax.tree.map(lambda _: True, params),

@@ -3,10 +3,10 @@
 The start learned to add on part of the problems and then to imitate careless answers to
 them; GRPO trains on other problems. It is trained again by every process, and another
 machine may round otherwise: a result file should be of one machine. Both metrics are
-over held-out ones, the same for all seeds. `pass@1`, the probability that an answer
-sampled at temperature 1 is right, is exact: that of the tokens of the right answer.
-`mean reward` is of one sampled answer to every problem, with random numbers that never
-change; see `benchmarks.data.arithmetic.reward`.
+over held-out ones, the same for all seeds; others tune. `pass@1`, the probability that
+an answer sampled at temperature 1 is right, is exact: that of the tokens of the right
+answer. `mean reward` is of one sampled answer to every problem, with random numbers
+that never change; see `benchmarks.data.arithmetic.reward`.
 """
 
 import functools
@@ -82,7 +82,7 @@ def build(
       start_steps: supervised steps before.
       start_batch: problems in each of those.
       start_learning_rate: their highest.
-      eval_problems: of the held-out ones, how many are evaluated on.
+      eval_problems: of the held-out ones, how many judge; as many others tune.
     """
     if batch % updates:
         raise ValueError(
@@ -95,7 +95,10 @@ def build(
         *(layers, width, heads), start_steps, start_batch, start_learning_rate
     )
     problems = split_problems()
-    test = jax.tree.map(lambda leaf: leaf[:eval_problems], problems.test)
+    judging, tuning = (
+        jax.tree.map(lambda leaf: leaf[:eval_problems], part)
+        for part in (problems.test, problems.tuning)
+    )
     # Far from the keys of any seed's data.
     test_noise = _noise(jax.random.key(2**31 - 1), (eval_problems, 1))
 
@@ -123,13 +126,17 @@ def build(
         )
 
     def evaluate(params: Any) -> Mapping[str, jax.Array]:
-        prompts, right = test
-        of_right = log_probabilities(policy, params, prompts, right[:, None])
+        prompts, right = judging
         answers, _ = sample(policy, params, prompts, test_noise)
         return {
-            "pass@1": jnp.exp(of_right.sum(-1)).mean(),
+            "pass@1": pass_at_1(params, judging),
             "mean reward": reward(answers, right[:, None]).mean(),
         }
+
+    def pass_at_1(params: Any, problems: Problems) -> jax.Array:
+        prompts, right = problems
+        of_right = log_probabilities(policy, params, prompts, right[:, None])
+        return jnp.exp(of_right.sum(-1)).mean()
 
     def states(params: Any, batch: Experience) -> jax.Array:
         tokens = with_answers(batch.prompts[:, None], batch.answers[..., :-1])
@@ -145,6 +152,7 @@ def build(
         draw=draw,
         loss=functools.partial(grpo_loss, policy, clip_ratio=clip_ratio, kl=kl),
         evaluate=evaluate,
+        tuned_by=lambda params: pass_at_1(params, tuning),
         states=states,
         decayed=matrices,
         hidden=hidden_matrices,

@@ -3,7 +3,7 @@
 Its blocks are a list of modules, one after the other: every layer has parameters of its
 own, with its number in their paths. Half of the images to train on are shifted by one
 pixel. The metrics are the cross-entropy on held-out images, in nats per image, and the
-share of them that is classified rightly.
+share of them that is classified rightly. Others of the held-out images tune.
 """
 
 from collections.abc import Sequence
@@ -50,14 +50,17 @@ def build(
     Args:
       layers, width, heads, batch: of every task.
       patch: height and width of a patch, divisors of 8.
-      eval_images: held-out images.
+      eval_images: held-out images that judge; as many others tune.
     """
 
     def model(key: jax.Array) -> VisionTransformer:
         return VisionTransformer(layers, width, heads, patch, rngs=nnx.Rngs(key))
 
     structure, _ = nnx.split(nnx.eval_shape(model, jax.random.key(0)))
-    train, test = (Batch(*map(jnp.asarray, part)) for part in split_digits(eval_images))
+    train, judging, tuning = (
+        Batch(*map(jnp.asarray, part))
+        for part in split_digits(eval_images, eval_images)
+    )
 
     def states(params: Any, drawn: Batch) -> jax.Array:
         return jnp.stack(nnx.merge(structure, params).states(drawn.images))
@@ -68,14 +71,18 @@ def build(
         values = jnp.mean(losses), jnp.mean(logits.argmax(-1) == labels)
         return {metric.name: of for metric, of in zip(METRICS, values, strict=True)}
 
+    def loss(params: Any, drawn: Batch) -> jax.Array:
+        return metrics(params, drawn)[METRICS[0].name]
+
     depth = gs.unrolled(r"blocks/(\d+)/")
     return Task(
         depth=depth,
         data=train,
         init=lambda key: nnx.to_pure_dict(nnx.state(model(key), nnx.Param)),
         draw=lambda data, key, step: _draw(data, jax.random.fold_in(key, step), batch),
-        loss=lambda params, drawn: metrics(params, drawn)[METRICS[0].name],
-        evaluate=lambda params: metrics(params, test),
+        loss=loss,
+        evaluate=lambda params: metrics(params, judging),
+        tuned_by=lambda params: loss(params, tuning),
         states=states,
         decayed=lambda params: leaves_matching(r"/kernel$", params),
         hidden=lambda params: leaves_matching(r"^blocks/.*/kernel$", params),
