@@ -14,8 +14,8 @@ from benchmarks.evidence.tasks import TASKS
 LAYERS, WIDTH, HEADS, PATCH = 3, 16, 2, (2, 4)
 CLIP, KL = 0.2, 0.3
 SIZES = {"width": WIDTH, "heads": HEADS}
-# The last tenth of a lone file is held out.
-TEXT, HELD_OUT_TEXT = "abcde fghij " * 75, "UVWXYZ0123" * 10
+# The last tenth of a lone file is held out: one half tunes, the other judges.
+TEXT, HELD_OUT_TEXT = "abcde fghij " * 75, "UVWXYZ0123" * 5 + "KLMNOPQRST" * 5
 LM = SIZES | {"context": 8, "batch": 4, "eval_windows": 3}
 REVERSE = {"length": 4, "vocabulary": 5, "batch": 6, "eval_sequences": 6}
 DIFFUSION = {"batch": 6, "eval_images": 297, "eval_times": 2, "samples": 20}

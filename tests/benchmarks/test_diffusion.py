@@ -135,9 +135,10 @@ def test_the_evaluation_is_of_fixed_noise_and_of_the_samplers_images():
     starts = diffusion.starts(OPTIONS["diffusion"]["samples"])
     np.testing.assert_array_equal(diffusion.starts(2), starts[:2])
     images = denoised(predict, starts, OPTIONS["diffusion"]["sampler_steps"])
-    _, held_out = split_digits(HELD_OUT)
+    held_out = split_digits(HELD_OUT, HELD_OUT)[1]
+    classifier = trained_classifier(HELD_OUT, HELD_OUT)
     features = (
-        np.asarray(trained_classifier(HELD_OUT)(jnp.asarray(x))[0], np.float64)
+        np.asarray(classifier(jnp.asarray(x))[0], np.float64)
         for x in (images, 2 * held_out.images - 1)
     )
     distance = look(params, batch)[3]["Fréchet distance"]

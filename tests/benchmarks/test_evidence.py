@@ -21,6 +21,7 @@ from benchmarks import signals
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import presets, training
 from benchmarks.evidence.tasks import TASKS, diffusion, rl
+from benchmarks.evidence.training import TUNING
 from benchmarks.json_files import TRIALS
 from benchmarks.models.gpt import init_gpt
 from benchmarks.optimizers import OPTIMIZERS
@@ -86,7 +87,8 @@ def test_a_run_that_is_ended_goes_on_and_a_finished_one_trains_nothing_again(
         updates = {"blocks": {"kernel": jnp.ones((6, 3, 3))}}
         smoothing.update(updates, smoothing.init(updates))
         noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s)))(seeds)
-        return {"validation loss": jnp.log(rate / RATE) ** 2 + noise}
+        loss = jnp.log(rate / RATE) ** 2 + noise
+        return {"validation loss": loss, TUNING: loss}
 
     monkeypatch.setattr(command, "train_of", lambda *_: quick)
     assert command.main(options) == 130
@@ -99,6 +101,7 @@ def test_a_run_that_is_ended_goes_on_and_a_finished_one_trains_nothing_again(
     result = gs.trial.read_result(path)
     assert result.is_complete
     assert result.settings.metric == "validation loss"
+    assert result.settings.tune_metric == TUNING
     assert [finding.word for finding in result.findings] == ["exploratory"]
     kept = json.loads(path.read_text())
     assert kept["runs"][: len(first["runs"])] == first["runs"]
@@ -137,7 +140,7 @@ def test_the_options_of_every_preset_fit_together(name, monkeypatch):
         init = init_gpt(rl._model(layers, width, heads))
         return random_like(jax.eval_shape(init, jax.random.key(0)))
 
-    def classifier(_):
+    def classifier(*_):
         return lambda images: (jnp.zeros((len(images), 2)), None)
 
     monkeypatch.setattr(rl, "_trained_start", start)

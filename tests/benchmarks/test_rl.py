@@ -37,14 +37,14 @@ def log_probs_by_hand(params, prompt, answer):
 # Problems.
 
 
-def test_every_sum_is_in_one_of_three_sets_that_never_change_with_its_mirrored_one():
+def test_every_sum_is_in_one_of_four_sets_that_never_change_with_its_mirrored_one():
     split, again = arithmetic.split_problems(), arithmetic.split_problems()
     jax.tree.map(np.testing.assert_array_equal, split, again)
     sets = [{*tuples(each.prompts)} for each in split]
     assert [len(each.prompts) for each in split] == [len(each) for each in sets]
     assert set.union(*sets) == {*itertools.product(range(8), repeat=4)}
     assert sum(map(len, sets)) == 4096
-    assert all(len(each) >= 1000 for each in sets)
+    assert all(len(each) >= 500 for each in sets)
     for there in sets:
         assert {(c, d, a, b) for a, b, c, d in there} == there
 

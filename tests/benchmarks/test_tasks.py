@@ -153,12 +153,22 @@ def test_a_batch_depends_on_the_key_and_the_step(name):
 
 @pytest.mark.parametrize("name", rows(["vit", "diffusion"]))
 def test_no_held_out_image_is_trained_on(name):
-    train, held_out = split_digits(OPTIONS[name]["eval_images"])
+    train, *others = split_digits(*[OPTIONS[name]["eval_images"]] * 2)
     data = seen(name).task.data
     images = np.asarray(data.images if name == "vit" else (data + 1) / 2)
     np.testing.assert_array_equal(images, train.images)
     trained_on = {image.tobytes() for image in images}
-    assert not any(image.tobytes() in trained_on for image in held_out.images)
+    for held_out in others:
+        assert not any(image.tobytes() in trained_on for image in held_out.images)
+
+
+@of_every_task
+def test_rates_are_chosen_by_the_first_metric_on_other_data_than_what_judges(name):
+    task, params, _, batch, look = seen(name)
+    judged = float(look(params, batch)[3][TASKS[name].METRICS[0].name])
+    tuned = float(jax.jit(task.tuned_by)(params))
+    assert tuned != judged
+    assert tuned == pytest.approx(judged, rel=1.0)
 
 
 def test_half_of_the_images_of_the_vit_are_shifted_by_a_pixel_and_labels_are_kept():
@@ -184,16 +194,19 @@ def test_language_models_train_on_other_text_than_they_are_evaluated_on():
     task, params, _, batch, look = seen("lm")
     assert {*map(chr, np.unique(task.data))} == {*TEXT}
     assert {*map(chr, np.unique(batch))} <= {*TEXT}
-    # Three windows at even distances, the first at the start and the last at the end.
-    windows = [[*HELD_OUT_TEXT.encode()[at : at + 9]] for at in (0, 45, 91)]
-    _, losses = lm(jax.tree.map(np.float64, params), np.array(windows))
-    found = look(params, batch)[3]["validation loss"]
-    assert found == pytest.approx(np.mean(losses), rel=1e-4)
+    # Of either half three windows at even distances, from its start to its end.
+    for places, found in (
+        ((0, 20, 41), task.tuned_by(params)),
+        ((50, 70, 91), look(params, batch)[3]["validation loss"]),
+    ):
+        windows = [[*HELD_OUT_TEXT.encode()[at : at + 9]] for at in places]
+        _, losses = lm(jax.tree.map(np.float64, params), np.array(windows))
+        assert found == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_the_evaluation_of_the_vit_is_of_all_held_out_images():
     _, params, _, batch, look = seen("vit")
-    _, held_out = split_digits(OPTIONS["vit"]["eval_images"])
+    held_out = split_digits(*[OPTIONS["vit"]["eval_images"]] * 2)[1]
     wide = jax.tree.map(np.float64, params)
     logits = [models_in_numpy.vit(wide, x, HEADS, PATCH)[1] for x in held_out.images]
     found = look(params, batch)[3]

@@ -44,6 +44,7 @@ def build(layers, **_):
         draw=draw,
         loss=loss,
         evaluate=lambda params: {"validation loss": loss(params, held_out)},
+        tuned_by=lambda params: loss(params, -held_out),
         states=states,
         decayed=matrices,
         hidden=hidden_matrices,
