@@ -226,6 +226,23 @@ def test_where_chooses_by_layer_and_with_norms_of_gives_the_norms_of_others(layo
     oracle.assert_blocks_close(out, each(blocks, lambda i, r, x: ratios[i] * x))
 
 
+@pytest.mark.parametrize("power", [-25, 15])
+def test_norms_of_others_may_be_many_powers_of_ten_from_the_layers_own(power):
+    own, wanted = 10.0**power, 10.0 ** (-power / 5)
+    blocks = each(blocks_for("stacked"), lambda i, r, x: np.float32(own * x))
+
+    def given(layers):
+        return layers.with_norms_of(layers.scaled(wanted / own))
+
+    def made(layers):
+        return layers.with_norms_of(lambda u: u.scaled(wanted / own))
+
+    want = each(blocks, lambda i, r, x: wanted / own * x)
+    for function in (given, made):
+        out = smoothed("stacked", blocks, Own(function))
+        oracle.assert_blocks_close(out, want)
+
+
 @by_layout
 def test_layers_are_added_subtracted_negated_and_scaled_by_their_runs(layout):
     blocks, wide = blocks_for(layout), np.arange(25.0).reshape(5, 5)

@@ -464,6 +464,7 @@ OPERATORS = [
     "gs.gaussian(1.0, radius=2)",
     "gs.tikhonov(2.0)",
     "gs.mean_over_depth()",
+    "gs.layer_scale([0.5, 1.0])",
     "gs.dense([[0.5, 0.5], [0.25, 0.75]])",
     "gs.compose(gs.ema(0.5), gs.window(0.1))",
     "gs.repeat(gs.compose(gs.window(0.1)), times=3)",
