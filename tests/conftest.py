@@ -27,6 +27,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker("core")
+        if item.path.parent.name in ("benchmarks", "pages"):
+            item.add_marker("slow")  # the desk is for work on the library
 
 
 @contextlib.contextmanager

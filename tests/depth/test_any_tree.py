@@ -433,6 +433,7 @@ def test_any_depths_of_any_tree_smooth_as_the_plain_loops_do_or_are_refused_by_u
             hypothesis.event(outcome)
 
 
+@pytest.mark.slow
 @examples(40)
 @hypothesis.given(models_with_patterns(), operators(), OPTIONS, SEEDS)
 def test_any_specs_of_any_model_smooth_as_the_plain_loops_do_or_are_refused_by_us(

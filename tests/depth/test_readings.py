@@ -54,6 +54,7 @@ def test_every_reader_is_right_or_loud_as_the_tree_says(file):
     assert not found, "\n\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_init_says_what_describe_says(file):
     for name in notation.trees_of(file):
@@ -76,6 +77,7 @@ def test_names_are_unique_and_every_reader_is_asked():
         assert {"detect", "unrolled"} <= tree.words.keys(), tree.name
 
 
+@pytest.mark.slow
 def test_init_and_update_may_differ_in_their_boxes():
     compared = 0
     for name, tree in notation.all_trees().items():

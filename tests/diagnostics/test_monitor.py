@@ -265,6 +265,7 @@ def wrapped():
     }
 
 
+@pytest.mark.slow
 def test_inside_of_the_wrappers_of_optax_and_where_a_step_is_skipped():
     @jax.jit
     def step(updates, states):

@@ -73,6 +73,7 @@ def differing(result_of):
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_ours_reproduce_the_authors_smoother(layout):
     def result_of(case, blocks):

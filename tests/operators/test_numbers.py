@@ -215,6 +215,7 @@ def test_compiled_with_a_traced_strength_it_is_the_same_at_any_strength_and_size
 # Deep models.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "name", "how"),
     [
@@ -359,6 +360,7 @@ def assert_traces_strictly(operator, dtypes, layout, **kwargs):
     chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
 
 
+@pytest.mark.slow
 def test_no_operator_and_no_variant_promotes_dtypes_or_ranks(enable_x64):
     strengths = [STRENGTH, np.float16(STRENGTH), jnp.bfloat16(STRENGTH)]
     strengths += [lambda count: np.float64(STRENGTH), lambda count: jnp.float16(0.3)]

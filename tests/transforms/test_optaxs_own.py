@@ -24,6 +24,7 @@ import gradsmooth_optax as gs
 
 pytestmark = [
     pytest.mark.optax_suite,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # those of optax's own tests
 ]
 

@@ -117,6 +117,7 @@ def test_a_higher_metric_gives_the_mirrored_result(finished):
 # A comparison that is not: the file, and going on.
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_file(finished, tmp_path):
     path, _ = finished
     new = tmp_path / "trial.json"
@@ -225,6 +226,7 @@ def test_a_generators_hopeless_runs_are_stopped_in_the_screen_alone(tmp_path):
     assert result.is_complete
 
 
+@pytest.mark.slow
 def test_seeds_that_train_at_once_give_one_program_for_each_arm_and_order(tmp_path):
     traces = []
 
