@@ -1,9 +1,11 @@
 """Nodes as Equinox, Flax and haliax have them, for trees without these packages."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 from jax.tree_util import (
     GetAttrKey,
+    register_dataclass,
     register_pytree_node_class,
     register_pytree_with_keys_class,
 )
@@ -58,3 +60,14 @@ class NamedArray:
     @classmethod
     def tree_unflatten(cls, names, children):
         return cls(children[0], names)
+
+
+@register_dataclass
+@dataclasses.dataclass
+class Variable:
+    """Like Flax NNX's: it holds an array, or a tree, and metadata."""
+
+    value: Any
+
+    def get_metadata(self):
+        return {}

@@ -4,7 +4,6 @@ A layout is a spec and a function that puts blocks into a tree. What comes out i
 tree of what the plain loops make of the blocks.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from nodes import Variable
 
 import gradsmooth_optax as gs
 
@@ -78,17 +78,6 @@ def by_path(path, leaf):
 def role_by_role(blocks):
     kernels = stacked(blocks, 1)["kernel"]
     return {"kernels": kernels, "biases": [b["bias"] for b in blocks]}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Variable:
-    """Like Flax's."""
-
-    value: Any
-
-    def get_metadata(self):
-        return {}
 
 
 def boxes(blocks):

@@ -9,6 +9,7 @@ import notation
 import numpy as np
 import optax
 import pytest
+from layer_layouts import LAYOUTS, REST, drawn, unrolled
 
 import gradsmooth_optax as gs
 
@@ -17,72 +18,12 @@ SHAPES = {
     "mlp": {"kernel": (4, 6), "bias": (6,)},
     "norm": {"scale": (4,)},
 }
-REST = {"embed": (5, 4), "head": {"bias": (3,)}}
-
-
-def drawn(seed, shapes):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: rng.normal(size=shape).astype(np.float32),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+# That of one leaf for each layer is what the others become.
+SCANNED = {name: row for name, row in LAYOUTS.items() if name != "unrolled"}
 
 
 def layers(num_layers, seed):
     return [drawn(seed + i, SHAPES) for i in range(num_layers)]
-
-
-def stacked(trees, axis=0):
-    return jax.tree.map(lambda *xs: np.stack(xs, min(axis, xs[0].ndim)), *trees)
-
-
-def on_axis(axis):
-    return lambda trees: {"layers": stacked(trees, axis)}
-
-
-def unrolled(trees):
-    return {f"layers_{i}": tree for i, tree in enumerate(trees)}
-
-
-def cycle(trees):
-    return {"layers": {f"layers_{p}": stacked(trees[p::2]) for p in (0, 1)}}
-
-
-def with_remainder(trees):
-    return cycle(trees[:4]) | {"layers_remainder": {"layers_0": trees[4]}}
-
-
-def nested(trees):
-    return {"layers": stacked([stacked(trees[:2]), stacked(trees[2:])])}
-
-
-def two_stacks(trees):
-    encoder = {"layers": stacked(trees[:2], 1)}
-    return {"encoder": encoder, "decoder": unrolled(trees[2:])}
-
-
-# name: number of layers, the tree of these, and where depth is in it.
-LAYOUTS = {
-    "axis 0": (3, on_axis(0), gs.scanned("layers/")),
-    "axis 1": (3, on_axis(1), gs.scanned("layers/", axis=1)),
-    "last axis": (3, on_axis(9), gs.scanned("layers/", axis=-1)),
-    "cycle": (4, cycle, gs.scanned(r"layers_(\d+)/", stride=2)),
-    "cycle with remainder": (
-        5,
-        with_remainder,
-        gs.first_match(
-            gs.scanned(r"^layers/layers_(\d+)/", stride=2, stack="decoder"),
-            gs.unrolled(r"remainder/layers_(\d+)/", start=4, stack="decoder"),
-        ),
-    ),
-    "nested scans": (4, nested, gs.scanned("layers/", axis=(0, 1))),
-    "two stacks": (
-        5,
-        two_stacks,
-        gs.first_match(gs.scanned("encoder/layers/", axis=1), gs.unrolled()),
-    ),
-}
 
 
 def same(found, wanted):
@@ -165,7 +106,7 @@ def numbered(shapes):
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SCANNED)
 def test_there_and_back_is_the_same(layout, state):
     params, depth = model(layout)
     name = "{stack}_{layer}" if layout == "cycle with remainder" else "{path}_{layer}"
@@ -222,7 +163,7 @@ def seen(params):
     return Seen(jnp.zeros([], jnp.int32), params, rows)
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"two stacks"}))
+@pytest.mark.parametrize("layout", sorted(SCANNED.keys() - {"two stacks"}))
 def test_a_state_of_per_layer_goes_on_in_the_unrolled_model(layout):
     params, depth = model(layout)
     inner = optax.chain(

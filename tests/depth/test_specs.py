@@ -14,6 +14,7 @@ import optax
 import oracle
 import pytest
 from contract import check, window
+from nodes import Variable
 from reading import At, FirstMatch, Function, Only, OnlyProjections, Pattern, Ranked
 
 import gradsmooth_optax as gs
@@ -137,17 +138,6 @@ def test_without_a_pattern_the_number_is_the_layers(path):
 class Pair(NamedTuple):
     x: Any
     y: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Variable:
-    """Like Flax's."""
-
-    value: Any
-
-    def get_metadata(self):
-        return {}
 
 
 @jax.tree_util.register_dataclass

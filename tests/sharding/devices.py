@@ -24,6 +24,7 @@ import optax
 import oracle
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from operator_table import VARIANTS
 from split import (
     ALPHA,
     BANDED,
@@ -31,7 +32,6 @@ from split import (
     NUMBERED,
     OPERATORS,
     STAGES,
-    VARIANTS,
     WIDE,
     circular,
     expected,

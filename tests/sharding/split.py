@@ -13,13 +13,6 @@ import gradsmooth_optax as gs
 
 ALPHA = 0.375
 STAGES, MODEL = 3, 2  # devices along the two axes of a mesh
-VARIANTS = [
-    ("standard", "param"),
-    ("norm_preserving", "param"),
-    ("norm_preserving", "block"),
-    ("directional", "param"),
-    ("directional", "block"),
-]
 
 # -- Operators -------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from layer_layouts import REST, drawn, stacked
 from transformations import quick_jit
 
 NUM_STEPS = 2
@@ -14,23 +15,6 @@ TREES = {
     "square": {"kernel": (4, 3), "square": (3, 3), "bias": (3,)},
     "heads": {"heads": (4, 2, 3), "bias": (3,)},
 }
-# Parameters outside of all layers; of the others there are none.
-REST = {"embed": (5, 4), "head": {"bias": (3,)}}
-
-
-def drawn(seed, shapes):
-    """Arrays of these shapes, in the structure of the dict."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: rng.normal(size=shape).astype(np.float32),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
-
-
-def stacked(trees, axis=0):
-    """One tree, with the layers along the axis, or along the last one there is."""
-    return jax.tree.map(lambda *xs: np.stack(xs, min(axis, xs[0].ndim)), *trees)
 
 
 def history(seed, shapes):

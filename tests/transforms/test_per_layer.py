@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from layer_by_layer import REST, assert_close, check_law, drawn, stacked
+from layer_by_layer import assert_close, check_law
+from layer_layouts import LAYOUTS, REST, drawn
 from optax import contrib
 
 import gradsmooth_optax as gs
@@ -29,59 +30,6 @@ def ones(*shape):
 
 ONES = {"w": ones(3, 4)}
 ONLY = {"layers": ONES}
-
-
-# Layouts: where the layers of a list are in a tree.
-
-
-def on_axis(axis):
-    return lambda trees: {"layers": stacked(trees, axis)}
-
-
-def unrolled(trees):
-    return {f"layers_{i}": tree for i, tree in enumerate(trees)}
-
-
-def cycle(trees):
-    return {"layers": {f"layers_{p}": stacked(trees[p::2]) for p in (0, 1)}}
-
-
-def with_remainder(trees):
-    return cycle(trees[:4]) | {"layers_remainder": {"layers_0": trees[4]}}
-
-
-def nested(trees):
-    return {"layers": stacked([stacked(trees[:2]), stacked(trees[2:])])}
-
-
-def two_stacks(trees):
-    return {
-        "encoder": {"layers": stacked(trees[:2], 1)},
-        "decoder": unrolled(trees[2:]),
-    }
-
-
-LAYOUTS = {
-    "axis 0": (3, on_axis(0), LAYERS),
-    "axis 1": (3, on_axis(1), gs.scanned("layers/", axis=1)),
-    "last axis": (3, on_axis(9), gs.scanned("layers/", axis=-1)),
-    "unrolled": (3, unrolled, gs.unrolled()),
-    "cycle": (4, cycle, gs.scanned(r"layers_(\d+)/", stride=2)),
-    "cycle with remainder": (
-        5,
-        with_remainder,
-        gs.first_match(
-            gs.scanned(r"^layers/layers_(\d+)/", stride=2, stack="decoder"),
-            gs.unrolled(r"remainder/layers_(\d+)/", start=4, stack="decoder"),
-        ),
-    ),
-    "nested scans": (4, nested, gs.scanned("layers/", axis=(0, 1))),
-    "two stacks": (
-        5,
-        two_stacks,
-        gs.first_match(gs.scanned("encoder/layers/", axis=1), gs.unrolled()),
-    ),
-}
 
 
 def check(inner, layout):

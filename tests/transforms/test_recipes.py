@@ -14,8 +14,8 @@ import numpy as np
 import optax
 import pytest
 from layer_by_layer import check_law
+from layer_layouts import LAYOUTS
 from optax import contrib
-from test_per_layer import LAYOUTS
 from transformations import (
     GRADIENTS,
     PARAMS,
