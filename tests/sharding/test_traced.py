@@ -15,7 +15,8 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from split import ALPHA, OPERATORS, VARIANTS
+from operator_table import VARIANTS
+from split import ALPHA, OPERATORS
 
 import gradsmooth_optax as gs
 
